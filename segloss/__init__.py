@@ -1,0 +1,1 @@
+"""Fused large-vocabulary losses."""
