@@ -445,7 +445,7 @@ def generalized_dice_loss(
 
     `published=True` (takes `smooth` and `ignore_index` only): the mean over samples of
     `-2 (I + s) / (U + s)` with `w_c = 1 / (n_c + 1e-10)^2`, so an absent class weighs 1e20: the
-    value is about -1e-20 and the gradient exactly 0 in float32, whatever the model predicts. The
+    value is about -1e-20 and the gradient as small or exactly 0, whatever the model predicts. The
     range is [-1, 0] instead of [0, 1], and ignored tokens count as tokens of class 0 with logits 0.
     """
     if published:
