@@ -1,0 +1,206 @@
+"""What every kernel family shares: the rows of logits, the tile transform, the choice of backend.
+
+N rows (tokens), V columns (classes), B x T the two leading strides a row index is split into.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for this platform: the torch twins serve everything
+    triton = None
+    tl = None
+
+
+def jit(function):
+    """`triton.jit`, or the plain function where triton is missing and it is never launched."""
+    return function if triton is None else triton.jit(function)
+
+
+LOG2E = 1.4426950408889634 if tl is None else tl.constexpr(1.4426950408889634)
+
+# float32 bytes of one row block of the torch twins: what stays in a core's L2 next to its input
+BLOCK_BYTES = 1 << 20
+
+
+# ----------------------------------------------------------------------------- the rows of logits
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`softcap * tanh(scale * data / softcap)` seen as N rows; -inf stays -inf."""
+
+    data: Tensor  # (B, T, V), any strides
+    softcap: float | None = None
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, logits: Tensor, softcap: float | None = None, scale: float = 1.0) -> Rows:
+        """View logits (..., V) as (B, T, V); copies only where no such view exists."""
+        num_classes = logits.shape[-1]
+        if logits.dim() == 3:
+            return cls(logits, softcap, scale)
+        try:
+            rows = logits.view(-1, num_classes) if logits.numel() else logits.flatten(0, -2)
+        except RuntimeError:
+            rows = logits.reshape(-1, num_classes)
+        return cls(rows.unsqueeze(0), softcap, scale)
+
+    @property
+    def num_rows(self) -> int:
+        return self.data.shape[0] * self.data.shape[1]
+
+    @property
+    def num_classes(self) -> int:
+        return self.data.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the arithmetic is done in."""
+        return torch.float64 if self.data.dtype == torch.float64 else torch.float32
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.data.device)
+
+    # The twins read logits in one of two ways: whole rows block by block, or a panel of columns.
+
+    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(first row, last row + 1, raw logits (R, V)) of each row block; no copies."""
+        try:
+            data = self.data.view(1, self.num_rows, self.num_classes)
+        except RuntimeError:
+            data = self.data
+        batch, time, num_classes = data.shape
+        step = max(1, BLOCK_BYTES // (4 * num_classes))
+        for b in range(batch):
+            for t in range(0, time, step):
+                raw = data[b, t : t + step]
+                yield b * time + t, b * time + t + raw.shape[0], raw
+
+    def load(self, raw: Tensor, buffer: Tensor | None = None) -> Tensor:
+        """Transformed logits of a raw tile in the compute dtype; `raw` itself if that is the same."""
+        if self.softcap is None and self.scale == 1.0 and raw.dtype == self.dtype:
+            return raw
+        z = torch.empty_like(raw, dtype=self.dtype) if buffer is None else buffer[: raw.shape[0]]
+        z.copy_(raw)
+        if self.scale != 1.0:
+            z.mul_(self.scale)
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+            z.masked_fill_(raw == -torch.inf, -torch.inf)
+        return z
+
+    def panel(self, rows: Tensor, columns: Tensor | None) -> Tensor:
+        """Transformed logits (R, K) at rows (R,) and columns (K,), None for all of them."""
+        time = self.data.shape[1]
+        b, t = rows // time, rows % time
+        if columns is None:
+            return self.load(self.data[b, t])
+        return self.load(self.data[b[:, None], t[:, None], columns])
+
+    def at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Transformed logits (M,) at the pairs (rows, columns), both (M,)."""
+        time = self.data.shape[1]
+        return self.load(self.data[rows // time, rows % time, columns])
+
+    def slope(self, z: Tensor) -> Tensor | float:
+        """Derivative of the transform, from its value z (0 where z is -inf)."""
+        if self.softcap is None:
+            return self.scale
+        return (1 - (z / self.softcap).clamp(min=-1).square()) * self.scale
+
+    def kernel_arguments(self) -> dict:
+        """The arguments by which every Triton kernel addresses and transforms logits."""
+        stride_b, stride_t, stride_v = self.data.stride()
+        return {
+            "T": self.data.shape[1],
+            "stride_b": stride_b,
+            "stride_t": stride_t,
+            "stride_v": stride_v,
+            "softcap": 1.0 if self.softcap is None else self.softcap,
+            "scale": self.scale,
+            "SOFTCAP": self.softcap is not None,
+            "SCALED": self.scale != 1.0,
+            "DOUBLE": self.data.dtype == torch.float64,
+        }
+
+
+@jit
+def row_offset(row, T, stride_b, stride_t):
+    """Offset of a row's first logit, in int64 whatever the size."""
+    row = row.to(tl.int64)
+    return (row // T) * stride_b + (row % T) * stride_t
+
+
+@jit
+def load_logits(
+    pointers,
+    mask,
+    softcap,
+    scale,
+    SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    DOUBLE: tl.constexpr,
+):
+    """A tile of transformed logits; -inf outside the mask."""
+    raw = tl.load(pointers, mask=mask, other=float("-inf"))
+    z = raw.to(tl.float64) if DOUBLE else raw.to(tl.float32)
+    if SCALED:
+        z = z * tl.cast(scale, z.dtype)
+    if SOFTCAP:
+        cap = tl.cast(softcap, z.dtype)
+        # tanh(x) = 1 - 2 / (exp(2x) + 1): exact at both ends, no libdevice; -inf is put back
+        e = tl.exp2(z / cap * (2 * LOG2E))
+        z = tl.where(z == float("-inf"), z, cap * (1 - 2 / (e + 1)))
+    return z
+
+
+# ------------------------------------------------------------------------------------- dispatch
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
+
+
+def backend(device: torch.device) -> tuple[str, str]:
+    """("triton" or "torch", the reason) for tensors on this device.
+
+    `SEGLOSS_BACKEND` forces one; otherwise a GPU runs Triton and anything else the torch twin,
+    except under `TRITON_INTERPRET=1`, where the Triton kernels run on CPU tensors.
+    """
+    forced = os.environ.get("SEGLOSS_BACKEND", "")
+    if forced not in ("", "triton", "torch"):
+        raise ValueError(f"SEGLOSS_BACKEND is {forced!r}; it takes 'triton' or 'torch'")
+    runs_triton = triton is not None and (device.type == "cuda" or interpreting())
+    if forced == "triton" and not runs_triton:
+        why = "triton is not installed" if triton is None else f"tensors are on {device}"
+        raise ValueError(
+            f"SEGLOSS_BACKEND=triton, but {why}; it takes a GPU, or TRITON_INTERPRET=1 on a CPU"
+        )
+    if forced:
+        return forced, f"SEGLOSS_BACKEND={forced}"
+    if runs_triton:
+        return "triton", "GPU tensor" if device.type == "cuda" else "TRITON_INTERPRET=1"
+    if triton is None:
+        return "torch", "triton is not installed"
+    return "torch", f"{device.type} tensor"
+
+
+def use_triton(tensor: Tensor) -> bool:
+    return backend(tensor.device)[0] == "triton"
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

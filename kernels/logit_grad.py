@@ -1,0 +1,433 @@
+"""The one backward: gradients of the row and class statistics back into the logits.
+
+    dz_ij = p_ij (prob_coef_i + class_grad_[b_i]j + g_ij - h_i (log p_ij + H_i))
+            + [j = y_i] v_i + t_i w_j
+
+N rows, V columns, K listed classes, B samples, M entries with a g of their own.
+Three passes over less and less, each with the whole formula, so that an element is rounded once:
+all N x V elements, then the K listed columns (class_grad), then the M entries (g).
+
+At the target the terms -v p (part of prob_coef) and v nearly cancel as p -> 1; there the formula is
+written p (prob_coef + v) + v (1 - p), with v (1 - p) from the row's accurate log-probability.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .common import LOG2E, Rows, cdiv, jit, load_logits, next_power_of_2, row_offset, tl, use_triton
+
+
+@dataclass
+class GradTerms:
+    """What `dlogits` is made of; None leaves a term out. Ignored rows get 0 whatever stands here."""
+
+    valid: Tensor  # (N,) bool
+    target: Tensor  # (N,) int64
+    row_max: Tensor  # (N,)
+    log_sum: Tensor  # (N,)
+    prob_coef: Tensor  # (N,) dL/dlse_i - s_i
+    target_coef: Tensor  # (N,) v, dL/dz_iy
+    target_rest: Tensor  # (N,) v (1 - p_iy)
+    entropy: Tensor | None = None  # (N,)
+    entropy_grad: Tensor | None = None  # (N,)
+    sum_grad: Tensor | None = None  # (N,) dL/dlogit_sum_i
+    column_weight: Tensor | None = None  # (V,), None for ones
+    sample: Tensor | None = None  # (N,) int64
+    class_grad: Tensor | None = None  # (B, K), of dL/dprob_sum
+    row_weight: Tensor | None = None  # (N,), what prob_sum weighted rows by
+    columns: Tensor | None = None  # (K,) int64 sorted, None for all V
+    entry_row: Tensor | None = None  # (M,) int64, ascending
+    entry_class: Tensor | None = None  # (M,) int64 into `columns`, or a column if that is None
+    entry_grad: Tensor | None = None  # (M,)
+
+
+@jit
+def grad_tile(
+    z,
+    is_target,
+    row_max,
+    log_sum,
+    prob_coef,
+    target_coef,
+    target_rest,
+    extra,  # class_grad + g of the tile, or 0
+    entropy,
+    entropy_grad,
+    sum_grad,
+    column_weight,
+    softcap,
+    scale,
+    SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    COLUMN_SUMS: tl.constexpr,
+):
+    """The formula at the head of this file on one tile; every other argument broadcasts to it."""
+    shifted = z - row_max
+    # the division by the sum is one multiplication per row, outside the exponent
+    p = tl.exp2(shifted * LOG2E) * tl.exp2(-log_sum * LOG2E)
+    coef = prob_coef + extra
+    if ENTROPY:
+        log_p = tl.maximum(shifted - log_sum, -1e4)  # p log p = 0 at p = 0
+        coef = coef - entropy_grad * (log_p + entropy)
+    dz = p * coef
+    dz = tl.where(is_target, p * (coef + target_coef) + target_rest, dz)
+    if COLUMN_SUMS:
+        dz += tl.where(z > float("-inf"), sum_grad * column_weight, 0.0)
+    if SOFTCAP:
+        ratio = tl.maximum(z / softcap, -1.0)
+        dz = dz * (1.0 - ratio * ratio)
+    if SCALED:
+        dz = dz * scale
+    return dz
+
+
+@jit
+def load_row_terms(
+    row,
+    mask,
+    row_max,
+    log_sum,
+    prob_coef,
+    target_coef,
+    target_rest,
+    entropy,
+    entropy_grad,
+    sum_grad,
+    ENTROPY: tl.constexpr,
+    COLUMN_SUMS: tl.constexpr,
+):
+    """The per-row numbers `grad_tile` takes, for one row or a vector of them."""
+    a = tl.load(row_max + row, mask=mask, other=0.0)
+    b = tl.load(log_sum + row, mask=mask, other=0.0)
+    c = tl.load(prob_coef + row, mask=mask, other=0.0)
+    d = tl.load(target_coef + row, mask=mask, other=0.0)
+    e = tl.load(target_rest + row, mask=mask, other=0.0)
+    f = tl.load(entropy + row, mask=mask, other=0.0) if ENTROPY else a
+    g = tl.load(entropy_grad + row, mask=mask, other=0.0) if ENTROPY else a
+    h = tl.load(sum_grad + row, mask=mask, other=0.0) if COLUMN_SUMS else a
+    return a, b, c, d, e, f, g, h
+
+
+@jit
+def grad_rows_kernel(
+    logits,  # (B, T, V)
+    dlogits,  # (N, V)
+    valid,  # (N,)
+    target,  # (N,)
+    row_max,  # (N,) this and the next seven
+    log_sum,
+    prob_coef,
+    target_coef,
+    target_rest,
+    entropy,
+    entropy_grad,
+    sum_grad,
+    column_weight,  # (V,)
+    sample,  # (N,)
+    row_weight,  # (N,)
+    class_grad,  # (B, V)
+    V,
+    T,
+    stride_b,
+    stride_t,
+    stride_v,
+    softcap,
+    scale,
+    SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    COLUMN_SUMS: tl.constexpr,
+    COLUMN_WEIGHTED: tl.constexpr,
+    CLASSES: tl.constexpr,
+    ROW_WEIGHTED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One program per row: its V elements (class_grad only where it covers every column)."""
+    row = tl.program_id(0)
+    out = dlogits + row.to(tl.int64) * V
+    if tl.load(valid + row) == 0:
+        for first in range(0, V, BLOCK_V):
+            columns = first + tl.arange(0, BLOCK_V)
+            zeros = tl.zeros((BLOCK_V,), dlogits.dtype.element_ty)
+            tl.store(out + columns, zeros, mask=columns < V)
+        return
+
+    start = logits + row_offset(row, T, stride_b, stride_t)
+    y = tl.load(target + row)
+    row_m, row_l, coef, coef_y, rest_y, row_h, grad_h, grad_t = load_row_terms(
+        row, True, row_max, log_sum, prob_coef, target_coef, target_rest, entropy, entropy_grad,
+        sum_grad, ENTROPY, COLUMN_SUMS,
+    )  # fmt: skip
+    DTYPE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    cap = tl.cast(softcap, DTYPE)
+    factor = tl.cast(scale, DTYPE)
+    if CLASSES:
+        grads = class_grad + tl.load(sample + row) * V
+        weight = tl.load(row_weight + row) if ROW_WEIGHTED else 1.0
+    for first in range(0, V, BLOCK_V):
+        columns = first + tl.arange(0, BLOCK_V)
+        inside = columns < V
+        pointers = start + columns.to(tl.int64) * stride_v
+        z = load_logits(pointers, inside, softcap, scale, SOFTCAP, SCALED, DOUBLE)
+        extra = 0.0
+        if CLASSES:
+            extra = tl.load(grads + columns, mask=inside, other=0.0) * weight
+        w = 1.0
+        if COLUMN_WEIGHTED:
+            w = tl.load(column_weight + columns, mask=inside, other=0.0).to(DTYPE)
+        dz = grad_tile(
+            z, columns == y, row_m, row_l, coef, coef_y, rest_y, extra, row_h, grad_h,
+            grad_t, w, cap, factor, SOFTCAP, SCALED, ENTROPY, COLUMN_SUMS,
+        )  # fmt: skip
+        tl.store(out + columns, dz.to(dlogits.dtype.element_ty), mask=inside)
+
+
+@jit
+def grad_entries_kernel(
+    logits,  # (B, T, V)
+    dlogits,  # (N, V)
+    entry_row,  # (M,); not read where PANEL
+    entry_class,  # (M,); not read where PANEL
+    entry_grad,  # (M,); not read where PANEL
+    valid,  # (N,)
+    target,  # (N,)
+    row_max,  # (N,) this and the next seven
+    log_sum,
+    prob_coef,
+    target_coef,
+    target_rest,
+    entropy,
+    entropy_grad,
+    sum_grad,
+    column_weight,  # (V,)
+    sample,  # (N,)
+    row_weight,  # (N,)
+    class_grad,  # (B, K)
+    columns_in,  # (K,)
+    M,
+    K,
+    V,
+    T,
+    stride_b,
+    stride_t,
+    stride_v,
+    softcap,
+    scale,
+    SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    COLUMN_SUMS: tl.constexpr,
+    COLUMN_WEIGHTED: tl.constexpr,
+    CLASSES: tl.constexpr,
+    ROW_WEIGHTED: tl.constexpr,
+    LISTED: tl.constexpr,
+    PANEL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Single elements written again with more terms: all (row, listed column) or M entries."""
+    if PANEL:
+        row = tl.program_id(0).to(tl.int64) + tl.zeros((BLOCK,), tl.int64)
+        k = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+        inside = (k < K) & (tl.load(valid + row) != 0)
+    else:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < M
+        row = tl.load(entry_row + at, mask=inside, other=0)
+        k = tl.load(entry_class + at, mask=inside, other=0)
+    column = tl.load(columns_in + k, mask=inside, other=0) if LISTED else k
+    pointers = logits + row_offset(row, T, stride_b, stride_t) + column * stride_v
+    z = load_logits(pointers, inside, softcap, scale, SOFTCAP, SCALED, DOUBLE)
+    y = tl.load(target + row, mask=inside, other=-1)
+    row_m, row_l, coef, coef_y, rest_y, row_h, grad_h, grad_t = load_row_terms(
+        row, inside, row_max, log_sum, prob_coef, target_coef, target_rest, entropy, entropy_grad,
+        sum_grad, ENTROPY, COLUMN_SUMS,
+    )  # fmt: skip
+    DTYPE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    extra = tl.zeros((BLOCK,), DTYPE)
+    if not PANEL:
+        extra += tl.load(entry_grad + at, mask=inside, other=0.0)
+    if CLASSES:
+        b = tl.load(sample + row, mask=inside, other=0)
+        a = tl.load(class_grad + b * K + k, mask=inside, other=0.0)
+        extra += a * tl.load(row_weight + row, mask=inside, other=0.0) if ROW_WEIGHTED else a
+    w = 1.0
+    if COLUMN_WEIGHTED:
+        w = tl.load(column_weight + column, mask=inside, other=0.0).to(DTYPE)
+    dz = grad_tile(
+        z, column == y, row_m, row_l, coef, coef_y, rest_y, extra, row_h, grad_h,
+        grad_t, w, tl.cast(softcap, DTYPE), tl.cast(scale, DTYPE), SOFTCAP, SCALED, ENTROPY, COLUMN_SUMS,
+    )  # fmt: skip
+    tl.store(dlogits + row * V + column, dz.to(dlogits.dtype.element_ty), mask=inside)
+
+
+def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
+    n, num_classes = rows.num_rows, rows.num_classes
+    spare = terms.row_max
+
+    def pointer(tensor):
+        return spare if tensor is None else tensor
+
+    row_terms = (
+        terms.target,
+        terms.row_max,
+        terms.log_sum,
+        terms.prob_coef,
+        terms.target_coef,
+        terms.target_rest,
+        pointer(terms.entropy),
+        pointer(terms.entropy_grad),
+        pointer(terms.sum_grad),
+        pointer(terms.column_weight),
+        pointer(terms.sample),
+        pointer(terms.row_weight),
+        pointer(terms.class_grad),
+    )
+    flags = {
+        "ENTROPY": terms.entropy_grad is not None,
+        "COLUMN_SUMS": terms.sum_grad is not None,
+        "COLUMN_WEIGHTED": terms.sum_grad is not None and terms.column_weight is not None,
+        "ROW_WEIGHTED": terms.row_weight is not None,
+    }
+    valid = terms.valid.view(torch.uint8)
+    block = min(4096, max(16, next_power_of_2(num_classes)))
+    covers_all = terms.class_grad is not None and terms.columns is None
+    grad_rows_kernel[(n,)](
+        rows.data,
+        dlogits,
+        valid,
+        *row_terms,
+        num_classes,
+        **rows.kernel_arguments(),
+        **flags,
+        CLASSES=covers_all,
+        BLOCK_V=block,
+        num_warps=max(1, min(8, block // 512)),
+    )
+
+    def entries(grid, panel, num_entries, entry):
+        grad_entries_kernel[grid](
+            rows.data,
+            dlogits,
+            *entry,
+            valid,
+            *row_terms,
+            pointer(terms.columns),
+            num_entries,
+            num_classes if terms.class_grad is None else terms.class_grad.shape[1],
+            num_classes,
+            **rows.kernel_arguments(),
+            **flags,
+            CLASSES=terms.class_grad is not None,
+            LISTED=terms.columns is not None,
+            PANEL=panel,
+            BLOCK=256,
+            num_warps=4,
+        )
+
+    if terms.class_grad is not None and not covers_all and terms.class_grad.numel():
+        grid = (n, cdiv(terms.class_grad.shape[1], 256))
+        entries(grid, True, 0, (terms.target, terms.target, spare))
+    if terms.entry_grad is not None and terms.entry_grad.numel():
+        num_entries = terms.entry_grad.numel()
+        entry = (terms.entry_row, terms.entry_class, terms.entry_grad)
+        entries((cdiv(num_entries, 256),), False, num_entries, entry)
+
+
+def logit_grad_torch(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
+    """The twin adds the three passes up in one float32 row block, then rounds it once."""
+    load_buffer, grad_buffer = None, None
+    entry_first = None
+    if terms.entry_grad is not None:
+        firsts = [first for first, _, _ in rows.blocks()] + [rows.num_rows]
+        bounds = torch.searchsorted(terms.entry_row, torch.tensor(firsts))
+        entry_first = dict(zip(firsts, bounds.tolist(), strict=True))
+    for first, last, raw in rows.blocks():
+        out = dlogits[first:last]
+        valid = terms.valid[first:last]
+        if not valid.any():
+            out.zero_()
+            continue
+        if grad_buffer is None:
+            load_buffer = rows.new(raw.shape[0], rows.num_classes)
+            grad_buffer = rows.new(raw.shape[0], rows.num_classes)
+        z = rows.load(raw, load_buffer)
+        dz = out if out.dtype == rows.dtype else grad_buffer[: last - first]
+        block_grad(rows, z, terms, first, last, dz)
+        if entry_first is not None:
+            part = slice(entry_first[first], entry_first[last])
+            add_entries(rows, z, terms, part, first, dz)
+        if not valid.all():
+            dz.masked_fill_(~valid[:, None], 0)
+        if dz is not out:
+            out.copy_(dz)
+
+
+def block_grad(rows: Rows, z: Tensor, terms: GradTerms, first: int, last: int, dz: Tensor) -> None:
+    """All terms but the entries', into dz (R, V); z is (R, V) too."""
+    here = slice(first, last)
+    log_sum = terms.log_sum[here, None]
+    inverse_sum = torch.exp(-log_sum)
+    coef = terms.prob_coef[here, None]
+    torch.sub(z, terms.row_max[here, None], out=dz)
+    log_p = (dz - log_sum).clamp_(min=-1e4) if terms.entropy_grad is not None else None
+    dz.exp_()
+    weight = inverse_sum if terms.row_weight is None else inverse_sum * terms.row_weight[here, None]
+    class_part = None
+    if terms.class_grad is not None:
+        # a (1, K) row where there is one sample: it broadcasts
+        grads = terms.class_grad
+        grads = grads if grads.shape[0] == 1 else grads[terms.sample[here]]
+        columns = slice(None) if terms.columns is None else terms.columns
+        class_part = dz[:, columns] * (grads * weight)
+    target = terms.target[here].clamp(0, z.shape[1] - 1)[:, None]
+    p_target = dz.gather(1, target) * inverse_sum
+    if log_p is None:
+        coef_target = coef
+        dz.mul_(coef * inverse_sum)
+    else:
+        log_p.add_(terms.entropy[here, None]).mul_(-terms.entropy_grad[here, None]).add_(coef)
+        coef_target = log_p.gather(1, target)
+        dz.mul_(log_p).mul_(inverse_sum)
+    coef_target = coef_target + terms.target_coef[here, None]
+    dz.scatter_(1, target, p_target * coef_target + terms.target_rest[here, None])
+    if class_part is not None:
+        if terms.columns is None:
+            dz.add_(class_part)
+        else:
+            dz.index_add_(1, terms.columns, class_part)
+    if terms.sum_grad is not None:
+        w = 1.0 if terms.column_weight is None else terms.column_weight.to(dz.dtype)
+        dz.add_(torch.where(z > -torch.inf, terms.sum_grad[here, None] * w, 0.0))
+    slope = rows.slope(z)
+    if not isinstance(slope, float) or slope != 1.0:
+        dz.mul_(slope)
+
+
+def add_entries(
+    rows: Rows, z: Tensor, terms: GradTerms, part: slice, first: int, dz: Tensor
+) -> None:
+    if part.start == part.stop:
+        return
+    row = terms.entry_row[part]
+    column = terms.entry_class[part]
+    column = column if terms.columns is None else terms.columns[column]
+    place = (row - first) * z.shape[1] + column
+    z_entry = z[row - first, column]
+    p = torch.exp(z_entry - terms.row_max[row] - terms.log_sum[row])
+    value = p * terms.entry_grad[part] * rows.slope(z_entry)
+    dz.view(-1).index_add_(0, place, value)
+
+
+def logit_grad(rows: Rows, terms: GradTerms, dlogits: Tensor) -> Tensor:
+    """Fills dlogits (N, V), contiguous, with the gradient of the logits; returns it."""
+    if rows.num_rows:
+        run = logit_grad_triton if use_triton(rows.data) else logit_grad_torch
+        run(rows, terms, dlogits)
+    return dlogits

@@ -1,0 +1,273 @@
+"""One read of the logits: maximum, log-sum-exp, target log-probability and more, per row.
+
+N rows, V columns. A row whose target is `ignore_index` is never read; all its statistics are 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .common import LOG2E, Rows, jit, load_logits, next_power_of_2, row_offset, tl, use_triton
+
+
+class RowStats(NamedTuple):
+    """Per-row statistics, all (N,); `lse = row_max + log_sum`.
+
+    The maximum and the logarithm of the rest are kept apart: their rounded sum would cost the small
+    `nll` of a confident row its digits.
+    """
+
+    row_max: Tensor
+    log_sum: Tensor
+    log_prob: Tensor
+    entropy: Tensor | None = None
+    argmax: Tensor | None = None  # int64, -1 at ignored rows
+    logit_sum: Tensor | None = None  # sum_j w_j z_ij over the row's columns with a finite logit
+    weight_sum: Tensor | None = None  # sum_j w_j over the same columns
+    num_finite: Tensor | None = None  # how many they are
+
+
+@jit
+def online_softmax(z, row_max, exp_sum):
+    """Fold a tile into the running maximum (scalar) and the running sum (one per lane)."""
+    new_max = tl.maximum(row_max, tl.max(z, axis=0))
+    # a row that starts with -inf has no maximum yet: 0 keeps -inf - -inf out of the exponent
+    base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    rescale = tl.exp2((row_max - base) * LOG2E)
+    exp_z = tl.exp2((z - base) * LOG2E)
+    return new_max, base, rescale, exp_z, exp_sum * rescale + exp_z
+
+
+@jit
+def row_stats_kernel(
+    logits,  # (B, T, V)
+    target,  # (N,)
+    column_weight,  # (V,)
+    row_max_out,  # (N,) this and all below
+    log_sum_out,
+    log_prob_out,
+    entropy_out,
+    argmax_out,
+    logit_sum_out,
+    weight_sum_out,
+    num_finite_out,
+    ignore_index,
+    V,
+    T,
+    stride_b,
+    stride_t,
+    stride_v,
+    softcap,
+    scale,
+    SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    COLUMN_SUMS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One program per row, one online sweep over its V columns."""
+    row = tl.program_id(0)
+    DTYPE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    y = tl.load(target + row).to(tl.int64)
+    if y == ignore_index:
+        tl.store(row_max_out + row, tl.zeros((), DTYPE))
+        tl.store(log_sum_out + row, tl.zeros((), DTYPE))
+        tl.store(log_prob_out + row, tl.zeros((), DTYPE))
+        if ENTROPY:
+            tl.store(entropy_out + row, tl.zeros((), DTYPE))
+        if ARGMAX:
+            tl.store(argmax_out + row, tl.full((), -1, tl.int64))
+        if COLUMN_SUMS:
+            tl.store(logit_sum_out + row, tl.zeros((), DTYPE))
+            tl.store(weight_sum_out + row, tl.zeros((), DTYPE))
+            tl.store(num_finite_out + row, tl.zeros((), DTYPE))
+        return
+
+    start = logits + row_offset(row, T, stride_b, stride_t)
+    row_max = tl.full((), float("-inf"), DTYPE)
+    exp_sum = tl.zeros((BLOCK_V,), DTYPE)
+    weighted_sum = tl.zeros((BLOCK_V,), DTYPE)  # sum_j exp(z_j - max) (z_j - max)
+    best = tl.full((), 0, tl.int64)
+    logit_sum = tl.zeros((BLOCK_V,), DTYPE)
+    weight_sum = tl.zeros((BLOCK_V,), DTYPE)
+    num_finite = tl.zeros((BLOCK_V,), DTYPE)
+    for first in range(0, V, BLOCK_V):
+        columns = first + tl.arange(0, BLOCK_V)
+        inside = columns < V
+        pointers = start + columns.to(tl.int64) * stride_v
+        z = load_logits(pointers, inside, softcap, scale, SOFTCAP, SCALED, DOUBLE)
+        old_max = row_max
+        row_max, base, rescale, exp_z, exp_sum_new = online_softmax(z, row_max, exp_sum)
+        if ENTROPY:
+            shift = tl.where(old_max == float("-inf"), 0.0, old_max - base)
+            weighted_sum = (weighted_sum + exp_sum * shift) * rescale
+            # the floor makes p log p = 0 at p = 0
+            weighted_sum += exp_z * tl.maximum(z - base, -1e4)
+        exp_sum = exp_sum_new
+        if ARGMAX:
+            here = tl.min(tl.where(z == row_max, columns, V), axis=0)
+            best = tl.where((row_max > old_max) & (here < V), here.to(tl.int64), best)
+        if COLUMN_SUMS:
+            finite = z > float("-inf")
+            if WEIGHTED:
+                w = tl.load(column_weight + columns, mask=inside, other=0.0).to(DTYPE)
+                logit_sum += tl.where(finite, w * z, 0.0)
+                weight_sum += tl.where(finite, w, 0.0)
+            else:
+                logit_sum += tl.where(finite, z, 0.0)
+            num_finite += tl.where(finite, 1.0, 0.0)
+
+    base = tl.where(row_max == float("-inf"), 0.0, row_max)
+    total = tl.sum(exp_sum, axis=0)
+    log_sum = tl.log(total)
+    # never a stray read: a target outside the classes makes the row's log-probability NaN
+    known = (y >= 0) & (y < V)
+    z_y = load_logits(start + y * stride_v, known, softcap, scale, SOFTCAP, SCALED, DOUBLE)
+    log_prob = tl.where(known, z_y - base - log_sum, float("nan"))
+    tl.store(row_max_out + row, base)
+    tl.store(log_sum_out + row, log_sum)
+    tl.store(log_prob_out + row, log_prob)
+    if ENTROPY:
+        tl.store(entropy_out + row, log_sum - tl.sum(weighted_sum, axis=0) / total)
+    if ARGMAX:
+        tl.store(argmax_out + row, best)
+    if COLUMN_SUMS:
+        count = tl.sum(num_finite, axis=0)
+        tl.store(logit_sum_out + row, tl.sum(logit_sum, axis=0))
+        tl.store(weight_sum_out + row, tl.sum(weight_sum, axis=0) if WEIGHTED else count)
+        tl.store(num_finite_out + row, count)
+
+
+def row_stats_triton(
+    rows: Rows,
+    target: Tensor,  # (N,)
+    ignore_index: int,
+    stats: RowStats,
+    column_weight: Tensor | None,  # (V,)
+) -> None:
+    block = min(4096, max(16, next_power_of_2(rows.num_classes)))
+    spare = stats.row_max  # stands where a pointer is not used
+    row_stats_kernel[(rows.num_rows,)](
+        rows.data,
+        target,
+        spare if column_weight is None else column_weight,
+        stats.row_max,
+        stats.log_sum,
+        stats.log_prob,
+        spare if stats.entropy is None else stats.entropy,
+        spare if stats.argmax is None else stats.argmax,
+        spare if stats.logit_sum is None else stats.logit_sum,
+        spare if stats.weight_sum is None else stats.weight_sum,
+        spare if stats.num_finite is None else stats.num_finite,
+        ignore_index,
+        rows.num_classes,
+        **rows.kernel_arguments(),
+        ENTROPY=stats.entropy is not None,
+        ARGMAX=stats.argmax is not None,
+        COLUMN_SUMS=stats.logit_sum is not None,
+        WEIGHTED=column_weight is not None,
+        BLOCK_V=block,
+        num_warps=max(1, min(8, block // 512)),
+    )
+
+
+def row_stats_torch(
+    rows: Rows,
+    target: Tensor,  # (N,)
+    ignore_index: int,
+    stats: RowStats,
+    column_weight: Tensor | None,  # (V,)
+) -> None:
+    for out in stats:
+        if out is not None:
+            out.fill_(-1 if out is stats.argmax else 0)
+    valid = target != ignore_index
+    load_buffer, exp_buffer = None, None
+    for first, last, raw in rows.blocks():
+        use = valid[first:last]
+        if not use.any():
+            continue
+        if exp_buffer is None:
+            exp_buffer = rows.new(raw.shape[0], rows.num_classes)
+            load_buffer = rows.new(raw.shape[0], rows.num_classes)
+        z = rows.load(raw, load_buffer)
+        block = block_stats(z, exp_buffer[: last - first], target[first:last], stats, column_weight)
+        for out, value in zip(stats, block, strict=True):
+            if out is not None:
+                torch.where(use, value, out[first:last], out=out[first:last])
+
+
+def block_stats(
+    z: Tensor,  # (R, V)
+    buffer: Tensor,  # (R, V)
+    target: Tensor,  # (R,)
+    wanted: RowStats,
+    column_weight: Tensor | None,  # (V,)
+) -> RowStats:
+    row_max = z.amax(-1)
+    row_max = row_max.masked_fill_(row_max == -torch.inf, 0)
+    shifted = torch.sub(z, row_max[:, None], out=buffer)
+    floored = shifted.clamp(min=-1e4) if wanted.entropy is not None else None
+    exp_z = shifted.exp_()
+    total = exp_z.sum(-1)
+    log_sum = total.log()
+    z_y = z.gather(-1, target.clamp(0, z.shape[-1] - 1)[:, None])[:, 0]
+    entropy = argmax = logit_sum = weight_sum = num_finite = None
+    if floored is not None:
+        entropy = log_sum - floored.mul_(exp_z).sum(-1) / total
+    if wanted.argmax is not None:
+        argmax = z.argmax(-1)
+    if wanted.logit_sum is not None:
+        finite = z > -torch.inf
+        kept = torch.where(finite, z, 0)
+        num_finite = finite.sum(-1).to(z.dtype)
+        if column_weight is None:
+            logit_sum, weight_sum = kept.sum(-1), num_finite
+        else:
+            w = column_weight.to(z.dtype)
+            logit_sum, weight_sum = kept @ w, finite.to(z.dtype) @ w
+    return RowStats(
+        row_max,
+        log_sum,
+        (z_y - row_max).sub_(log_sum),
+        entropy,
+        argmax,
+        logit_sum,
+        weight_sum,
+        num_finite,
+    )
+
+
+def row_stats(
+    rows: Rows,
+    target: Tensor,  # (N,) int64
+    ignore_index: int,
+    *,
+    entropy: bool = False,
+    argmax: bool = False,
+    column_sums: bool = False,
+    column_weight: Tensor | None = None,  # (V,)
+) -> RowStats:
+    """`torch.log_softmax(z, -1)` reduced to one number per row and statistic.
+
+    Outputs have the compute dtype (float32, or float64 for float64 logits).
+    """
+    n = rows.num_rows
+    stats = RowStats(
+        rows.new(n),
+        rows.new(n),
+        rows.new(n),
+        rows.new(n) if entropy else None,
+        rows.new(n, dtype=torch.int64) if argmax else None,
+        *((rows.new(n), rows.new(n), rows.new(n)) if column_sums else (None, None, None)),
+    )
+    if n:
+        run = row_stats_triton if use_triton(rows.data) else row_stats_torch
+        run(rows, target, ignore_index, stats, column_weight)
+    return stats

@@ -1,0 +1,187 @@
+"""What every loss shares: the call, the reductions, the arithmetic of weighted sums.
+
+N tokens, V classes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from segloss.batch import Batch, make_batch
+from segloss.logits import as_source, describe
+from segloss.statistics import Request, Statistics, Sweep, make_sweep, public_statistics
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_choice(name: str, value, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it takes {' or '.join(map(repr, choices))}")
+
+
+def check_number(name: str, value, low: float = 0.0, high: float = math.inf) -> float:
+    """A finite number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {describe(value)}; it takes a number")
+    if not (low <= value <= high and math.isfinite(value)):
+        span = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name} is {value}; it takes a number {span}")
+    return float(value)
+
+
+class Loss(nn.Module):
+    """A loss of logits (..., V) and integer targets (...); subclasses give formula and needs.
+
+    Args of every loss:
+        weight: (V,) class weights, constant, or None.
+        ignore_index: tokens with this target are removed from every sum, mean and count.
+        reduction: "mean", "sum" or "none".
+        group: process group the tokens are sharded over, or None. Every rank returns the global
+            loss, and its logits get the gradient of the global loss; under averaging data
+            parallelism multiply the loss by the world size.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        group=None,
+    ):
+        super().__init__()
+        check_choice("reduction", reduction, REDUCTIONS)
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index is {describe(ignore_index)}; it takes an integer")
+        if weight is not None and not (
+            isinstance(weight, Tensor) and weight.dim() == 1 and weight.is_floating_point()
+        ):
+            raise TypeError(f"weight is {describe(weight)}; it takes a float tensor of shape (V,)")
+        self.register_buffer("weight", None if weight is None else weight.detach())
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.group = group
+
+    def forward(
+        self,
+        logits,
+        target: Tensor,
+        *,
+        token_weight: Tensor | None = None,
+        sample_ids: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        return_statistics: bool = False,
+    ) -> Tensor | tuple[Tensor, Statistics]:
+        """The loss of logits (..., V), a tensor or a logits source, at target (...).
+
+        Args:
+            token_weight: (...) floats >= 0, constant: a token of weight 2 equals the token listed
+                twice, one of weight 0 the token not listed.
+            sample_ids: (...) integers, which sample a token belongs to; by default the leading
+                index of (B, T, V).
+            normalizer: what a token mean is divided by instead of the batch's own weight, such as
+                the number of tokens of all accumulated micro-batches; a region or ranking loss is
+                multiplied by (weight of this batch's tokens / normalizer).
+            return_statistics: also return detached log_prob, lse, entropy and argmax.
+        """
+        source = as_source(logits)
+        batch = make_batch(
+            source,
+            target,
+            ignore_index=self.ignore_index,
+            token_weight=token_weight,
+            sample_ids=sample_ids,
+            group=self.group,
+        )
+        self.check(source)
+        normalizer = check_normalizer(normalizer, self.reduction, source)
+        request = self.request()
+        if return_statistics:
+            request = replace(request, entropy=True, argmax=True)
+        sweep = make_sweep(source, batch, request)
+        with torch.autocast(source.device.type, enabled=False):
+            loss = self.value(sweep, batch, normalizer)
+        if not return_statistics:
+            return loss
+        statistics = public_statistics(sweep, batch)
+        for name in ("log_prob", "lse", "entropy"):
+            setattr(statistics, name, getattr(statistics, name).detach())
+        return loss, statistics
+
+    def check(self, source) -> None:
+        """Options that only the logits can prove wrong."""
+        if self.weight is None:
+            return
+        if self.weight.shape[0] != source.num_classes:
+            raise ValueError(
+                f"weight has shape {tuple(self.weight.shape)}; it takes ({source.num_classes},), "
+                "one number per class"
+            )
+        if self.weight.device != source.device:
+            raise ValueError(f"weight is on {self.weight.device}, but logits on {source.device}")
+
+    def request(self) -> Request:
+        """The statistics `value` reads beyond log_prob and lse."""
+        return Request()
+
+    def value(self, sweep: Sweep, batch: Batch, normalizer: Tensor | None) -> Tensor:
+        """The reduced loss."""
+        raise TypeError(f"{type(self).__name__} does not define value(sweep, batch, normalizer)")
+
+    def extra_repr(self) -> str:
+        shown = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}
+        return ", ".join(f"{k}={v!r}" for k, v in shown.items() if v is not None)
+
+    # weighted sums: `0.6 * CrossEntropyLoss() + 0.4 * LovaszSoftmaxLoss()`
+
+    def __mul__(self, coefficient: float) -> Loss:
+        from segloss.losses.combined import CombinedLoss
+
+        return CombinedLoss([(coefficient, self)])
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Loss) -> Loss:
+        from segloss.losses.combined import CombinedLoss
+
+        if not isinstance(other, Loss):
+            return NotImplemented
+        return CombinedLoss([(1.0, self), (1.0, other)])
+
+    def __radd__(self, other) -> Loss:
+        # so that sum([...]) works
+        return self if other == 0 else NotImplemented
+
+
+def check_normalizer(normalizer, reduction: str, source) -> Tensor | None:
+    if normalizer is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(f"normalizer goes with reduction='mean'; reduction is {reduction!r}")
+    if isinstance(normalizer, Tensor) and normalizer.numel() == 1:
+        return normalizer.detach().reshape(()).to(source.device, source.dtype)
+    if isinstance(normalizer, (int, float)) and not isinstance(normalizer, bool):
+        if not (math.isfinite(normalizer) and normalizer >= 0):
+            raise ValueError(f"normalizer is {normalizer}; it takes a number >= 0")
+        return torch.tensor(normalizer, dtype=source.dtype, device=source.device)
+    raise TypeError(f"normalizer is {describe(normalizer)}; it takes a number or a 0-dim tensor")
+
+
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, 0 where the denominator is 0: nothing was counted."""
+    return numerator / torch.where(denominator == 0, 1, denominator)
+
+
+def power(base: Tensor, exponent: float) -> Tensor:
+    """base ** exponent for base >= 0; below 1 the slope at base 0 is taken as 0, not infinite."""
+    if exponent == 1:
+        return base
+    if exponent > 1 or exponent == 0:
+        return base**exponent
+    zero = base <= 0
+    return torch.where(zero, 0, torch.where(zero, 1, base) ** exponent)

@@ -1,0 +1,75 @@
+"""Weighted sums of losses, evaluated from one sweep over the logits."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from segloss.batch import Batch
+from segloss.logits import describe
+from segloss.losses.base import Loss
+from segloss.losses.token import TokenLoss
+from segloss.statistics import Request, Sweep
+
+
+class CombinedLoss(Loss):
+    """`sum(coefficient * loss(logits, target) for coefficient, loss in terms)`, one sweep.
+
+    Made by `0.6 * CrossEntropyLoss() + 0.4 * LovaszSoftmaxLoss()`. The parts share `ignore_index`,
+    `group` and the kind of reduction; "none" is for sums of token losses. Each part keeps its own
+    class weights.
+    """
+
+    def __init__(self, terms: Sequence[tuple[float, Loss]]):
+        flat: list[tuple[float, Loss]] = []
+        for coefficient, loss in terms:
+            if isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)):
+                raise TypeError(f"coefficient is {describe(coefficient)}; it takes a number")
+            if not isinstance(loss, Loss):
+                raise TypeError(f"a term is {describe(loss)}; it takes a segloss loss")
+            inner = loss.terms if isinstance(loss, CombinedLoss) else [(1.0, loss)]
+            flat += [(coefficient * c, part) for c, part in inner]
+        if not flat:
+            raise ValueError("terms is empty; it takes at least one (coefficient, loss)")
+        parts = [part for _, part in flat]
+        for name in ("ignore_index", "group"):
+            values = [getattr(part, name) for part in parts]
+            if any(value != values[0] for value in values):
+                raise ValueError(f"the parts of a combined loss have {name} {values}; it takes one")
+        reductions = {part.reduction for part in parts}
+        if "none" in reductions and (
+            len(parts) > 1
+            and not (reductions == {"none"} and all(isinstance(p, TokenLoss) for p in parts))
+        ):
+            raise ValueError(
+                "reduction='none' in a combined loss needs token losses that all have it; got "
+                + ", ".join(f"{type(p).__name__}(reduction={p.reduction!r})" for p in parts)
+            )
+        reduction = parts[0].reduction if len(reductions) == 1 else "mean"
+        super().__init__(None, parts[0].ignore_index, reduction, parts[0].group)
+        self.coefficients = [c for c, _ in flat]
+        self.parts = nn.ModuleList(parts)
+
+    @property
+    def terms(self) -> list[tuple[float, Loss]]:
+        return list(zip(self.coefficients, self.parts, strict=True))
+
+    def check(self, source) -> None:
+        for part in self.parts:
+            part.check(source)
+
+    def request(self) -> Request:
+        return functools.reduce(operator.or_, (part.request() for part in self.parts))
+
+    def value(self, sweep: Sweep, batch: Batch, normalizer: Tensor | None) -> Tensor:
+        values = [
+            coefficient * part.value(sweep, batch, normalizer) for coefficient, part in self.terms
+        ]
+        return values[0] if len(values) == 1 else torch.stack(values).sum(0)
+
+    def extra_repr(self) -> str:
+        return f"coefficients={self.coefficients}"

@@ -1,0 +1,163 @@
+"""Lovász-Softmax from the few entries of p that matter.
+
+N tokens, B samples, K classes present, M candidates (entries above their class's least foreground
+error). A group is a class, or a (sample, class) pair with `per_sample`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from segloss.batch import Batch
+from segloss.distributed import concatenate_over
+from segloss.losses.base import check_number
+from segloss.losses.region import ClassLoss
+from segloss.statistics import Request, Sweep, group_sum
+
+# Entries sorted at a time: a saturated foreground token makes all its class's rows candidates, and
+# sorting takes some ten numbers per entry.
+SORT_ENTRIES = 1 << 24
+
+
+def lovasz_weights(
+    error: Tensor,  # (E,)
+    group: Tensor,  # (E,) int64
+    foreground: Tensor,  # (E,) bool
+    weight: Tensor,  # (E,) how often the entry is listed
+    num_groups: int,
+) -> Tensor:
+    """What each entry's error is multiplied by in its group's loss (E,), float64.
+
+    In descending order of error, after foreground weight P and background weight B including the
+    entry itself, with M the group's foreground weight: foreground `w / (M + B)`, background
+    `w (M - P) / ((M + B - w) (M + B))`.
+    """
+    order = torch.argsort(error, descending=True, stable=True)
+    order = order[torch.argsort(group[order], stable=True)]
+    group, foreground = group[order], foreground[order]
+    weight = weight[order].double()
+    own = torch.where(foreground, weight, 0)
+    seen = own.cumsum(0)  # over all groups so far: the earlier groups' part is taken off
+    seen_other = (weight - own).cumsum(0)
+    first = torch.searchsorted(group, torch.arange(num_groups + 1, device=group.device))
+    seen_before = torch.cat([seen.new_zeros(1), seen])[first]
+    other_before = torch.cat([seen.new_zeros(1), seen_other])[first]
+    total = seen_before.diff()[group]
+    p = seen - seen_before[group]
+    b = seen_other - other_before[group]
+    background = (total - p) / ((total + b - weight) * (total + b))
+    result = torch.where(foreground, weight / (total + b), weight * background.clamp(min=0))
+    return torch.empty_like(result).index_copy_(0, order, result)
+
+
+def weights_in_parts(error, group, foreground, weight, num_groups: int) -> Tensor:
+    """`lovasz_weights`, a range of groups at a time so that sorting stays within SORT_ENTRIES."""
+    if error.numel() <= SORT_ENTRIES:
+        return lovasz_weights(error, group, foreground, weight, num_groups)
+    result = torch.empty(error.shape, dtype=torch.float64, device=error.device)
+    size = torch.bincount(group, minlength=num_groups).cumsum(0).tolist()
+    start = 0
+    while start < num_groups:
+        done = size[start - 1] if start else 0
+        stop = start + 1
+        while stop < num_groups and size[stop] - done <= SORT_ENTRIES:
+            stop += 1
+        here = ((group >= start) & (group < stop)).nonzero()[:, 0]
+        result[here] = lovasz_weights(
+            error[here], group[here] - start, foreground[here], weight[here], stop - start
+        )
+        start = stop
+    return result
+
+
+class LovaszSoftmaxLoss(ClassLoss):
+    """Lovász-Softmax: the convex surrogate of one minus the Jaccard index, mean over classes.
+
+        p = torch.softmax(logits.float(), -1)                      # for each class c present:
+        fg = (target == c).float()
+        error, order = (fg - p[:, c]).abs().sort(descending=True)
+        fg = fg[order]
+        jaccard = 1 - (fg.sum() - fg.cumsum(0)) / (fg.sum() + (1 - fg).cumsum(0))
+        loss_c = error @ jaccard.diff(prepend=jaccard.new_zeros(1))
+
+    Exact, though only entries with `p_ic` above the class's least foreground error are looked at:
+    all others carry neither value nor gradient.
+
+    Args:
+        classes: "present", or "all": an absent class then adds its largest probability.
+        per_sample: the loss of each sample, then the mean over samples.
+        tolerance: entries below it may be left out; the value of a class moves by no more than it.
+        weight: (V,) class weights of the mean over classes, or None.
+        reduction: over samples if `per_sample`, else over classes.
+
+    Alone it learns slowly from scratch; it is meant for fine-tuning, or beside cross-entropy.
+    The value of a batch is not the mean of the values of its parts.
+    Source: Berman et al., arXiv 1705.08790, algorithm 1 and eq. 11.
+    """
+
+    def __init__(
+        self,
+        classes: str = "present",
+        per_sample: bool = False,
+        tolerance: float = 0.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        group=None,
+    ):
+        super().__init__(classes, per_sample, weight, ignore_index, reduction, group)
+        self.tolerance = check_number("tolerance", tolerance, 0, 1)
+
+    def request(self) -> Request:
+        return Request(
+            rankings=frozenset({(self.per_sample, self.tolerance)}),
+            per_sample=self.per_sample,
+            peaks=self.classes == "all",
+        )
+
+    def value(self, sweep: Sweep, batch: Batch, normalizer: Tensor | None) -> Tensor:
+        num_present = sweep.present.numel()
+        num_samples = sweep.num_samples if self.per_sample else 1
+        sample = sweep.sample.clamp(min=0) if self.per_sample else torch.zeros_like(sweep.sample)
+        dtype = sweep.log_prob.dtype
+        valid = batch.valid
+
+        def shared(values: Tensor) -> Tensor:
+            return concatenate_over(values, batch.group)
+
+        # every token is a foreground entry of its own class; an ignored one has weight 0
+        miss = torch.where(valid, -torch.expm1(sweep.log_prob), 0)
+        counted = batch.weights(dtype)
+        row = sweep.candidate_row
+        error = torch.cat([shared(miss), shared(sweep.candidate_prob)])
+        weight = torch.cat([shared(counted), shared(counted[row])])
+        own_group = shared(sample * num_present + sweep.own)
+        group = torch.cat([own_group, shared(sample[row] * num_present + sweep.candidate_class)])
+        foreground = torch.arange(error.numel(), device=error.device) < own_group.numel()
+
+        num_groups = num_samples * num_present
+        with torch.no_grad():
+            share = weights_in_parts(error, group, foreground, weight, num_groups).to(dtype)
+            # an ignored token weighs nothing, also where its group is empty and the quotient 0 / 0
+            share = torch.where(weight == 0, 0, share)
+            occurs = group_sum(torch.where(foreground, weight, 0), group, num_groups) > 0
+        value = group_sum(share * error, group, num_groups).view(num_samples, num_present)
+        occurs = occurs.view(num_samples, num_present)
+        occupied = occurs.any(-1)
+        ids = sweep.present
+        if self.classes == "all":
+            value, occurs, ids = self.with_absent(sweep, batch, value, occurs), None, None
+            occurs = sweep.finite & occupied[:, None]
+        class_weight = self.class_weight(ids, occurs, dtype)
+        return self.reduce_classes(value, class_weight, occupied, batch, normalizer)
+
+    def with_absent(self, sweep: Sweep, batch: Batch, value: Tensor, occurs: Tensor) -> Tensor:
+        """Values of all classes (B, V): an absent one's is its largest probability."""
+        peak = sweep.peak_prob if self.per_sample else sweep.peak_prob.amax(0, keepdim=True)
+        if batch.group is not None:
+            peak = concatenate_over(peak[None], batch.group).amax(0)
+        full = torch.zeros_like(peak).index_copy(1, sweep.present, value)
+        present = torch.zeros_like(peak, dtype=torch.bool)
+        present = present.index_copy(1, sweep.present, occurs)
+        return torch.where(present, full, peak)
