@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .class_stats import panels, tile_probabilities
-from .common import Rows, jit, tl, use_triton
+from .class_stats import panel_log_prob, panel_rows, tile_probabilities
+from .common import Rows, jit, parallel, tl, use_triton
 
 
 class Candidates(NamedTuple):
@@ -109,14 +109,16 @@ def candidates_triton(rows, row_max, log_sum, columns, sample, own, threshold) -
 
 
 def candidates_torch(rows, row_max, log_sum, columns, sample, own, threshold) -> Candidates:
-    found = []
-    for part, p in panels(rows, row_max, log_sum, columns, sample >= 0):
+    def work(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        p = panel_log_prob(rows, row_max, log_sum, columns, part).exp_()
         tau = threshold if threshold.shape[0] == 1 else threshold[sample[part]]
         chosen = p > tau
         chosen.scatter_(1, own[part, None], False)
         place = chosen.view(-1).nonzero()[:, 0]
         r, k = place // columns.numel(), place % columns.numel()
-        found.append((part[r], k, p.view(-1)[place]))
+        return part[r], k, p.view(-1)[place]
+
+    found = parallel(work, panel_rows(sample >= 0, columns.numel()))
     return Candidates(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 

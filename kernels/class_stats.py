@@ -6,16 +6,15 @@ A row with sample -1 is not read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from .common import LOG2E, Rows, cdiv, jit, load_logits, row_offset, tl, use_triton
+from .common import LOG2E, Rows, cdiv, jit, load_logits, parallel, row_offset, tl, use_triton
 
 # how many programs share the rows of a class block: enough for a GPU, few partial sums
 SLABS = 64
-PANEL_BYTES = 8 << 20
+# float32 bytes of a panel of gathered columns in the torch twins
+PANEL_BYTES = 1 << 18
 
 
 @jit
@@ -125,25 +124,32 @@ def class_sums_triton(rows, row_max, log_sum, columns, sample, num_samples, row_
     return out.sum(0)
 
 
-def panels(rows: Rows, row_max, log_sum, columns, keep) -> Iterator[tuple[Tensor, Tensor]]:
-    """(row indices (R,), probabilities (R, K)) over the kept rows, a few MiB at a time."""
-    kept = keep.nonzero()[:, 0]
-    num_columns = rows.num_classes if columns is None else columns.numel()
-    for part in kept.split(max(1, PANEL_BYTES // (4 * max(1, num_columns)))):
-        z = rows.panel(part, columns)  # a gathered copy, ours to overwrite
-        yield part, z.sub_(row_max[part, None]).sub_(log_sum[part, None]).exp_()
+def panel_rows(keep: Tensor, num_columns: int) -> list[Tensor]:
+    """The kept rows in parts (R,), each a panel of a few MiB: the same split on any machine."""
+    return list(keep.nonzero()[:, 0].split(max(1, PANEL_BYTES // (4 * max(1, num_columns)))))
+
+
+def panel_log_prob(rows: Rows, row_max, log_sum, columns, part: Tensor) -> Tensor:
+    """log p (R, K) of the rows of a part."""
+    z = rows.panel(part, columns)  # a gathered copy, ours to overwrite
+    return z.sub_(row_max[part, None]).sub_(log_sum[part, None])
 
 
 def class_sums_torch(rows, row_max, log_sum, columns, sample, num_samples, row_weight):
     num_columns = rows.num_classes if columns is None else columns.numel()
-    total = rows.new(num_samples, num_columns).zero_()
-    for part, p in panels(rows, row_max, log_sum, columns, sample >= 0):
+
+    def work(part: Tensor) -> tuple[Tensor, Tensor]:
+        p = panel_log_prob(rows, row_max, log_sum, columns, part).exp_()
         if row_weight is not None:
             p.mul_(row_weight[part, None])
         if num_samples == 1:
-            total[0] += p.sum(0)
-        else:
-            total.index_add_(0, sample[part], p)
+            return torch.zeros_like(part[:1]), p.sum(0, keepdim=True)
+        ids, index = torch.unique(sample[part], return_inverse=True)
+        return ids, p.new_zeros(ids.numel(), num_columns).index_add_(0, index, p)
+
+    total = rows.new(num_samples, num_columns).zero_()
+    for ids, partial in parallel(work, panel_rows(sample >= 0, num_columns)):
+        total[ids] += partial
     return total
 
 
@@ -228,11 +234,15 @@ def row_dots_triton(rows, row_max, log_sum, columns, sample, class_grad):
 
 def row_dots_torch(rows, row_max, log_sum, columns, sample, class_grad):
     out = rows.new(rows.num_rows).zero_()
-    for part, p in panels(rows, row_max, log_sum, columns, sample >= 0):
+
+    def work(part: Tensor) -> None:
+        p = panel_log_prob(rows, row_max, log_sum, columns, part).exp_()
         if class_grad.shape[0] == 1:
             out[part] = p @ class_grad[0]
         else:
             out[part] = p.mul_(class_grad[sample[part]]).sum(-1)
+
+    parallel(work, panel_rows(sample >= 0, class_grad.shape[1]))
     return out
 
 
@@ -244,7 +254,7 @@ def row_dots(
     sample: Tensor,  # (N,)
     class_grad: Tensor,  # (B, K)
 ) -> Tensor:
-    """`s_i = sum_k p[i, columns[k]] * class_grad[sample_i, k]`, shape (N,); 0 where sample is -1."""
+    """`s_i = sum_k p[i, columns[k]] * class_grad[sample_i, k]` (N,); 0 where sample is -1."""
     if rows.num_rows == 0 or class_grad.numel() == 0:
         return rows.new(rows.num_rows).zero_()
     run = row_dots_triton if use_triton(rows.data) else row_dots_torch
@@ -324,11 +334,8 @@ def class_peaks_torch(rows, row_max, log_sum, sample, num_samples):
     peak = rows.new(num_samples, rows.num_classes).fill_(-torch.inf)
     peak_row = rows.new(num_samples, rows.num_classes, dtype=torch.int64).fill_(-1)
     for b in range(num_samples):
-        kept = (sample == b).nonzero()[:, 0]
-        for part in kept.split(max(1, PANEL_BYTES // (4 * rows.num_classes))):
-            z = rows.panel(part, None)
-            log_p = z.sub_(row_max[part, None]).sub_(log_sum[part, None])
-            value, where = log_p.max(0)
+        for part in panel_rows(sample == b, rows.num_classes):
+            value, where = panel_log_prob(rows, row_max, log_sum, None, part).max(0)
             higher = (value > peak[b]) | value.isnan()
             peak[b] = torch.where(higher, value, peak[b])
             peak_row[b] = torch.where(higher, part[where], peak_row[b])

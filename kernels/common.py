@@ -6,8 +6,10 @@ N rows (tokens), V columns (classes), B x T the two leading strides a row index 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +30,40 @@ def jit(function):
 LOG2E = 1.4426950408889634 if tl is None else tl.constexpr(1.4426950408889634)
 
 # float32 bytes of one row block of the torch twins: what stays in a core's L2 next to its input
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 19
+# below this many elements a second thread costs more than it gains
+PARALLEL_ELEMENTS = 1 << 18
+
+
+# (first row, last row + 1, their raw logits (R, V))
+Block = tuple[int, int, Tensor]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def parallel(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """`[work(item) for item in items]` on as many threads as torch uses, without autograd.
+
+    Each thread runs its torch operations alone on a block that stays in its cache. Letting torch
+    split every small operation instead costs a barrier each, ruinous as soon as the machine has
+    anything else to do.
+    """
+    threads = min(torch.get_num_threads(), len(items))
+    if threads < 2:
+        with torch.no_grad():
+            return [work(item) for item in items]
+
+    def run(item: Item) -> Result:
+        with torch.no_grad():  # grad mode belongs to a thread
+            return work(item)
+
+    before = torch.get_num_threads()
+    try:
+        # per call: a pool that outlives a fork would hang in the child
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(run, items))
+    finally:
+        torch.set_num_threads(before)  # what threads started later by others begin with
 
 
 # ----------------------------------------------------------------------------- the rows of logits
@@ -72,21 +107,25 @@ class Rows:
 
     # The twins read logits in one of two ways: whole rows block by block, or a panel of columns.
 
-    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(first row, last row + 1, raw logits (R, V)) of each row block; no copies."""
+    def blocks(self) -> list[list[Block]]:
+        """All rows as row blocks without copies, in groups that one thread works through."""
         try:
             data = self.data.view(1, self.num_rows, self.num_classes)
         except RuntimeError:
             data = self.data
         batch, time, num_classes = data.shape
         step = max(1, BLOCK_BYTES // (4 * num_classes))
+        blocks = []
         for b in range(batch):
             for t in range(0, time, step):
                 raw = data[b, t : t + step]
-                yield b * time + t, b * time + t + raw.shape[0], raw
+                blocks.append((b * time + t, b * time + t + raw.shape[0], raw))
+        groups = 4 * torch.get_num_threads() if self.data.numel() > PARALLEL_ELEMENTS else 1
+        size = max(1, cdiv(len(blocks), groups))
+        return [blocks[i : i + size] for i in range(0, len(blocks), size)]
 
     def load(self, raw: Tensor, buffer: Tensor | None = None) -> Tensor:
-        """Transformed logits of a raw tile in the compute dtype; `raw` itself if that is the same."""
+        """Transformed logits of a raw tile in the compute dtype; `raw` itself where that is it."""
         if self.softcap is None and self.scale == 1.0 and raw.dtype == self.dtype:
             return raw
         z = torch.empty_like(raw, dtype=self.dtype) if buffer is None else buffer[: raw.shape[0]]

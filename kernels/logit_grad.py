@@ -18,12 +18,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .common import LOG2E, Rows, cdiv, jit, load_logits, next_power_of_2, row_offset, tl, use_triton
+from .common import (
+    LOG2E,
+    Block,
+    Rows,
+    cdiv,
+    jit,
+    load_logits,
+    next_power_of_2,
+    parallel,
+    row_offset,
+    tl,
+    use_triton,
+)
 
 
 @dataclass
 class GradTerms:
-    """What `dlogits` is made of; None leaves a term out. Ignored rows get 0 whatever stands here."""
+    """What `dlogits` is made of; None leaves a term out. Ignored rows get 0 in any case."""
 
     valid: Tensor  # (N,) bool
     target: Tensor  # (N,) int64
@@ -261,8 +273,8 @@ def grad_entries_kernel(
     if COLUMN_WEIGHTED:
         w = tl.load(column_weight + column, mask=inside, other=0.0).to(DTYPE)
     dz = grad_tile(
-        z, column == y, row_m, row_l, coef, coef_y, rest_y, extra, row_h, grad_h,
-        grad_t, w, tl.cast(softcap, DTYPE), tl.cast(scale, DTYPE), SOFTCAP, SCALED, ENTROPY, COLUMN_SUMS,
+        z, column == y, row_m, row_l, coef, coef_y, rest_y, extra, row_h, grad_h, grad_t, w,
+        tl.cast(softcap, DTYPE), tl.cast(scale, DTYPE), SOFTCAP, SCALED, ENTROPY, COLUMN_SUMS,
     )  # fmt: skip
     tl.store(dlogits + row * V + column, dz.to(dlogits.dtype.element_ty), mask=inside)
 
@@ -342,31 +354,27 @@ def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
 
 def logit_grad_torch(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
     """The twin adds the three passes up in one float32 row block, then rounds it once."""
-    load_buffer, grad_buffer = None, None
-    entry_first = None
-    if terms.entry_grad is not None:
-        firsts = [first for first, _, _ in rows.blocks()] + [rows.num_rows]
-        bounds = torch.searchsorted(terms.entry_row, torch.tensor(firsts))
-        entry_first = dict(zip(firsts, bounds.tolist(), strict=True))
-    for first, last, raw in rows.blocks():
-        out = dlogits[first:last]
-        valid = terms.valid[first:last]
-        if not valid.any():
-            out.zero_()
-            continue
-        if grad_buffer is None:
-            load_buffer = rows.new(raw.shape[0], rows.num_classes)
-            grad_buffer = rows.new(raw.shape[0], rows.num_classes)
-        z = rows.load(raw, load_buffer)
-        dz = out if out.dtype == rows.dtype else grad_buffer[: last - first]
-        block_grad(rows, z, terms, first, last, dz)
-        if entry_first is not None:
-            part = slice(entry_first[first], entry_first[last])
-            add_entries(rows, z, terms, part, first, dz)
-        if not valid.all():
-            dz.masked_fill_(~valid[:, None], 0)
-        if dz is not out:
-            out.copy_(dz)
+
+    def work(blocks: list[Block]) -> None:
+        size = max(last - first for first, last, _ in blocks)
+        load_buffer = rows.new(size, rows.num_classes)
+        grad_buffer = rows.new(size, rows.num_classes)
+        for first, last, raw in blocks:
+            out = dlogits[first:last]
+            valid = terms.valid[first:last]
+            if not valid.any():
+                out.zero_()
+                continue
+            z = rows.load(raw, load_buffer)
+            dz = out if out.dtype == rows.dtype else grad_buffer[: last - first]
+            block_grad(rows, z, terms, first, last, dz)
+            add_entries(rows, z, terms, first, last, dz)
+            if not valid.all():
+                dz.masked_fill_(~valid[:, None], 0)
+            if dz is not out:
+                out.copy_(dz)
+
+    parallel(work, rows.blocks())
 
 
 def block_grad(rows: Rows, z: Tensor, terms: GradTerms, first: int, last: int, dz: Tensor) -> None:
@@ -410,9 +418,11 @@ def block_grad(rows: Rows, z: Tensor, terms: GradTerms, first: int, last: int, d
         dz.mul_(slope)
 
 
-def add_entries(
-    rows: Rows, z: Tensor, terms: GradTerms, part: slice, first: int, dz: Tensor
-) -> None:
+def add_entries(rows: Rows, z: Tensor, terms: GradTerms, first: int, last: int, dz: Tensor) -> None:
+    if terms.entry_row is None:
+        return
+    bounds = torch.tensor([first, last], device=terms.entry_row.device)
+    part = slice(*torch.searchsorted(terms.entry_row, bounds).tolist())
     if part.start == part.stop:
         return
     row = terms.entry_row[part]

@@ -10,7 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import LOG2E, Rows, jit, load_logits, next_power_of_2, row_offset, tl, use_triton
+from .common import (
+    LOG2E,
+    Block,
+    Rows,
+    jit,
+    load_logits,
+    next_power_of_2,
+    parallel,
+    row_offset,
+    tl,
+    use_triton,
+)
 
 
 class RowStats(NamedTuple):
@@ -188,19 +199,22 @@ def row_stats_torch(
         if out is not None:
             out.fill_(-1 if out is stats.argmax else 0)
     valid = target != ignore_index
-    load_buffer, exp_buffer = None, None
-    for first, last, raw in rows.blocks():
-        use = valid[first:last]
-        if not use.any():
-            continue
-        if exp_buffer is None:
-            exp_buffer = rows.new(raw.shape[0], rows.num_classes)
-            load_buffer = rows.new(raw.shape[0], rows.num_classes)
-        z = rows.load(raw, load_buffer)
-        block = block_stats(z, exp_buffer[: last - first], target[first:last], stats, column_weight)
-        for out, value in zip(stats, block, strict=True):
-            if out is not None:
-                torch.where(use, value, out[first:last], out=out[first:last])
+
+    def work(blocks: list[Block]) -> None:
+        size = max(last - first for first, last, _ in blocks)
+        load_buffer = rows.new(size, rows.num_classes)
+        exp_buffer = rows.new(size, rows.num_classes)
+        for first, last, raw in blocks:
+            here = slice(first, last)
+            if not valid[here].any():
+                continue
+            z = rows.load(raw, load_buffer)
+            values = block_stats(z, exp_buffer[: last - first], target[here], stats, column_weight)
+            for out, value in zip(stats, values, strict=True):
+                if out is not None:
+                    torch.where(valid[here], value, out[here], out=out[here])
+
+    parallel(work, rows.blocks())
 
 
 def block_stats(

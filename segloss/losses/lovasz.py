@@ -11,6 +11,7 @@ from torch import Tensor
 
 from segloss.batch import Batch
 from segloss.distributed import concatenate_over
+from segloss.kernels.common import cdiv, parallel
 from segloss.losses.base import check_number
 from segloss.losses.region import ClassLoss
 from segloss.statistics import Request, Sweep, group_sum
@@ -18,6 +19,16 @@ from segloss.statistics import Request, Sweep, group_sum
 # Entries sorted at a time: a saturated foreground token makes all its class's rows candidates, and
 # sorting takes some ten numbers per entry.
 SORT_ENTRIES = 1 << 24
+
+
+def descending_in_groups(error: Tensor, group: Tensor) -> Tensor:
+    """Indices (E,) that sort by group, and by descending error within it."""
+    if error.dtype == torch.float32:
+        # one sort of integers: the bits of floats >= 0 (not -0.0) are ordered as the floats are
+        bits = (error + 0.0).view(torch.int32).long()
+        return torch.argsort((group << 32) | (0x7FFFFFFF - bits), stable=True)
+    order = torch.argsort(error, descending=True, stable=True)
+    return order[torch.argsort(group[order], stable=True)]
 
 
 def lovasz_weights(
@@ -33,8 +44,7 @@ def lovasz_weights(
     entry itself, with M the group's foreground weight: foreground `w / (M + B)`, background
     `w (M - P) / ((M + B - w) (M + B))`.
     """
-    order = torch.argsort(error, descending=True, stable=True)
-    order = order[torch.argsort(group[order], stable=True)]
+    order = descending_in_groups(error, group)
     group, foreground = group[order], foreground[order]
     weight = weight[order].double()
     own = torch.where(foreground, weight, 0)
@@ -52,22 +62,26 @@ def lovasz_weights(
 
 
 def weights_in_parts(error, group, foreground, weight, num_groups: int) -> Tensor:
-    """`lovasz_weights`, a range of groups at a time so that sorting stays within SORT_ENTRIES."""
-    if error.numel() <= SORT_ENTRIES:
+    """`lovasz_weights` of ranges of groups: one per thread on a CPU, SORT_ENTRIES on a GPU."""
+    entries = error.numel()
+    threads = 1 if error.is_cuda or entries < 1 << 14 else torch.get_num_threads()
+    per_part = min(SORT_ENTRIES, cdiv(entries, threads))
+    if entries <= per_part:
         return lovasz_weights(error, group, foreground, weight, num_groups)
-    result = torch.empty(error.shape, dtype=torch.float64, device=error.device)
-    size = torch.bincount(group, minlength=num_groups).cumsum(0).tolist()
-    start = 0
-    while start < num_groups:
-        done = size[start - 1] if start else 0
-        stop = start + 1
-        while stop < num_groups and size[stop] - done <= SORT_ENTRIES:
-            stop += 1
-        here = ((group >= start) & (group < stop)).nonzero()[:, 0]
+    filled = torch.bincount(group, minlength=num_groups).cumsum(0)
+    # cut where a part is full; a group is never split
+    part_of_group = (filled - 1).clamp(min=0) // per_part
+    starts = torch.searchsorted(part_of_group, torch.unique(part_of_group)).tolist()
+    result = torch.empty(entries, dtype=torch.float64, device=error.device)
+
+    def work(span: tuple[int, int]) -> None:
+        first, last = span
+        here = ((group >= first) & (group < last)).nonzero()[:, 0]
         result[here] = lovasz_weights(
-            error[here], group[here] - start, foreground[here], weight[here], stop - start
+            error[here], group[here] - first, foreground[here], weight[here], last - first
         )
-        start = stop
+
+    parallel(work, list(zip(starts, [*starts[1:], num_groups], strict=True)))
     return result
 
 
