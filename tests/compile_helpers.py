@@ -1,0 +1,137 @@
+"""Compile Triton kernels for GPUs that are not there, and read what the machine code costs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class AbsentDevice:
+    """Triton's driver of a GPU that is not there: it names a target and runs nothing."""
+
+    name: str
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+    def get_current_device(self) -> str:
+        return self.name
+
+    def get_current_stream(self, device: str) -> None:
+        return None
+
+
+@contextmanager
+def compiling_for(target: str) -> Iterator[dict[JITFunction, list[CompiledKernel]]]:
+    """Inside, a kernel launch on CPU tensors compiles what it would run on `target`, no more.
+
+    Yields the compiled kernels by function, in the order of the launches. Nothing is written to
+    the launch's outputs.
+    """
+    compiled: dict[JITFunction, list[CompiledKernel]] = {}
+    run = JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **options):
+        compiled.setdefault(kernel, []).append(
+            run(kernel, *args, grid=grid, warmup=True, **options)
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        # what users of a GPU get by default today; Triton 3.10 changes its default
+        patch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+        patch.setattr(triton.runtime.driver, "_active", AbsentDevice(target))
+        patch.setattr(JITFunction, "run", compile_only)
+        yield compiled
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes of the hardware."""
+
+    registers: int  # per thread
+    shared_memory: int  # bytes per block
+    spills: int  # NVIDIA: bytes of stack per thread; AMD: registers spilled
+
+    @classmethod
+    def of(cls, kernel: CompiledKernel) -> Resources:
+        assembly = kernel.asm.get("amdgcn")
+        if assembly is None:
+            usage = _cubin_tool("cuobjdump", "-res-usage", kernel=kernel)
+            spills = _field(usage, r"STACK:(\d+)") + _field(usage, r"LOCAL:(\d+)")
+            registers = _field(usage, r"REG:(\d+)")
+        else:
+            spills = _field(assembly, r"\.vgpr_spill_count:\s*(\d+)")
+            spills += _field(assembly, r"\.sgpr_spill_count:\s*(\d+)")
+            registers = _field(assembly, r"\.vgpr_count:\s*(\d+)")
+        return cls(registers, kernel.metadata.shared, spills)
+
+
+def _field(text: str, pattern: str) -> int:
+    found = re.search(pattern, text)
+    assert found, f"no {pattern!r} in:\n{text[-2000:]}"
+    return int(found.group(1))
+
+
+def _cubin_tool(tool: str, *options: str, kernel: CompiledKernel) -> str:
+    """What one of the tools in Triton's wheel prints about a kernel's machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [getattr(triton.knobs.nvidia, tool).path, *options, cubin.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop of a kernel's NVIDIA machine code: what one thread does in one pass."""
+
+    instructions: int
+    bytes_read: int  # from global memory
+    bytes_written: int
+
+
+def loops(kernel: CompiledKernel) -> list[Loop]:
+    code, first_of, spans = [], {}, []
+    for line in _cubin_tool("nvdisasm", "-c", kernel=kernel).splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            first_of[label.group(1)] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?(.*?)\s*;", line):
+            code.append(instruction.group(1))
+            jump = re.match(r"BRA.*`\((\.L_x_\d+)\)", code[-1])
+            if jump and jump.group(1) in first_of:  # backwards
+                spans.append((first_of[jump.group(1)], len(code)))
+    # a jump to itself pads the end of the code
+    spans = [(first, last) for first, last in spans if last - first > 1]
+    innermost = [
+        (first, last)
+        for first, last in spans
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in spans)
+    ]
+    return [
+        Loop(last - first, _bytes("LDG", code[first:last]), _bytes("STG", code[first:last]))
+        for first, last in innermost
+    ]
+
+
+def _bytes(operation: str, code: list[str]) -> int:
+    width = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+    operands = [line.split()[0].split(".") for line in code if line.startswith(operation)]
+    return sum(next((width[part] for part in parts if part in width), 4) for parts in operands)
