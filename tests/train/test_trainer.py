@@ -1,0 +1,128 @@
+"""The trainer's loss is the loss of the completion tokens, whatever the accumulation."""
+
+import functools
+
+import pytest
+import torch
+from train.tiny import build_model
+from transformers import TrainerCallback
+
+import segloss
+from segloss import reference
+from segloss.train import data
+from segloss.train.config import TrainConfig
+from segloss.train.expression import parse_loss
+from segloss.train.run import _training_arguments
+from segloss.train.tasks import Example
+from segloss.train.trainer import LossTrainer
+
+ROWS = [("one two", " three"), ("four", " five six seven"), ("eight nine ten", " no"), ("x", " y")]
+
+
+@pytest.fixture
+def items(tokenizer):
+    return data.encode([Example("t", *row) for row in ROWS], tokenizer)
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the first optimizer step."""
+
+    def __init__(self, model):
+        self.model, self.grads = model, None
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        self.grads = self.grads or [p.grad.clone() for p in self.model.parameters()]
+
+
+def step(items, loss, folder, batch_size):
+    """(logged loss, gradients) of one step over `items` in float64; the log is float32."""
+    model = build_model().double()
+    gradients = Gradients(model)
+    config = TrainConfig(
+        output=str(folder),
+        steps=1,
+        batch_size=batch_size,
+        accumulation=len(items) // batch_size,
+    )
+    arguments = _training_arguments(config)
+    arguments.max_grad_norm = 0
+    loop = LossTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=items,
+        data_collator=functools.partial(data.training_batch, pad_id=257),
+        loss=parse_loss(loss),
+        callbacks=[gradients],
+    )
+    loop.train()
+    return loop.state.log_history[0]["loss"], gradients.grads
+
+
+def completion_rows(model, item):
+    """Logits (M, V) that predict the completion of one item alone, and their targets (M,)."""
+    ids = torch.tensor([item.prompt_ids + item.completion_ids])
+    logits = model(ids).logits[0]
+    start = len(item.prompt_ids)
+    return logits[start - 1 : -1], ids[0, start:]
+
+
+@pytest.mark.parametrize(
+    ("expression", "naive"),
+    [
+        ("ce", reference.cross_entropy),
+        ("focal(gamma=1)", functools.partial(reference.focal_loss, gamma=1)),
+        ("lovasz", reference.lovasz_softmax),
+        ("dice", reference.dice_loss),
+    ],
+)
+def test_loss_and_gradient_are_those_of_the_completion_tokens(items, tmp_path, expression, naive):
+    loss, grads = step(items, expression, tmp_path, batch_size=4)
+    model = build_model().double()
+    logits, targets = zip(*(completion_rows(model, item) for item in items), strict=True)
+    expected = naive(torch.cat(logits), torch.cat(targets))
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    expected_grads = torch.autograd.grad(expected, list(model.parameters()))
+    for got, true in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("expression", ["ce", "ce + 0.5*focal", "sadl"])
+def test_accumulating_four_batches_is_one_batch_for_token_losses(items, tmp_path, expression):
+    one_loss, one = step(items, expression, tmp_path, batch_size=4)
+    four_loss, four = step(items, expression, tmp_path, batch_size=1)
+    assert four_loss == pytest.approx(one_loss, rel=1e-6)
+    for got, true in zip(four, one, strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-9, atol=1e-12)
+
+
+def test_accumulated_region_losses_are_a_token_weighted_mean(items, tmp_path):
+    loss, _ = step(items, "dice", tmp_path, batch_size=2)
+    model = build_model().double()
+    values, tokens = [], []
+    for pair in (items[:2], items[2:]):
+        logits, targets = zip(*(completion_rows(model, item) for item in pair), strict=True)
+        values.append(reference.dice_loss(torch.cat(logits), torch.cat(targets)).item())
+        tokens.append(sum(len(target) for target in targets))
+    expected = sum(v * t for v, t in zip(values, tokens, strict=True)) / sum(tokens)
+    assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_logits_keep_the_autocast_dtype(items, tmp_path):
+    """Accelerate's own mixed precision would copy them to float32."""
+    seen = []
+
+    class Spy(segloss.CrossEntropyLoss):
+        def forward(self, logits, target, **options):
+            seen.append((logits.dtype, logits.shape[:-1] == target.shape))
+            return super().forward(logits, target, **options)
+
+    loop = LossTrainer(
+        model=build_model(),
+        args=_training_arguments(TrainConfig(output=str(tmp_path), steps=1, batch_size=2)),
+        train_dataset=items,
+        data_collator=functools.partial(data.training_batch, pad_id=257),
+        loss=Spy(),
+        autocast=torch.bfloat16,
+    )
+    loop.train()
+    assert seen == [(torch.bfloat16, True)]
