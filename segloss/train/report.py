@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -104,6 +105,8 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 # -------------------------------------------------------------------------------- the picture
 
 BEFORE, AFTER, GUESS = "#9aa5b1", "#2563a8", "#c2410c"
+GUESSING = "chance or majority"
+TITLE_PAD = 28
 
 
 def plot(path, losses: Sequence[float], results: Sequence[TaskResult], loss_name: str) -> None:
@@ -111,10 +114,11 @@ def plot(path, losses: Sequence[float], results: Sequence[TaskResult], loss_name
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     training, held_out, match = figure.subplots(1, 3, width_ratios=[1.25, 1, 1])
-    _plot_training(training, losses, loss_name)
+    figure.suptitle(f"loss: {loss_name}", parse_math=False)
+    _plot_training(training, losses)
     _plot_pairs(
         held_out,
         results,
@@ -132,21 +136,26 @@ def plot(path, losses: Sequence[float], results: Sequence[TaskResult], loss_name
         "{:.0f}",
     )
     _plot_guessing(match, results)
-    figure.savefig(path, dpi=150, format="png")
+    with warnings.catch_warnings():
+        # a task's name in a script that the font lacks is drawn as boxes
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+        figure.savefig(path, dpi=150, format="png")
 
 
-def _plot_training(axes, losses: Sequence[float], loss_name: str) -> None:
+def _plot_training(axes, losses: Sequence[float]) -> None:
     steps = np.arange(1, len(losses) + 1)
-    axes.plot(steps, losses, color=BEFORE, linewidth=1, marker="." if len(losses) < 3 else None)
+    axes.plot(steps, losses, color=BEFORE, linewidth=1, marker=".", label="each step")
     window = max(1, len(losses) // 10)
     if window > 1:
         mean = np.convolve(losses, np.ones(window) / window, mode="valid")
-        label = f"mean of {window} steps"
-        axes.plot(steps[window - 1 :], mean, color=AFTER, linewidth=2, label=label)
-        axes.legend(frameon=False)
-    axes.set_title(f"training loss: {loss_name}", parse_math=False)
+        middle = np.arange(len(mean)) + (window + 1) / 2
+        axes.plot(middle, mean, color=AFTER, linewidth=2, label=f"mean of {window} steps")
+    axes.set_title("training loss", pad=TITLE_PAD)
     axes.set_xlabel("step")
-    axes.set_ylim(bottom=min(0, *losses))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.update_datalim([(1, 0)])
+    axes.autoscale_view()
+    _legend_above(axes)
     _plain(axes)
 
 
@@ -158,10 +167,11 @@ def _plot_pairs(axes, results, title: str, before, after, form: str) -> None:
     ):
         bars = axes.bar(places + shift, values, width=0.38, color=color, label=label)
         axes.bar_label(bars, [form.format(value) for value in values], padding=2, fontsize=9)
-    axes.set_xticks(places, [result.task for result in results], parse_math=False)
-    axes.margins(y=0.25)
-    axes.set_title(title)
-    axes.legend(frameon=False, loc="upper right")
+    many = {"rotation": 30, "ha": "right"} if len(results) > 4 else {}
+    axes.set_xticks(places, [result.task for result in results], parse_math=False, **many)
+    axes.margins(y=0.12)
+    axes.set_title(title, pad=TITLE_PAD)
+    _legend_above(axes)
     _plain(axes)
 
 
@@ -169,8 +179,13 @@ def _plot_guessing(axes, results: Sequence[TaskResult]) -> None:
     """A line over each task at what the better of chance and the majority answer scores."""
     guesses = [100 * max(result.chance or 0.0, result.majority) for result in results]
     places = np.arange(len(results))
-    axes.hlines(guesses, places - 0.42, places + 0.42, color=GUESS, linewidth=1.5, label="guessing")
-    axes.legend(frameon=False, loc="upper right")
+    axes.hlines(guesses, places - 0.42, places + 0.42, color=GUESS, linewidth=1.5, label=GUESSING)
+    _legend_above(axes)
+
+
+def _legend_above(axes) -> None:
+    """Between title and axes, where no bar is."""
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=3)
 
 
 def _plain(axes) -> None:

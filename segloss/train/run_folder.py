@@ -7,8 +7,6 @@ import math
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from .errors import UserError, first_line
 
 
@@ -60,7 +58,7 @@ class RunFolder:
         try:
             save(partial)
             partial.rename(self.path / name)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # safetensors and tokenizers report a full disk each in its way
             self._failed(name, error)
             _remove(partial)
 
