@@ -126,7 +126,9 @@ def class_sums_triton(rows, row_max, log_sum, columns, sample, num_samples, row_
 
 def panel_rows(keep: Tensor, num_columns: int) -> list[Tensor]:
     """The kept rows in parts (R,), each a panel of a few MiB: the same split on any machine."""
-    return list(keep.nonzero()[:, 0].split(max(1, PANEL_BYTES // (4 * max(1, num_columns)))))
+    kept = keep.nonzero()[:, 0]
+    step = max(1, PANEL_BYTES // (4 * max(1, num_columns)))
+    return list(kept.split(step)) if kept.numel() else []
 
 
 def panel_log_prob(rows: Rows, row_max, log_sum, columns, part: Tensor) -> Tensor:

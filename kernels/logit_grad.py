@@ -366,7 +366,9 @@ def logit_grad_torch(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
                 out.zero_()
                 continue
             z = rows.load(raw, load_buffer)
-            dz = out if out.dtype == rows.dtype else grad_buffer[: last - first]
+            # dlogits may lie over the logits, which the later terms still read
+            direct = out.dtype == rows.dtype and out.data_ptr() != raw.data_ptr()
+            dz = out if direct else grad_buffer[: last - first]
             block_grad(rows, z, terms, first, last, dz)
             add_entries(rows, z, terms, first, last, dz)
             if not valid.all():
@@ -404,7 +406,9 @@ def block_grad(rows: Rows, z: Tensor, terms: GradTerms, first: int, last: int, d
         coef_target = log_p.gather(1, target)
         dz.mul_(log_p).mul_(inverse_sum)
     coef_target = coef_target + terms.target_coef[here, None]
-    dz.scatter_(1, target, p_target * coef_target + terms.target_rest[here, None])
+    dz_target = p_target * coef_target + terms.target_rest[here, None]
+    absent = terms.target[here, None] != target  # in a block of the vocabulary
+    dz.scatter_(1, target, torch.where(absent, dz.gather(1, target), dz_target))
     if class_part is not None:
         if terms.columns is None:
             dz.add_(class_part)
@@ -436,7 +440,11 @@ def add_entries(rows: Rows, z: Tensor, terms: GradTerms, first: int, last: int, 
 
 
 def logit_grad(rows: Rows, terms: GradTerms, dlogits: Tensor) -> Tensor:
-    """Fills dlogits (N, V), contiguous, with the gradient of the logits; returns it."""
+    """Fills dlogits (N, V), contiguous, with the gradient of the logits; returns it.
+
+    dlogits may be the memory of the logits; on a GPU only without listed columns and entries, whose
+    passes read the logits again.
+    """
     if rows.num_rows:
         run = logit_grad_triton if use_triton(rows.data) else logit_grad_torch
         run(rows, terms, dlogits)

@@ -24,14 +24,13 @@ class Batch:
     token_weight: Tensor | None  # (N,) in the compute dtype
     ignore_index: int
     num_classes: int
+    dtype: torch.dtype  # of statistics and losses
     sample_ids: Tensor | None  # (N,) int64 as given; None for the leading index
     group: object | None = None
 
-    def weights(self, dtype: torch.dtype) -> Tensor:
+    def weights(self) -> Tensor:
         """What each token counts for (N,): its weight, 1 without weights, 0 if it is ignored."""
-        if self.token_weight is None:
-            return self.valid.to(dtype)
-        return self.token_weight.to(dtype)
+        return self.valid.to(self.dtype) if self.token_weight is None else self.token_weight
 
     def samples(self) -> tuple[Tensor, int]:
         """(index of each token's sample (N,), -1 where ignored; number of samples)."""
@@ -73,7 +72,7 @@ def check_range(target: Tensor, shape: torch.Size, ignore_index: int, num_classe
     if not wrong.any():
         return
     first = int(wrong.nonzero()[0, 0])
-    place = []
+    place: list[int] = []
     for size in reversed(shape):
         first, rest = divmod(first, size)
         place.insert(0, rest)
@@ -124,5 +123,13 @@ def make_batch(
             raise TypeError(f"sample_ids is {describe(sample_ids)}; it takes an integer dtype")
         sample_ids = sample_ids.reshape(-1).to(torch.int64)
     return Batch(
-        shape, flat, valid, token_weight, ignore_index, source.num_classes, sample_ids, group
+        shape,
+        flat,
+        valid,
+        token_weight,
+        ignore_index,
+        source.num_classes,
+        source.dtype,
+        sample_ids,
+        group,
     )

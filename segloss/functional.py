@@ -10,28 +10,78 @@ import inspect
 from collections.abc import Callable
 
 from segloss import losses
+from segloss.logits import LinearLogits
+
+CALL = [
+    parameter
+    for parameter in inspect.signature(losses.Loss.forward).parameters.values()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+]
+SOURCE = [
+    parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+    for parameter in inspect.signature(LinearLogits).parameters.values()
+    if parameter.name not in ("hidden", "weight", "bias")
+]
+
+
+def module_options(loss_class: type[losses.Loss]) -> list[inspect.Parameter]:
+    """The constructor's options as keyword-only parameters, those of `**options` included."""
+    options: dict[str, inspect.Parameter] = {}
+    for base in loss_class.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        own = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        for parameter in own:
+            if parameter.kind is not parameter.VAR_KEYWORD:
+                options.setdefault(parameter.name, parameter.replace(kind=parameter.KEYWORD_ONLY))
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in own):
+            break
+    return list(options.values())
+
+
+def split(keywords: dict, parameters: list[inspect.Parameter]) -> dict:
+    """Take out of `keywords` those that `parameters` name."""
+    return {p.name: keywords.pop(p.name) for p in parameters if p.name in keywords}
+
+
+def dress(function: Callable, name: str, positional: str, keyword_only: list, text: str) -> None:
+    names = positional.split()
+    leading = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+    function.__signature__ = inspect.Signature([*leading, *keyword_only])  # type: ignore[attr-defined]
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = text
 
 
 def functional(name: str, loss_class: type[losses.Loss]) -> Callable:
-    """`loss_class` as a function `name(logits, target, *, options of the module and the call)`."""
-    options = inspect.signature(loss_class.__init__, eval_str=False).parameters
-    inner = list(inspect.signature(loss_class.forward).parameters.values())[1:]
-    call = [p for p in inner if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    """`loss_class` as a function `name(logits, target, *, options of the module and its call)`."""
 
     def function(logits, target, **keywords):
-        of_call = {p.name: keywords.pop(p.name) for p in call if p.name in keywords}
-        return loss_class(**keywords)(logits, target, **of_call)
+        call = split(keywords, CALL)
+        return loss_class(**keywords)(logits, target, **call)
 
-    of_module = [p for p in options.values() if p.name != "self"]
-    keyword_only = [
-        p if p.kind is p.VAR_KEYWORD else p.replace(kind=p.KEYWORD_ONLY) for p in of_module
-    ]
-    keyword_only.sort(key=lambda p: p.kind)
-    named = [p for p in keyword_only if p.kind is p.KEYWORD_ONLY]
-    rest = [p for p in keyword_only if p.kind is p.VAR_KEYWORD]
-    function.__signature__ = inspect.Signature([*inner[:2], *named, *call, *rest])  # type: ignore[attr-defined]
-    function.__name__ = function.__qualname__ = name
-    function.__doc__ = f"`{loss_class.__name__}(...)(logits, target, ...)`.\n\n{loss_class.__doc__}"
+    text = f"`{loss_class.__name__}(...)(logits, target, ...)`.\n\n{loss_class.__doc__}"
+    dress(function, name, "logits target", [*module_options(loss_class), *CALL], text)
+    return function
+
+
+def linear_functional(name: str, loss_class: type[losses.Loss]) -> Callable:
+    """`name(input, linear_weight, target, *, linear_bias=None, ...)`, the logits never stored."""
+
+    def function(input, linear_weight, target, *, linear_bias=None, **keywords):
+        call, of_source = split(keywords, CALL), split(keywords, SOURCE)
+        source = LinearLogits(input, linear_weight, linear_bias, **of_source)
+        return loss_class(**keywords)(source, target, **call)
+
+    bias = inspect.Parameter("linear_bias", inspect.Parameter.KEYWORD_ONLY, default=None)
+    text = (
+        f"`{loss_class.__name__}(...)(F.linear(input, linear_weight, linear_bias), target, ...)` "
+        "without storing the logits.\n\n"
+        "Parameters as `torch.nn.functional.linear_cross_entropy`, then the options of "
+        f"`LinearLogits` and of the loss. Without a valid token the value is 0.\n\n"
+        f"{loss_class.__doc__}"
+    )
+    options = [bias, *SOURCE, *module_options(loss_class), *CALL]
+    dress(function, name, "input linear_weight target", options, text)
     return function
 
 
@@ -49,3 +99,21 @@ jaccard_loss = functional("jaccard_loss", losses.JaccardLoss)
 tversky_loss = functional("tversky_loss", losses.TverskyLoss)
 focal_tversky_loss = functional("focal_tversky_loss", losses.FocalTverskyLoss)
 lovasz_softmax = functional("lovasz_softmax", losses.LovaszSoftmaxLoss)
+linear_cross_entropy = linear_functional("linear_cross_entropy", losses.CrossEntropyLoss)
+linear_focal_loss = linear_functional("linear_focal_loss", losses.FocalLoss)
+linear_poly_loss = linear_functional("linear_poly_loss", losses.PolyLoss)
+linear_generalized_cross_entropy = linear_functional(
+    "linear_generalized_cross_entropy", losses.GeneralizedCrossEntropyLoss
+)
+linear_dft_loss = linear_functional("linear_dft_loss", losses.DFTLoss)
+linear_self_adjusting_dice_loss = linear_functional(
+    "linear_self_adjusting_dice_loss", losses.SelfAdjustingDiceLoss
+)
+linear_dice_loss = linear_functional("linear_dice_loss", losses.DiceLoss)
+linear_generalized_dice_loss = linear_functional(
+    "linear_generalized_dice_loss", losses.GeneralizedDiceLoss
+)
+linear_jaccard_loss = linear_functional("linear_jaccard_loss", losses.JaccardLoss)
+linear_tversky_loss = linear_functional("linear_tversky_loss", losses.TverskyLoss)
+linear_focal_tversky_loss = linear_functional("linear_focal_tversky_loss", losses.FocalTverskyLoss)
+linear_lovasz_softmax = linear_functional("linear_lovasz_softmax", losses.LovaszSoftmaxLoss)

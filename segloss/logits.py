@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -90,5 +90,171 @@ class DenseLogits:
         return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
 
 
-def as_source(logits) -> DenseLogits:
-    return logits if isinstance(logits, DenseLogits) else DenseLogits(logits)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Logits of one row chunk, in bytes, where the caller gives none (measured: bench/NOTES.md)
+CPU_CHUNK_BYTES = 256 << 20
+GPU_CHUNK_BYTES = 512 << 20
+# fewer rows than this leave a GPU's matrix units waiting for the weight to be read again
+GPU_CHUNK_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class LinearLogits:
+    """`softcap * tanh(scale * F.linear(hidden, weight, bias) / softcap)`, never stored.
+
+    Takes the place of the logits in every loss: they are made, used and dropped a chunk of rows at
+    a time.
+
+    Args:
+        hidden: (..., D), of the weight's dtype (or any, under autocast, which casts both).
+        weight: (V, D), the lm_head.
+        bias: (V,) or None.
+        softcap, scale: as for DenseLogits.
+        lora: (A (r, D), B (V, r), scaling) of a LoRA adapter on the head, as peft stores it: the
+            head is `weight + scaling * B @ A`. Adapter dropout must be 0.
+        compact: leave ignored rows out of the matrix products; costs one synchronisation for their
+            count on a GPU, which compact=False avoids (CUDA graphs).
+        chunk_bytes: what the logits of one chunk may take; None for a measured default.
+        memory_budget: bytes of logits that may be kept from forward to backward where they would
+            otherwise be computed again.
+        grad_filter: columns of a block of 256 rows in which every |dlogits| (before the mean and
+            the upstream gradient) is below this are multiplied as one rank-1 term; 0 for none.
+
+    Errors: TypeError or ValueError naming the argument.
+    Memory and matrix products: `explain(loss, target)`.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    lora: tuple[Tensor, Tensor, float] | None = None
+    compact: bool = True
+    chunk_bytes: int | None = None
+    memory_budget: int = 0
+    grad_filter: float = 0.0
+    # of the matrix products: autocast's where it is on
+    product_dtype: torch.dtype = field(init=False, repr=False)
+    # filled by backward: "dropped_mass", the share of |dlogits| that grad_filter merged
+    report: dict = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self):
+        check_transform(self.softcap, self.scale)
+        for name, tensor in self.named_tensors():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} is {describe(tensor)}; it takes a tensor")
+            check_plain(name, tensor)
+            if tensor.dtype not in FLOATS:
+                raise TypeError(
+                    f"{name} is {describe(tensor)}; it takes float64, float32, bfloat16 or float16"
+                )
+            if tensor.device != self.hidden.device or tensor.device.type == "meta":
+                raise ValueError(
+                    f"{name} is on {tensor.device}; it takes the device of hidden, a real one "
+                    f"({self.hidden.device})"
+                )
+        self.check_shapes()
+        self.check_options()
+        device, dtype = self.hidden.device.type, self.hidden.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        object.__setattr__(self, "product_dtype", dtype)
+
+    def check_shapes(self) -> None:
+        hidden, weight = self.hidden, self.weight
+        if hidden.dim() < 2 or hidden.shape[-1] == 0:
+            raise ValueError(f"hidden is {describe(hidden)}; it takes shape (..., D), 2-D at least")
+        width = hidden.shape[-1]
+        if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0:
+            raise ValueError(f"weight is {describe(weight)}; it takes shape (V, {width})")
+        num_classes = weight.shape[0]
+        if self.bias is not None and self.bias.shape != (num_classes,):
+            raise ValueError(f"bias is {describe(self.bias)}; it takes shape ({num_classes},)")
+        if self.lora is not None:
+            a, b, _ = self.lora
+            if a.dim() != 2 or a.shape[1] != width:
+                raise ValueError(f"lora's A is {describe(a)}; it takes shape (r, {width})")
+            if b.shape != (num_classes, a.shape[0]):
+                raise ValueError(
+                    f"lora's B is {describe(b)}; it takes shape ({num_classes}, {a.shape[0]})"
+                )
+        if not torch.is_autocast_enabled(hidden.device.type):
+            for name, tensor in self.named_tensors():
+                if tensor.dtype != hidden.dtype:
+                    raise TypeError(
+                        f"{name} is {tensor.dtype}, hidden {hidden.dtype}; they take one dtype "
+                        "outside autocast"
+                    )
+
+    def check_options(self) -> None:
+        if not isinstance(self.compact, bool):
+            raise TypeError(f"compact is {self.compact!r}; it takes True or False")
+        for name in ("chunk_bytes", "memory_budget"):
+            value = getattr(self, name)
+            if name == "chunk_bytes" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} is {describe(value)}; it takes a number of bytes")
+            if value < (name == "chunk_bytes"):
+                raise ValueError(f"{name} is {value}; it takes a positive number of bytes")
+        if not (isinstance(self.grad_filter, (int, float)) and 0 <= self.grad_filter < 1):
+            raise ValueError(f"grad_filter is {self.grad_filter!r}; it takes a number in [0, 1)")
+
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """(name, tensor) of what makes the logits, in the order gradients are returned."""
+        named: list[tuple[str, Tensor]] = [("hidden", self.hidden), ("weight", self.weight)]
+        if self.bias is not None:
+            named.append(("bias", self.bias))
+        if self.lora is not None:
+            if not (isinstance(self.lora, tuple) and len(self.lora) == 3):
+                raise TypeError(f"lora is {describe(self.lora)}; it takes (A, B, scaling)")
+            named += [("lora's A", self.lora[0]), ("lora's B", self.lora[1])]
+        return named
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        return self.hidden.shape[:-1]
+
+    @property
+    def num_classes(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of statistics and losses."""
+        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+    def needs_grad(self) -> bool:
+        return torch.is_grad_enabled() and any(t.requires_grad for _, t in self.named_tensors())
+
+    def chunk_rows(self, num_rows: int) -> int:
+        """Rows of a chunk: from the byte budget alone, never from V / D."""
+        on_gpu = self.device.type == "cuda"
+        budget = self.chunk_bytes or (GPU_CHUNK_BYTES if on_gpu else CPU_CHUNK_BYTES)
+        rows = budget // (self.num_classes * self.product_dtype.itemsize)
+        if on_gpu and self.chunk_bytes is None:
+            rows = max(GPU_CHUNK_ROWS, rows)
+        if rows >= num_rows:
+            return max(1, num_rows)
+        # equal chunks: a small last one would reread the weight for little
+        count = -(-num_rows // max(1, rows))
+        even = -(-num_rows // count)
+        return even if even < 128 else min(num_rows, -(-even // 128) * 128 if rows >= 128 else even)
+
+    def explain(self, loss, target: Tensor) -> str:
+        """What `loss(self, target)` and its backward do: chunks, matrix products, bytes."""
+        from segloss.linear import explain
+
+        return explain(self, loss, target)
+
+
+Source = DenseLogits | LinearLogits
+
+
+def as_source(logits) -> Source:
+    return logits if isinstance(logits, (DenseLogits, LinearLogits)) else DenseLogits(logits)

@@ -21,9 +21,9 @@ Names and keywords are those of the functions in `segloss`. Every loss takes
                   (sum of token weights / normalizer)
     return_statistics   return `(loss, Statistics)`
 
-and region losses (Dice to Lovász) also `classes` ("present", "all") and `per_sample`, and those made
-of sums also `average` ("macro", "micro"). A batch without a valid token gives 0, connected to the
-graph.
+and region losses (Dice to Lovász) also `classes` ("present", "all") and `per_sample`, and those
+made of sums also `average` ("macro", "micro"). A batch without a valid token gives 0, connected to
+the graph.
 
 `published=True` reproduces the code released with "Loss functions from computer vision for language
 models" (arXiv:2409.13641) where it differs from its formulas; each docstring says how.
@@ -82,9 +82,10 @@ def linear_logits(
     scale: float = 1.0,
     lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """`transform(hidden @ weight.T + bias)`; `lora = (A (r, D), B (V, r), scaling)` adds its product.
+    """`transform(hidden @ weight.T + bias)`.
 
-    hidden (..., D), weight (V, D), bias (V,) -> (..., V).
+    hidden (..., D), weight (V, D), bias (V,) -> (..., V); `lora = (A, B, scaling)` with A (r, D)
+    and B (V, r) adds `scaling * B @ A` to the weight.
     """
     logits = hidden @ weight.T
     if lora is not None:
@@ -267,7 +268,7 @@ def focal_loss(
 
 
 def poly_loss(logits: Tensor, target: Tensor, *, epsilon: float = 1.0, **options: Any) -> Any:
-    """Poly-1: `-log p + epsilon (1 - p)` (Leng et al., arXiv:2204.12511, eq. 6)."""
+    """Poly-1: `-log p + epsilon (1 - p)` (Leng et al., arXiv:2204.12511)."""
 
     def value(log_prob: Tensor) -> Tensor:
         return -log_prob + epsilon * -torch.expm1(log_prob)
@@ -278,7 +279,7 @@ def poly_loss(logits: Tensor, target: Tensor, *, epsilon: float = 1.0, **options
 def generalized_cross_entropy(
     logits: Tensor, target: Tensor, *, q: float = 0.7, **options: Any
 ) -> Any:
-    """`(1 - p^q) / q` (Zhang and Sabuncu, arXiv:1805.07836, eq. 6): q -> 0 is CE, q = 1 is 1 - p."""
+    """`(1 - p^q) / q`: q -> 0 is CE, q = 1 is 1 - p (Zhang and Sabuncu, arXiv:1805.07836)."""
 
     def value(log_prob: Tensor) -> Tensor:
         return -torch.expm1(q * log_prob) / q
@@ -305,7 +306,7 @@ def self_adjusting_dice_loss(
     published: bool = False,
     **options: Any,
 ) -> Any:
-    """`1 - (2q + gamma) / (q + 1 + gamma)`, `q = (1-p)^alpha p` (Li et al., arXiv:1911.02855, eq. 12).
+    """`1 - (2q + gamma) / (q + 1 + gamma)` with `q = (1-p)^alpha p` (Li et al., arXiv:1911.02855).
 
     Its minimum is at p = 1 / (1 + alpha), so at the authors' alpha = 1 it pulls p to 0.5;
     `detach=True` stops the gradient of `(1-p)^alpha`, and then it pulls p to 1.
@@ -387,7 +388,7 @@ def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5, **options
 
 
 def jaccard_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5, **options: Any) -> Any:
-    """`1 - (TP + s) / (P + n - TP + s)` per class (Rahman and Wang, 2016, eq. 3)."""
+    """`1 - (TP + s) / (P + n - TP + s)` per class (Rahman and Wang, 2016)."""
 
     def value(tp: Tensor, p: Tensor, n: Tensor) -> Tensor:
         return 1 - (tp + smooth) / (p + n - tp + smooth)
@@ -404,7 +405,7 @@ def tversky_loss(
     smooth: float = 1e-5,
     **options: Any,
 ) -> Any:
-    """`1 - (TP + s) / (TP + alpha FP + beta FN + s)` (Salehi et al., arXiv:1706.05721, eq. 4)."""
+    """`1 - (TP + s) / (TP + alpha FP + beta FN + s)` (Salehi et al., arXiv:1706.05721)."""
     return focal_tversky_loss(
         logits, target, alpha=alpha, beta=beta, gamma=1.0, smooth=smooth, **options
     )
@@ -420,7 +421,7 @@ def focal_tversky_loss(
     smooth: float = 1e-5,
     **options: Any,
 ) -> Any:
-    """`Tversky_c ^ gamma` per class (Abraham and Khan, arXiv:1810.07842, eq. 4)."""
+    """`Tversky_c ^ gamma` per class (Abraham and Khan, arXiv:1810.07842)."""
 
     def value(tp: Tensor, p: Tensor, n: Tensor) -> Tensor:
         fp, fn = p - tp, n - tp
@@ -470,7 +471,7 @@ def lovasz_softmax(
 ) -> Any:
     """Sort every class's errors and take the Lovász extension of the Jaccard loss.
 
-    Berman et al., arXiv:1705.08790, eq. 9 and algorithm 1: with errors `1 - p` (foreground) and `p`
+    Berman et al., arXiv:1705.08790, algorithm 1: with errors `1 - p` (foreground) and `p`
     (background) in descending order and `J_k = 1 - (M - P_k) / (M + B_k)` after k of them, the
     value is `sum_k e_k (J_k - J_{k-1})`. P_k and B_k are the foreground and background weights so
     far, M the class's whole foreground weight; for an absent class the value is the largest p.
@@ -496,7 +497,7 @@ def lovasz_softmax(
 
 
 # values of a set of tokens: log-probabilities of the K classes (n, K), one-hot targets (n, K),
-# token weights (n, 1), class weights (K,) -> values and the weights of their mean, both (K,) or (1,)
+# token weights (n, 1), class weights (K,) -> values and their weights in the mean, (K,) or (1,)
 _SetValue = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 

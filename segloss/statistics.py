@@ -24,7 +24,7 @@ from segloss.kernels.class_stats import class_peaks, class_sums, row_dots
 from segloss.kernels.common import Rows
 from segloss.kernels.logit_grad import GradTerms, logit_grad
 from segloss.kernels.row_stats import row_stats
-from segloss.logits import DenseLogits, as_source, describe
+from segloss.logits import DenseLogits, LinearLogits, as_source, describe
 
 
 @dataclass
@@ -145,7 +145,7 @@ class _Attach(torch.autograd.Function):
             return (None, None, None, *ctx.rule(tensors, saved, named, needed))
 
 
-def attach(rule: Rule, outputs: dict, saved: dict, tensors: tuple) -> dict[str, Tensor]:
+def attach(rule: Rule, outputs: dict, saved: dict, tensors: tuple) -> dict[str, Any]:
     """`outputs`, differentiable with respect to `tensors` by `rule(tensors, saved, grads, needed)`.
 
     `saved` reaches the rule together with the outputs; None values are left out of both.
@@ -353,6 +353,8 @@ def peak_entries(saved, grads) -> tuple | None:
 
 def group_sum(values: Tensor, index: Tensor, size: int) -> Tensor:
     """`out[index[i]] += values[i]` over a new (size,) tensor of zeros, the same bits every time."""
+    if size == 0:
+        return values[:0]  # still of the graph
     zeros = values.new_zeros(size)
     if values.is_cuda:  # index_add_ adds atomically there; the accumulating put sorts first
         return zeros.index_put((index,), values, accumulate=True)
@@ -364,6 +366,10 @@ def group_sum(values: Tensor, index: Tensor, size: int) -> Tensor:
 
 def make_sweep(source, batch: Batch, request: Request) -> Sweep:
     """Statistics of any logits source."""
+    if isinstance(source, LinearLogits):
+        from segloss.linear import sweep_linear
+
+        return sweep_linear(source, batch, request)
     with torch.autocast(source.device.type, enabled=False):
         return sweep_dense(source, batch, request)
 
@@ -430,7 +436,7 @@ def check_classes(classes, source) -> str | Tensor:
     )
 
 
-def public_statistics(sweep: Sweep, batch: Batch) -> Statistics:
+def public_statistics(sweep: TokenStats, batch: Batch) -> Statistics:
     shape = batch.shape
 
     def shaped(values):

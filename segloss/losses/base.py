@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from segloss.batch import Batch, make_batch
-from segloss.logits import as_source, describe
+from segloss.distributed import sum_over
+from segloss.linear import FusedPlan, fused_loss
+from segloss.logits import LinearLogits, as_source, describe
 from segloss.statistics import Request, Statistics, Sweep, make_sweep, public_statistics
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -46,6 +48,7 @@ class Loss(nn.Module):
     """
 
     weight: Tensor | None
+    is_token_loss = False
 
     def __init__(
         self,
@@ -103,6 +106,11 @@ class Loss(nn.Module):
         request = self.request()
         if return_statistics:
             request = replace(request, entropy=True, argmax=True)
+        if isinstance(source, LinearLogits) and fusible(self) and source.needs_grad():
+            plan = self.fused_plan(batch, normalizer, request)
+            loss, sweep = fused_loss(source, batch, plan)
+            loss = sum_over(loss, self.group)
+            return (loss, public_statistics(sweep, batch)) if return_statistics else loss
         sweep = make_sweep(source, batch, request)
         with torch.autocast(source.device.type, enabled=False):
             loss = self.value(sweep, batch, normalizer)
@@ -133,6 +141,10 @@ class Loss(nn.Module):
         """The reduced loss."""
         raise TypeError(f"{type(self).__name__} does not define value(sweep, batch, normalizer)")
 
+    def fused_plan(self, batch: Batch, normalizer: Tensor | None, request: Request) -> FusedPlan:
+        """This loss as factors known before the logits are; only of a `fusible` loss."""
+        raise TypeError(f"{type(self).__name__} is not a sum over tokens")
+
     def extra_repr(self) -> str:
         shown = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}
         return ", ".join(f"{k}={v!r}" for k, v in shown.items() if v is not None)
@@ -156,6 +168,11 @@ class Loss(nn.Module):
     def __radd__(self, other) -> Loss:
         # so that sum([...]) works
         return self if other == 0 else NotImplemented
+
+
+def fusible(loss: Loss) -> bool:
+    """Whether a scalar sum over tokens: its gradients can be formed while a chunk's logits live."""
+    return loss.is_token_loss and loss.reduction != "none"
 
 
 def check_normalizer(normalizer, reduction: str, source) -> Tensor | None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from segloss.batch import Batch
+from segloss.linear import FusedPlan
 from segloss.logits import describe
 from segloss.losses.base import Loss
-from segloss.losses.token import TokenLoss
 from segloss.statistics import Request, Sweep
 
 
@@ -42,8 +43,7 @@ class CombinedLoss(Loss):
                 raise ValueError(f"the parts of a combined loss have {name} {values}; it takes one")
         reductions = {part.reduction for part in parts}
         if "none" in reductions and (
-            len(parts) > 1
-            and not (reductions == {"none"} and all(isinstance(p, TokenLoss) for p in parts))
+            len(parts) > 1 and not (reductions == {"none"} and all(p.is_token_loss for p in parts))
         ):
             raise ValueError(
                 "reduction='none' in a combined loss needs token losses that all have it; got "
@@ -56,14 +56,27 @@ class CombinedLoss(Loss):
 
     @property
     def terms(self) -> list[tuple[float, Loss]]:
-        return list(zip(self.coefficients, self.parts, strict=True))
+        return list(zip(self.coefficients, cast(list[Loss], self.parts), strict=True))
 
     def check(self, source) -> None:
-        for part in self.parts:
+        for _, part in self.terms:
             part.check(source)
 
     def request(self) -> Request:
-        return functools.reduce(operator.or_, (part.request() for part in self.parts))
+        return functools.reduce(operator.or_, (part.request() for _, part in self.terms))
+
+    @property
+    def is_token_loss(self) -> bool:  # type: ignore[override]
+        return all(part.is_token_loss for _, part in self.terms)
+
+    def fused_plan(self, batch: Batch, normalizer: Tensor | None, request: Request) -> FusedPlan:
+        plans = [part.fused_plan(batch, normalizer, request) for _, part in self.terms]
+        terms = [
+            (coefficient * factor, part)
+            for coefficient, plan in zip(self.coefficients, plans, strict=True)
+            for factor, part in plan.terms
+        ]
+        return FusedPlan(terms, request, plans[0].denominator)
 
     def value(self, sweep: Sweep, batch: Batch, normalizer: Tensor | None) -> Tensor:
         values = [

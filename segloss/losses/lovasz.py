@@ -142,7 +142,7 @@ class LovaszSoftmaxLoss(ClassLoss):
 
         # every token is a foreground entry of its own class; an ignored one has weight 0
         miss = torch.where(valid, -torch.expm1(sweep.log_prob), 0)
-        counted = batch.weights(dtype)
+        counted = batch.weights()
         row = sweep.candidate_row
         error = torch.cat([shared(miss), shared(sweep.candidate_prob)])
         weight = torch.cat([shared(counted), shared(counted[row])])

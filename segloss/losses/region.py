@@ -40,7 +40,7 @@ def region_scale(value: Tensor, batch: Batch, normalizer: Tensor | None) -> Tens
     """The share of the normaliser this batch's tokens make up."""
     if normalizer is None:
         return value
-    weight = sum_over(batch.weights(value.dtype).sum(), batch.group)
+    weight = sum_over(batch.weights().sum(), batch.group)
     return value * ratio(weight, normalizer)
 
 
@@ -138,7 +138,7 @@ class RegionLoss(ClassLoss):
     def class_sums(self, sweep: Sweep, batch: Batch) -> tuple[ClassSums, Tensor]:
         """The sums of this loss's classes and samples, from those of the finest request."""
         log_prob, num_samples = sweep.log_prob, sweep.num_samples
-        weights = batch.weights(log_prob.dtype)
+        weights = batch.weights()
         ids = sweep.classes
         num_classes = batch.num_classes if ids is None else ids.numel()
         own = torch.where(batch.valid, batch.target, 0) if ids is None else sweep.own

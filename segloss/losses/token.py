@@ -10,6 +10,7 @@ from torch import Tensor
 
 from segloss.batch import Batch
 from segloss.distributed import sum_over
+from segloss.linear import FusedPlan
 from segloss.losses.base import Loss, check_number, power, ratio
 from segloss.statistics import Request, Sweep, TokenStats
 
@@ -20,6 +21,8 @@ class TokenLoss(Loss):
     A subclass gives `formula(stats) -> (N,)`. Reductions, with token weights t and class weights w:
     mean `sum_i t_i w_yi l_i / sum_i t_i w_yi`, sum `sum_i t_i w_yi l_i`, none `t_i w_yi l_i`.
     """
+
+    is_token_loss = True
 
     def formula(self, stats: TokenStats) -> Tensor:
         """Value of each token (N,), before any weight."""
@@ -38,17 +41,22 @@ class TokenLoss(Loss):
         weight = self.class_weights(target, valid)
         return value if weight is None else value * weight.to(value.dtype)
 
-    def denominator(self, batch: Batch, normalizer: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def denominator(self, batch: Batch, normalizer: Tensor | None) -> Tensor:
         """What the sum over tokens is divided by."""
         if self.reduction == "sum":
-            return torch.ones((), dtype=dtype, device=batch.target.device)
+            return torch.ones((), dtype=batch.dtype, device=batch.target.device)
         if normalizer is not None:
             return normalizer
-        counted = batch.weights(dtype)
+        counted = batch.weights()
         weight = self.class_weights(batch.target, batch.valid)
         if weight is not None:
-            counted = counted * weight.to(dtype)
+            counted = counted * weight.to(batch.dtype)
         return sum_over(counted.sum(), batch.group)
+
+    def fused_plan(self, batch: Batch, normalizer: Tensor | None, request: Request) -> FusedPlan:
+        denominator = self.denominator(batch, normalizer)
+        denominator = torch.where(denominator == 0, 1, denominator)
+        return FusedPlan([(1 / denominator, self)], request, denominator)
 
     def value(self, sweep: Sweep, batch: Batch, normalizer: Tensor | None) -> Tensor:
         value = self.token_values(sweep, batch.target, batch.valid)
@@ -59,7 +67,7 @@ class TokenLoss(Loss):
         if self.reduction == "none":
             return value.view(batch.shape)
         total = sum_over(value.sum(), batch.group)
-        return ratio(total, self.denominator(batch, normalizer, value.dtype))
+        return ratio(total, self.denominator(batch, normalizer))
 
 
 class CrossEntropyLoss(TokenLoss):

@@ -1,0 +1,77 @@
+"""Matrix products of blocks of dlogits: nothing overflows, and what is small may be merged.
+
+R rows, C columns (classes) of a block, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# rows whose largest |dlogits| decides whether a column is multiplied by itself
+FILTER_ROWS = 256
+
+
+def product(a: Tensor, b: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """`a @ b * scale` (m, n), accumulated in float32, in a dtype with the range of float32.
+
+    float32 on a GPU. On a CPU, which has no such product, bfloat16 stays (it has the range) and
+    float16 is multiplied as float32: unscaled sums over tokens overflow its range.
+    """
+    if a.dtype == torch.float16:
+        full = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+        return full * scale
+    if isinstance(scale, Tensor) or scale != 1.0:
+        b = (b * scale).to(b.dtype)  # exact for a power of two, and smaller than the result
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
+
+
+def column_sums(dlogits: Tensor) -> Tensor:
+    """`dlogits.sum(0)` (C,) of a block (R, C), in float32 at least."""
+    dtype = torch.float64 if dlogits.dtype == torch.float64 else torch.float32
+    return dlogits.sum(0, dtype=dtype)
+
+
+def filtered_products(
+    dlogits: Tensor,  # (R, C)
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (C, D)
+    scale: Tensor,  # ()
+    threshold: Tensor | float,
+    weight_needed: bool,
+) -> tuple[Tensor, Tensor | None, float, float]:
+    """`dlogits @ weight * scale` and `dlogits.T @ hidden * scale`, small columns as one term.
+
+    In every FILTER_ROWS rows, columns whose largest |dlogits| is below the threshold are not
+    multiplied: with r_i their sum in row i and q_j column j's share of the block's sum, they add
+    `r_i (q @ weight)` to the first product and `q_j (r @ hidden)` to the second. Real embeddings
+    share a large common direction, so that the sum matters where no single column does.
+
+    Returns the products (the second None if not needed), sum |dlogits|, and its merged part.
+    """
+    dtype = torch.float64 if dlogits.dtype == torch.float64 else torch.float32
+    hidden_grad = dlogits.new_empty(hidden.shape, dtype=dtype)
+    weight_grad = dlogits.new_zeros(weight.shape, dtype=dtype) if weight_needed else None
+    mass = merged = 0.0
+    for first in range(0, dlogits.shape[0], FILTER_ROWS):
+        here = slice(first, first + FILTER_ROWS)
+        block = dlogits[here]
+        size = torch.maximum(block.amax(0), -block.amin(0))
+        keep = size >= threshold
+        kept = keep.nonzero()[:, 0]
+        large = block[:, kept]
+        row_rest = block.sum(1, dtype=dtype) - large.sum(1, dtype=dtype)  # r
+        share = torch.where(keep, 0, block.sum(0, dtype=dtype))
+        total = share.sum()
+        share = share / torch.where(total == 0, 1, total)  # q
+        common = product(share[None].to(weight.dtype), weight).to(dtype)
+        hidden_grad[here] = product(large, weight[kept]).to(dtype) + row_rest[:, None] * common
+        if weight_grad is not None:
+            weight_grad.index_add_(0, kept, product(large.T, hidden[here], scale).to(dtype))
+            weight_grad.addr_(share, (row_rest * scale) @ hidden[here].to(dtype))
+        block_mass = float(torch.linalg.vector_norm(block, 1, dtype=dtype))
+        mass += block_mass
+        merged += block_mass - float(torch.linalg.vector_norm(large, 1, dtype=dtype))
+    return hidden_grad * scale, weight_grad, mass, merged
