@@ -321,13 +321,19 @@ def sweep_linear(source: LinearLogits, batch: Batch, request: Request) -> Sweep:
         "present": sweep.present,
         "candidate_row": sweep.candidate_row,
         "candidate_class": sweep.candidate_class,
-        "peak_row": per_class.peak_row if rows is None or per_class.peak_row is None
-        else torch.where(per_class.peak_row < 0, -1, rows[per_class.peak_row.clamp(min=0)]),
+        "peak_row": renumbered(per_class.peak_row, rows),
         "qw": torch.cat(qw) if qw else None,
         "logits": torch.cat(kept) if kept else None,
     }  # fmt: skip
     rule = functools.partial(grad_linear, options=without_data(source))
     return replace(sweep, **attach(rule, outputs, saved, tensors))
+
+
+def renumbered(index: Tensor | None, table: Tensor | None) -> Tensor | None:
+    """`table[index]`, -1 where index is -1."""
+    if index is None or table is None or table.numel() == 0:
+        return index
+    return torch.where(index < 0, -1, table[index.clamp(min=0)])
 
 
 def compacted(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
@@ -457,8 +463,7 @@ def grad_linear(tensors, saved, grads, needed, *, options: dict) -> tuple:
         place[rows] = torch.arange(rows.numel(), device=rows.device)
         for name in ("candidate_row", "peak_row"):
             if name in saved:
-                index = saved[name]
-                saved[name] = torch.where(index < 0, -1, place[index.clamp(min=0)])
+                saved[name] = renumbered(saved[name], place)
     terms = grad_terms(saved, grads)
     subtract_dots(source, head, terms)
     scale = rescale(terms)

@@ -183,6 +183,8 @@ def class_ids(request: Request, batch: Batch) -> dict[str, Any]:
 def smallest_error(error: Tensor, cell: Tensor, valid: Tensor, num_cells: int, group) -> Tensor:
     """`tau` (num_cells,): the least foreground error 1 - p_iy of each, inf for a cell without."""
     tau = error.new_full((num_cells,), torch.inf)
+    if num_cells == 0:
+        return tau
     cell = torch.where(valid, cell, 0)
     error = torch.where(valid, error, torch.inf)
     return reduce_over(tau.scatter_reduce(0, cell, error, "amin"), group, "min")

@@ -135,26 +135,24 @@ class LovaszSoftmaxLoss(ClassLoss):
         num_samples = sweep.num_samples if self.per_sample else 1
         sample = sweep.sample.clamp(min=0) if self.per_sample else torch.zeros_like(sweep.sample)
         dtype = sweep.log_prob.dtype
-        valid = batch.valid
 
         def shared(values: Tensor) -> Tensor:
             return concatenate_over(values, batch.group)
 
-        # every token is a foreground entry of its own class; an ignored one has weight 0
-        miss = torch.where(valid, -torch.expm1(sweep.log_prob), 0)
-        counted = batch.weights()
+        # every valid token is a foreground entry of its own class
+        token = batch.valid.nonzero()[:, 0]
         row = sweep.candidate_row
-        error = torch.cat([shared(miss), shared(sweep.candidate_prob)])
-        weight = torch.cat([shared(counted), shared(counted[row])])
-        own_group = shared(sample * num_present + sweep.own)
+        weights = batch.weights()
+        miss = shared(-torch.expm1(sweep.log_prob[token]))
+        error = torch.cat([miss, shared(sweep.candidate_prob)])
+        weight = torch.cat([shared(weights[token]), shared(weights[row])])
+        own_group = shared(sample[token] * num_present + sweep.own[token])
         group = torch.cat([own_group, shared(sample[row] * num_present + sweep.candidate_class)])
         foreground = torch.arange(error.numel(), device=error.device) < own_group.numel()
 
         num_groups = num_samples * num_present
         with torch.no_grad():
             share = weights_in_parts(error, group, foreground, weight, num_groups).to(dtype)
-            # an ignored token weighs nothing, also where its group is empty and the quotient 0 / 0
-            share = torch.where(weight == 0, 0, share)
             occurs = group_sum(torch.where(foreground, weight, 0), group, num_groups) > 0
         value = group_sum(share * error, group, num_groups).view(num_samples, num_present)
         occurs = occurs.view(num_samples, num_present)
