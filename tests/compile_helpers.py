@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -43,23 +45,25 @@ class AbsentDevice:
 def compiling_for(target: str) -> Iterator[dict[JITFunction, list[CompiledKernel]]]:
     """Inside, a kernel launch on CPU tensors compiles what it would run on `target`, no more.
 
-    Yields the compiled kernels by function, in the order of the launches. Nothing is written to
-    the launch's outputs.
+    Yields what on leaving holds the compiled kernels by function, in the order of the launches.
+    Nothing is written to the launch's outputs.
     """
     compiled: dict[JITFunction, list[CompiledKernel]] = {}
     run = JITFunction.run
 
     def compile_only(kernel, *args, grid, warmup, **options):
-        compiled.setdefault(kernel, []).append(
-            run(kernel, *args, grid=grid, warmup=True, **options)
-        )
+        version = run(kernel, *args, grid=grid, warmup=True, **options)
+        compiled.setdefault(kernel, []).append(version)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, pytest.MonkeyPatch.context() as patch:
         # what users of a GPU get by default today; Triton 3.10 changes its default
         patch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
         patch.setattr(triton.runtime.driver, "_active", AbsentDevice(target))
         patch.setattr(JITFunction, "run", compile_only)
-        yield compiled
+        with triton.AsyncCompileMode(pool):
+            yield compiled
+    for versions in compiled.values():
+        versions[:] = [getattr(version, "kernel", version) for version in versions]
 
 
 @dataclass(frozen=True)
