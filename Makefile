@@ -14,7 +14,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup test test-kernels test-package demo bench lint format clean distclean
+.PHONY: help setup test test-kernels test-package demo bench lint lint-style lint-types lint-rules
+.PHONY: format clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -48,10 +49,16 @@ demo: $(READY) ## fine-tune a small language model on three real tasks
 bench: $(READY) ## measure
 	$(BIN)/python -m bench
 
-lint: $(READY) ## check style, types and the rules of .pre-commit-config.yaml
+lint: lint-style lint-types lint-rules ## check style, types and the rules of .pre-commit-config.yaml
+
+lint-style: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+lint-types: $(READY)
 	$(BIN)/mypy
+
+lint-rules: $(READY)
 	SKIP=ruff-check,ruff-format,mypy $(BIN)/pre-commit run --all-files
 
 format: $(READY) ## rewrite the code in the house style
