@@ -291,7 +291,8 @@ def dft_loss(logits: Tensor, target: Tensor, **options: Any) -> Any:
     """Dynamic fine-tuning: `-stopgrad(p) log p` (arXiv:2508.05629)."""
 
     def value(log_prob: Tensor) -> Tensor:
-        return log_prob.detach().exp() * -log_prob
+        p = log_prob.detach().exp()
+        return p * -log_prob.masked_fill(p == 0, 0)  # p log p = 0 at p = 0
 
     return _token_loss(logits, target, _of_log_prob(value), **options)
 

@@ -97,6 +97,12 @@ def slope_in_log_prob(name, log_prob, **options):
     return grad[0, 0].item() / -math.expm1(log_prob)
 
 
+def test_dft_of_an_impossible_target_is_zero():
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0]], dtype=torch.float64)
+    value, grad = value_and_grad(reference.dft_loss, logits, torch.tensor([0]))
+    assert value == 0 and torch.equal(grad, torch.zeros_like(logits))
+
+
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 def test_focal_slope_is_the_closed_form(gamma):
     p = 0.3
