@@ -30,7 +30,7 @@ def jit(function):
 LOG2E = 1.4426950408889634 if tl is None else tl.constexpr(1.4426950408889634)
 
 # float32 bytes of one row block of the torch twins: what stays in a core's L2 next to its input
-BLOCK_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 20
 # below this many elements a second thread costs more than it gains
 PARALLEL_ELEMENTS = 1 << 18
 
@@ -64,6 +64,13 @@ def parallel(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Resu
             return list(pool.map(run, items))
     finally:
         torch.set_num_threads(before)  # what threads started later by others begin with
+
+
+def bounds(row: Tensor, groups: list[list[Block]]) -> dict[int, int]:
+    """For the edge of every block, how many of the ascending rows (M,) lie before it."""
+    edges = [first for group in groups for first, _, _ in group] + [groups[-1][-1][1]]
+    found = torch.searchsorted(row, torch.tensor(edges, device=row.device))
+    return dict(zip(edges, found.tolist(), strict=True))
 
 
 # ----------------------------------------------------------------------------- the rows of logits

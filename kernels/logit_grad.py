@@ -22,6 +22,7 @@ from .common import (
     LOG2E,
     Block,
     Rows,
+    bounds,
     cdiv,
     jit,
     load_logits,
@@ -352,63 +353,108 @@ def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
         entries((cdiv(num_entries, 256),), False, num_entries, entry)
 
 
+@dataclass
+class RowVectors:
+    """What a row block reads of the terms, worked out for all rows at once."""
+
+    scale: Tensor  # (N, 1) prob_coef / sum_j exp(z_j - max)
+    class_scale: Tensor  # (N, 1) row_weight / the same sum
+    target_place: Tensor  # (N',) row * V + target, rows without one left out
+    target_value: Tensor  # (N',) dz there, before the transform's slope
+    target_before: dict[int, int]  # how many of them lie before a block's edge
+    valid_before: dict[int, int]
+    entry_place: Tensor | None = None  # (M,)
+    entry_value: Tensor | None = None  # (M,)
+    entry_before: dict[int, int] | None = None
+
+    @classmethod
+    def of(cls, rows: Rows, terms: GradTerms, groups: list[list[Block]]) -> RowVectors:
+        num_classes = rows.num_classes
+        inverse_sum = torch.exp(-terms.log_sum)
+        known = terms.valid & (terms.target >= 0) & (terms.target < num_classes)
+        row = known.nonzero()[:, 0]
+        column = terms.target[row]
+        log_p = rows.at(row, column) - terms.row_max[row] - terms.log_sum[row]
+        coef = terms.prob_coef[row] + terms.target_coef[row]
+        if terms.entropy_grad is not None:
+            coef = coef - terms.entropy_grad[row] * (log_p.clamp(min=-1e4) + terms.entropy[row])
+        weight = 1.0 if terms.row_weight is None else terms.row_weight
+        vectors = cls(
+            (terms.prob_coef * inverse_sum)[:, None],
+            (inverse_sum * weight)[:, None],
+            row * num_classes + column,
+            log_p.exp() * coef + terms.target_rest[row],
+            bounds(row, groups),
+            bounds(terms.valid.nonzero()[:, 0], groups),
+        )
+        if terms.entry_row is not None:
+            row, column = terms.entry_row, terms.entry_class
+            column = column if terms.columns is None else terms.columns[column]
+            z = rows.at(row, column)
+            p = torch.exp(z - terms.row_max[row] - terms.log_sum[row])
+            vectors.entry_place = row * num_classes + column
+            vectors.entry_value = p * terms.entry_grad * rows.slope(z)
+            vectors.entry_before = bounds(row, groups)
+        return vectors
+
+
 def logit_grad_torch(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
     """The twin adds the three passes up in one float32 row block, then rounds it once."""
+    groups = rows.blocks()
+    vectors = RowVectors.of(rows, terms, groups)
+    # where z is read again after p has been formed, it needs a buffer of its own
+    z_again = terms.sum_grad is not None or rows.softcap is not None
 
-    def work(blocks: list[Block]) -> None:
-        size = max(last - first for first, last, _ in blocks)
-        load_buffer = rows.new(size, rows.num_classes)
+    def work(group: list[Block]) -> None:
+        size = max(last - first for first, last, _ in group)
         grad_buffer = rows.new(size, rows.num_classes)
-        for first, last, raw in blocks:
+        load_buffer = rows.new(size, rows.num_classes) if z_again else grad_buffer
+        for first, last, raw in group:
             out = dlogits[first:last]
-            valid = terms.valid[first:last]
-            if not valid.any():
+            num_valid = vectors.valid_before[last] - vectors.valid_before[first]
+            if num_valid == 0:
                 out.zero_()
                 continue
             z = rows.load(raw, load_buffer)
-            # dlogits may lie over the logits, which the later terms still read
+            # dlogits may lie over the logits, which a later term still reads
             direct = out.dtype == rows.dtype and out.data_ptr() != raw.data_ptr()
             dz = out if direct else grad_buffer[: last - first]
-            block_grad(rows, z, terms, first, last, dz)
-            add_entries(rows, z, terms, first, last, dz)
-            if not valid.all():
-                dz.masked_fill_(~valid[:, None], 0)
+            block_grad(rows, z, terms, vectors, first, last, dz)
+            if num_valid < last - first:
+                dz.masked_fill_(~terms.valid[first:last, None], 0)
             if dz is not out:
                 out.copy_(dz)
 
-    parallel(work, rows.blocks())
+    parallel(work, groups)
 
 
-def block_grad(rows: Rows, z: Tensor, terms: GradTerms, first: int, last: int, dz: Tensor) -> None:
-    """All terms but the entries', into dz (R, V); z is (R, V) too."""
+def block_grad(
+    rows: Rows, z: Tensor, terms: GradTerms, vectors: RowVectors, first: int, last: int, dz: Tensor
+) -> None:
+    """All terms of one block into dz (R, V); z is (R, V), possibly the same memory."""
     here = slice(first, last)
-    log_sum = terms.log_sum[here, None]
-    inverse_sum = torch.exp(-log_sum)
-    coef = terms.prob_coef[here, None]
     torch.sub(z, terms.row_max[here, None], out=dz)
-    log_p = (dz - log_sum).clamp_(min=-1e4) if terms.entropy_grad is not None else None
+    log_p = None
+    if terms.entropy_grad is not None:
+        log_p = (dz - terms.log_sum[here, None]).clamp_(min=-1e4)
     dz.exp_()
-    weight = inverse_sum if terms.row_weight is None else inverse_sum * terms.row_weight[here, None]
     class_part = None
     if terms.class_grad is not None:
         # a (1, K) row where there is one sample: it broadcasts
         grads = terms.class_grad
         grads = grads if grads.shape[0] == 1 else grads[terms.sample[here]]
         columns = slice(None) if terms.columns is None else terms.columns
-        class_part = dz[:, columns] * (grads * weight)
-    target = terms.target[here].clamp(0, z.shape[1] - 1)[:, None]
-    p_target = dz.gather(1, target) * inverse_sum
+        class_part = dz[:, columns] * (grads * vectors.class_scale[here])
     if log_p is None:
-        coef_target = coef
-        dz.mul_(coef * inverse_sum)
+        dz.mul_(vectors.scale[here])
     else:
-        log_p.add_(terms.entropy[here, None]).mul_(-terms.entropy_grad[here, None]).add_(coef)
-        coef_target = log_p.gather(1, target)
-        dz.mul_(log_p).mul_(inverse_sum)
-    coef_target = coef_target + terms.target_coef[here, None]
-    dz_target = p_target * coef_target + terms.target_rest[here, None]
-    absent = terms.target[here, None] != target  # in a block of the vocabulary
-    dz.scatter_(1, target, torch.where(absent, dz.gather(1, target), dz_target))
+        log_p.add_(terms.entropy[here, None]).mul_(-terms.entropy_grad[here, None])
+        log_p.add_(terms.prob_coef[here, None])
+        dz.mul_(log_p).mul_(torch.exp(-terms.log_sum[here, None]))
+    flat = dz.view(-1)
+    start = first * rows.num_classes
+    part = slice(vectors.target_before[first], vectors.target_before[last])
+    flat.index_copy_(0, vectors.target_place[part] - start, vectors.target_value[part])
     if class_part is not None:
         if terms.columns is None:
             dz.add_(class_part)
@@ -417,26 +463,13 @@ def block_grad(rows: Rows, z: Tensor, terms: GradTerms, first: int, last: int, d
     if terms.sum_grad is not None:
         w = 1.0 if terms.column_weight is None else terms.column_weight.to(dz.dtype)
         dz.add_(torch.where(z > -torch.inf, terms.sum_grad[here, None] * w, 0.0))
-    slope = rows.slope(z)
-    if not isinstance(slope, float) or slope != 1.0:
-        dz.mul_(slope)
-
-
-def add_entries(rows: Rows, z: Tensor, terms: GradTerms, first: int, last: int, dz: Tensor) -> None:
-    if terms.entry_row is None:
-        return
-    bounds = torch.tensor([first, last], device=terms.entry_row.device)
-    part = slice(*torch.searchsorted(terms.entry_row, bounds).tolist())
-    if part.start == part.stop:
-        return
-    row = terms.entry_row[part]
-    column = terms.entry_class[part]
-    column = column if terms.columns is None else terms.columns[column]
-    place = (row - first) * z.shape[1] + column
-    z_entry = z[row - first, column]
-    p = torch.exp(z_entry - terms.row_max[row] - terms.log_sum[row])
-    value = p * terms.entry_grad[part] * rows.slope(z_entry)
-    dz.view(-1).index_add_(0, place, value)
+    if rows.softcap is not None:
+        dz.mul_(rows.slope(z))
+    elif rows.scale != 1.0:
+        dz.mul_(rows.scale)
+    if vectors.entry_before is not None:
+        part = slice(vectors.entry_before[first], vectors.entry_before[last])
+        flat.index_add_(0, vectors.entry_place[part] - start, vectors.entry_value[part])
 
 
 def logit_grad(rows: Rows, terms: GradTerms, dlogits: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from .common import (
     LOG2E,
     Block,
     Rows,
+    bounds,
     jit,
     load_logits,
     next_power_of_2,
@@ -195,67 +196,62 @@ def row_stats_torch(
     stats: RowStats,
     column_weight: Tensor | None,  # (V,)
 ) -> None:
+    valid = target != ignore_index
+    blocks = rows.blocks()
+    valid_before = bounds(valid.nonzero()[:, 0], blocks)
+
+    def work(group: list[Block]) -> None:
+        buffer = rows.new(max(last - first for first, last, _ in group), rows.num_classes)
+        for first, last, raw in group:
+            if valid_before[first] < valid_before[last]:
+                block_stats(rows, raw, buffer, slice(first, last), stats, column_weight)
+
+    parallel(work, blocks)
+    # so far log_sum holds the sum itself, entropy sum_j exp(z_j - max) (z_j - max): what is left is
+    # arithmetic on vectors, done once for all rows
+    y = target.clamp(0, rows.num_classes - 1)
+    z_y = rows.at(torch.arange(rows.num_rows, device=target.device), y)
+    total, log_sum = stats.log_sum.clone(), stats.log_sum.log_()
+    torch.sub(z_y - stats.row_max, log_sum, out=stats.log_prob)
+    if stats.entropy is not None:
+        torch.sub(log_sum, stats.entropy / total, out=stats.entropy)
     for out in stats:
         if out is not None:
-            out.fill_(-1 if out is stats.argmax else 0)
-    valid = target != ignore_index
-
-    def work(blocks: list[Block]) -> None:
-        size = max(last - first for first, last, _ in blocks)
-        load_buffer = rows.new(size, rows.num_classes)
-        exp_buffer = rows.new(size, rows.num_classes)
-        for first, last, raw in blocks:
-            here = slice(first, last)
-            if not valid[here].any():
-                continue
-            z = rows.load(raw, load_buffer)
-            values = block_stats(z, exp_buffer[: last - first], target[here], stats, column_weight)
-            for out, value in zip(stats, values, strict=True):
-                if out is not None:
-                    torch.where(valid[here], value, out[here], out=out[here])
-
-    parallel(work, rows.blocks())
+            out.masked_fill_(~valid, -1 if out is stats.argmax else 0)
 
 
 def block_stats(
-    z: Tensor,  # (R, V)
-    buffer: Tensor,  # (R, V)
-    target: Tensor,  # (R,)
-    wanted: RowStats,
+    rows: Rows,
+    raw: Tensor,  # (R, V)
+    buffer: Tensor,  # (>= R, V)
+    here: slice,
+    stats: RowStats,
     column_weight: Tensor | None,  # (V,)
-) -> RowStats:
-    row_max = z.amax(-1)
-    row_max = row_max.masked_fill_(row_max == -torch.inf, 0)
-    shifted = torch.sub(z, row_max[:, None], out=buffer)
-    floored = shifted.clamp(min=-1e4) if wanted.entropy is not None else None
-    exp_z = shifted.exp_()
-    total = exp_z.sum(-1)
-    log_sum = total.log()
-    z_y = z.gather(-1, target.clamp(0, z.shape[-1] - 1)[:, None])[:, 0]
-    entropy = argmax = logit_sum = weight_sum = num_finite = None
-    if floored is not None:
-        entropy = log_sum - floored.mul_(exp_z).sum(-1) / total
-    if wanted.argmax is not None:
-        argmax = z.argmax(-1)
-    if wanted.logit_sum is not None:
+) -> None:
+    """The passes over one block; each operation counts, so that nothing per row is done here."""
+    z = rows.load(raw, buffer)
+    row_max = torch.amax(z, -1, out=stats.row_max[here])
+    row_max.masked_fill_(row_max == -torch.inf, 0)
+    if stats.argmax is not None:
+        torch.argmax(z, -1, out=stats.argmax[here])
+    if stats.logit_sum is not None:
         finite = z > -torch.inf
         kept = torch.where(finite, z, 0)
-        num_finite = finite.sum(-1).to(z.dtype)
+        stats.num_finite[here] = finite.sum(-1)
         if column_weight is None:
-            logit_sum, weight_sum = kept.sum(-1), num_finite
+            stats.logit_sum[here] = kept.sum(-1)
+            stats.weight_sum[here] = stats.num_finite[here]
         else:
             w = column_weight.to(z.dtype)
-            logit_sum, weight_sum = kept @ w, finite.to(z.dtype) @ w
-    return RowStats(
-        row_max,
-        log_sum,
-        (z_y - row_max).sub_(log_sum),
-        entropy,
-        argmax,
-        logit_sum,
-        weight_sum,
-        num_finite,
-    )
+            stats.logit_sum[here] = kept @ w
+            stats.weight_sum[here] = finite.to(z.dtype) @ w
+    shifted = torch.sub(z, row_max[:, None], out=buffer[: z.shape[0]])
+    # the floor makes p log p = 0 at p = 0
+    floored = shifted.clamp(min=-1e4) if stats.entropy is not None else None
+    exp_z = shifted.exp_()
+    torch.sum(exp_z, -1, out=stats.log_sum[here])
+    if floored is not None:
+        torch.sum(floored.mul_(exp_z), -1, out=stats.entropy[here])
 
 
 def row_stats(
