@@ -10,6 +10,8 @@ from torch import Tensor
 
 # rows whose largest |dlogits| decides whether a column is multiplied by itself
 FILTER_ROWS = 256
+# columns of dlogits whose product with every row is turned at a time on a CPU
+TURN_COLUMNS = 512
 
 
 def product(a: Tensor, b: Tensor, scale: Tensor | float = 1.0) -> Tensor:
@@ -26,6 +28,26 @@ def product(a: Tensor, b: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     if a.is_cuda and a.dtype == torch.bfloat16:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b
+
+
+def contract_rows(
+    dlogits: Tensor,  # (R, C)
+    hidden: Tensor,  # (R, D)
+    scale: Tensor | float = 1.0,
+) -> Tensor:
+    """`dlogits.T @ hidden * scale` (C, D), as `product`.
+
+    On a CPU a bfloat16 product is half as fast again with its first factor transposed in memory, so
+    the small factor is copied that way and the result turned, while it is in cache.
+    """
+    if dlogits.is_cuda or dlogits.dtype != torch.bfloat16 or dlogits.shape[1] <= TURN_COLUMNS:
+        return product(dlogits.T, hidden, scale)
+    result = hidden.new_empty(dlogits.shape[1], hidden.shape[1])
+    turned = (hidden * scale).to(hidden.dtype).T.contiguous()
+    for first in range(0, dlogits.shape[1], TURN_COLUMNS):
+        here = slice(first, first + TURN_COLUMNS)
+        result[here] = torch.mm(turned, dlogits[:, here]).T
+    return result
 
 
 def column_sums(dlogits: Tensor) -> Tensor:

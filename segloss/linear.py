@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from segloss.batch import Batch
 from segloss.distributed import reduce_over
@@ -24,7 +23,7 @@ from segloss.kernels.candidates import candidates
 from segloss.kernels.class_stats import class_peaks, class_sums, row_dots
 from segloss.kernels.common import Rows, cdiv
 from segloss.kernels.logit_grad import GradTerms, logit_grad
-from segloss.kernels.products import column_sums, filtered_products, product
+from segloss.kernels.products import column_sums, contract_rows, filtered_products, product
 from segloss.kernels.row_stats import row_stats
 from segloss.logits import LinearLogits
 from segloss.statistics import (
@@ -34,6 +33,7 @@ from segloss.statistics import (
     attach,
     class_ids,
     grad_terms,
+    only_once,
     thresholds,
 )
 
@@ -165,7 +165,7 @@ class Gradients:
             if needed["hidden"]:
                 hidden_grad = head.times_weight(dlogits) * scale
             if needed["weight"]:
-                weight_grad = product(dlogits.T, head.hidden, scale)
+                weight_grad = contract_rows(dlogits, head.hidden, scale)
         if needed["hidden"]:
             self.add("hidden", hidden_grad, rows, num_rows, False)
         if needed["weight"]:
@@ -739,7 +739,6 @@ class _FusedTokenLoss(torch.autograd.Function):
         return (loss, *stats)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, *_):
         tensors = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None
@@ -748,8 +747,9 @@ class _FusedTokenLoss(torch.autograd.Function):
             with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
                 _, _, grads = fused_forward(with_data(options, tensors), batch, plan, needed)
         if grad.is_cuda or grad != 1:  # a look at a GPU's value would synchronise
-            grads = tuple(None if g is None else g.mul_(grad) for g in grads)
-        return (None, None, None, *grads)
+            with torch.no_grad():
+                grads = tuple(None if g is None else g.mul_(grad) for g in grads)
+        return (None, None, None, *only_once(grads))
 
 
 # -------------------------------------------------------------------------------------- explain

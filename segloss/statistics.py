@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from segloss.batch import Batch, make_batch
 from segloss.distributed import reduce_over, union_over
@@ -133,7 +132,6 @@ class _Attach(torch.autograd.Function):
         return tuple(outputs.values())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         num_tensors, output_names, saved_names = ctx.names
         values = ctx.saved_tensors
@@ -141,8 +139,21 @@ class _Attach(torch.autograd.Function):
         saved = dict(zip(output_names + saved_names, values, strict=True))
         named = {n: g for n, g in zip(output_names, grads, strict=True) if g is not None}
         needed = ctx.needs_input_grad[3:]
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            return (None, None, None, *ctx.rule(tensors, saved, named, needed))
+        with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+            result = ctx.rule(tensors, saved, named, needed)
+        return (None, None, None, *only_once(result))
+
+
+def only_once(grads: tuple) -> tuple:
+    """Gradients that raise when they are differentiated again.
+
+    `once_differentiable` lets them pass as constants where the upstream gradient is one.
+    """
+    if not torch.is_grad_enabled():
+        return grads
+    message = b"segloss losses cannot be differentiated twice (create_graph=True)"
+    raising = torch._C._functions.DelayedError(message, len(grads))
+    return raising(*(None if g is None else g.detach().requires_grad_() for g in grads))
 
 
 def attach(rule: Rule, outputs: dict, saved: dict, tensors: tuple) -> dict[str, Any]:

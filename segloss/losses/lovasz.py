@@ -56,8 +56,9 @@ def lovasz_weights(
     total = seen_before.diff()[group]
     p = seen - seen_before[group]
     b = seen_other - other_before[group]
-    background = (total - p) / ((total + b - weight) * (total + b))
-    result = torch.where(foreground, weight / (total + b), weight * background.clamp(min=0))
+    left = total - p  # rounding may take it below 0; a group without foreground has none
+    background = weight * left / ((total + b - weight) * (total + b))
+    result = torch.where(foreground, weight / (total + b), torch.where(left > 0, background, 0))
     return torch.empty_like(result).index_copy_(0, order, result)
 
 
