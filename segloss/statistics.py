@@ -153,7 +153,8 @@ def only_once(grads: tuple) -> tuple:
         return grads
     message = b"segloss losses cannot be differentiated twice (create_graph=True)"
     raising = torch._C._functions.DelayedError(message, len(grads))
-    return raising(*(None if g is None else g.detach().requires_grad_() for g in grads))
+    marked = raising(*(None if g is None else g.detach().requires_grad_() for g in grads))
+    return marked if isinstance(marked, tuple) else (marked,)
 
 
 def attach(rule: Rule, outputs: dict, saved: dict, tensors: tuple) -> dict[str, Any]:
