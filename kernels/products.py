@@ -5,6 +5,8 @@ R rows, C columns (classes) of a block, D hidden size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -50,10 +52,47 @@ def contract_rows(
     return result
 
 
-def column_sums(dlogits: Tensor) -> Tensor:
-    """`dlogits.sum(0)` (C,) of a block (R, C), in float32 at least."""
-    dtype = torch.float64 if dlogits.dtype == torch.float64 else torch.float32
-    return dlogits.sum(0, dtype=dtype)
+@dataclass
+class GradBlock:
+    """dlogits (R, C) of a block as `row_scale * values + onehot(target) * target_grad`.
+
+    The plain form has `values` alone. The factored one leaves the exponentials of a forward pass as
+    they are and scales the R x D side of a product instead of the R x C side: a pass over the
+    logits less. The target's column of `values` is 0 then, since there p and 1 nearly cancel.
+    """
+
+    values: Tensor  # (R, C)
+    row_scale: Tensor | None = None  # (R, 1)
+    target: Tensor | None = None  # (R,)
+    target_grad: Tensor | None = None  # (R,)
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """`dlogits @ matrix` (R, d) for a matrix (C, d)."""
+        result = product(self.values, matrix)
+        if self.row_scale is None:
+            return result
+        own = matrix[self.target].to(self.row_scale.dtype)
+        return torch.addcmul(result * self.row_scale, own, self.target_grad[:, None])
+
+    def contract(self, matrix: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """`dlogits.T @ matrix * scale` (C, d) for a matrix (R, d)."""
+        if self.row_scale is None:
+            return contract_rows(self.values, matrix, scale)
+        scaled = matrix * self.row_scale
+        result = contract_rows(self.values, scaled.to(matrix.dtype), scale)
+        # added up before they are rounded: a frequent target stands in many rows
+        classes, index = torch.unique(self.target, return_inverse=True)
+        own = scaled.new_zeros(classes.numel(), matrix.shape[1])
+        own.index_add_(0, index, matrix * self.target_grad[:, None])
+        result[classes] = (result[classes] + own * scale).to(result.dtype)
+        return result
+
+    def column_sums(self) -> Tensor:
+        """`dlogits.sum(0)` (C,), in float32 at least."""
+        dtype = torch.float64 if self.values.dtype == torch.float64 else torch.float32
+        if self.row_scale is None:
+            return self.values.sum(0, dtype=dtype)
+        return self.contract(torch.ones_like(self.values[:, :1])).to(dtype)[:, 0]
 
 
 def filtered_products(

@@ -195,8 +195,12 @@ def row_stats_torch(
     ignore_index: int,
     stats: RowStats,
     column_weight: Tensor | None,  # (V,)
+    exp_out: Tensor | None = None,  # (N, V)
 ) -> None:
     valid = target != ignore_index
+    y = target.clamp(0, rows.num_classes - 1)
+    every_row = torch.arange(rows.num_rows, device=target.device)
+    z_y = rows.at(every_row, y)  # before exp_out is written over the logits
     blocks = rows.blocks()
     valid_before = bounds(valid.nonzero()[:, 0], blocks)
 
@@ -204,13 +208,12 @@ def row_stats_torch(
         buffer = rows.new(max(last - first for first, last, _ in group), rows.num_classes)
         for first, last, raw in group:
             if valid_before[first] < valid_before[last]:
-                block_stats(rows, raw, buffer, slice(first, last), stats, column_weight)
+                here = slice(first, last)
+                block_stats(rows, raw, buffer, here, stats, column_weight, exp_out)
 
     parallel(work, blocks)
     # so far log_sum holds the sum itself, entropy sum_j exp(z_j - max) (z_j - max): what is left is
     # arithmetic on vectors, done once for all rows
-    y = target.clamp(0, rows.num_classes - 1)
-    z_y = rows.at(torch.arange(rows.num_rows, device=target.device), y)
     total, log_sum = stats.log_sum.clone(), stats.log_sum.log_()
     torch.sub(z_y - stats.row_max, log_sum, out=stats.log_prob)
     if stats.entropy is not None:
@@ -218,6 +221,9 @@ def row_stats_torch(
     for out in stats:
         if out is not None:
             out.masked_fill_(~valid, -1 if out is stats.argmax else 0)
+    if exp_out is not None:
+        exp_out[every_row, y] = 0
+        exp_out[~valid] = 0
 
 
 def block_stats(
@@ -227,6 +233,7 @@ def block_stats(
     here: slice,
     stats: RowStats,
     column_weight: Tensor | None,  # (V,)
+    exp_out: Tensor | None,  # (N, V)
 ) -> None:
     """The passes over one block; each operation counts, so that nothing per row is done here."""
     z = rows.load(raw, buffer)
@@ -245,6 +252,7 @@ def block_stats(
             w = column_weight.to(z.dtype)
             stats.logit_sum[here] = kept @ w
             stats.weight_sum[here] = finite.to(z.dtype) @ w
+    slope = rows.slope(z) if exp_out is not None else 1.0
     shifted = torch.sub(z, row_max[:, None], out=buffer[: z.shape[0]])
     # the floor makes p log p = 0 at p = 0
     floored = shifted.clamp(min=-1e4) if stats.entropy is not None else None
@@ -252,6 +260,8 @@ def block_stats(
     torch.sum(exp_z, -1, out=stats.log_sum[here])
     if floored is not None:
         torch.sum(floored.mul_(exp_z), -1, out=stats.entropy[here])
+    if exp_out is not None:
+        exp_out[here] = exp_z if isinstance(slope, float) and slope == 1 else exp_z.mul_(slope)
 
 
 def row_stats(
@@ -263,8 +273,12 @@ def row_stats(
     argmax: bool = False,
     column_sums: bool = False,
     column_weight: Tensor | None = None,  # (V,)
+    exp_out: Tensor | None = None,  # (N, V), not on a GPU
 ) -> RowStats:
     """`torch.log_softmax(z, -1)` reduced to one number per row and statistic.
+
+    `exp_out`, maybe the memory of the logits, gets `exp(z - row_max)` times the transform's slope,
+    0 at the target and in ignored rows, so that one exponential serves statistics and gradient.
 
     Outputs have the compute dtype (float32, or float64 for float64 logits).
     """
@@ -278,6 +292,8 @@ def row_stats(
         *((rows.new(n), rows.new(n), rows.new(n)) if column_sums else (None, None, None)),
     )
     if n:
-        run = row_stats_triton if use_triton(rows.data) else row_stats_torch
-        run(rows, target, ignore_index, stats, column_weight)
+        if use_triton(rows.data) and exp_out is None:
+            row_stats_triton(rows, target, ignore_index, stats, column_weight)
+        else:
+            row_stats_torch(rows, target, ignore_index, stats, column_weight, exp_out)
     return stats

@@ -23,7 +23,7 @@ from segloss.kernels.candidates import candidates
 from segloss.kernels.class_stats import class_peaks, class_sums, row_dots
 from segloss.kernels.common import Rows, cdiv
 from segloss.kernels.logit_grad import GradTerms, logit_grad
-from segloss.kernels.products import column_sums, contract_rows, filtered_products, product
+from segloss.kernels.products import GradBlock, filtered_products, product
 from segloss.kernels.row_stats import row_stats
 from segloss.logits import LinearLogits
 from segloss.statistics import (
@@ -109,11 +109,11 @@ class Head:
             return self.weight
         return torch.addmm(self.weight, self.lora_b, self.lora_a, alpha=self.lora_scale)
 
-    def times_weight(self, dlogits: Tensor) -> Tensor:
+    def times_weight(self, block: GradBlock) -> Tensor:
         """`dlogits @ (weight + scaling B A)`, (N, D)."""
-        result = product(dlogits, self.weight)
+        result = block.times(self.weight)
         if self.lora_a is not None:
-            inner = product(dlogits, self.lora_b).to(dlogits.dtype)
+            inner = block.times(self.lora_b).to(self.lora_a.dtype)
             result = result + self.lora_scale * product(inner, self.lora_a)
         return result
 
@@ -151,34 +151,34 @@ class Gradients:
             self.sums[name] = self.sums[name].to(self.accumulate)
         self.sums[name][at] += value
 
-    def block(self, dlogits: Tensor, rows: slice, classes: slice, filtering: bool) -> None:
+    def block(self, block: GradBlock, rows: slice, classes: slice, filtering: bool) -> None:
         """Contract the gradient of a block of logits (R, C) at `rows` x `classes`."""
         head, scale, needed = self.head.take(rows).columns(classes), self.scale, self.needed
         num_rows, num_classes = self.head.hidden.shape[0], self.head.weight.shape[0]
         hidden_grad = weight_grad = None
         if filtering:
             hidden_grad, weight_grad, mass, dropped = filtered_products(
-                dlogits, head.hidden, head.full_weight(), scale, self.threshold, needed["weight"]
-            )
+                block.values, head.hidden, head.full_weight(), scale, self.threshold,
+                needed["weight"],
+            )  # fmt: skip
             self.mass, self.dropped = self.mass + mass, self.dropped + dropped
         else:
             if needed["hidden"]:
-                hidden_grad = head.times_weight(dlogits) * scale
+                hidden_grad = head.times_weight(block) * scale
             if needed["weight"]:
-                weight_grad = contract_rows(dlogits, head.hidden, scale)
+                weight_grad = block.contract(head.hidden, scale)
         if needed["hidden"]:
             self.add("hidden", hidden_grad, rows, num_rows, False)
         if needed["weight"]:
             self.add("weight", weight_grad, classes, num_classes, self.disjoint)
         if needed.get("bias"):
-            bias_grad = column_sums(dlogits) * scale
-            self.add("bias", bias_grad, classes, num_classes, self.disjoint)
+            self.add("bias", block.column_sums() * scale, classes, num_classes, self.disjoint)
         if needed.get("lora's B"):
             inner = head.hidden @ head.lora_a.T
-            grad = product(dlogits.T, inner, scale * head.lora_scale)
+            grad = block.contract(inner, scale * head.lora_scale)
             self.add("lora's B", grad, classes, num_classes, self.disjoint)
         if needed.get("lora's A"):
-            inner = product(dlogits, head.lora_b).to(dlogits.dtype)
+            inner = block.times(head.lora_b).to(head.lora_a.dtype)
             grad = product(inner.T, head.hidden, scale * head.lora_scale).to(self.accumulate)
             rank = slice(0, head.lora_a.shape[0])
             self.add("lora's A", grad, rank, rank.stop, False)
@@ -271,6 +271,8 @@ def sweep_linear(source: LinearLogits, batch: Batch, request: Request) -> Sweep:
             size = (here.stop - here.start) * source.num_classes * source.product_dtype.itemsize
             keep = size <= budget
             z = head.take(here).logits(None if keep else out)
+            panel = per_class.panel(z)
+            factored = frozen and not z.data.is_cuda and panel is not z
             stats = row_stats(
                 z,
                 inner.target[here],
@@ -279,15 +281,19 @@ def sweep_linear(source: LinearLogits, batch: Batch, request: Request) -> Sweep:
                 argmax=request.argmax,
                 column_sums=request.column_sums,
                 column_weight=request.column_weight,
+                exp_out=z.data[0] if factored else None,
             )
             collected.append(stats)
-            per_class.add(z, stats, here)
+            per_class.add(panel, stats, here)
             if keep:
                 budget -= size
                 kept.append(z.data[0])
-            if frozen:
+            if factored:
+                row_scale = torch.exp(-stats.log_sum)[:, None]
+                qw.append(head.times_weight(GradBlock(z.data[0])).to(source.dtype) * row_scale)
+            elif frozen:
                 off_target = probabilities_off_target(z, stats, inner, here)
-                qw.append(head.times_weight(off_target))
+                qw.append(head.times_weight(GradBlock(off_target)).to(source.dtype))
         stacked: dict[str, Tensor] = {
             name: torch.cat([getattr(c, name) for c in collected])
             for name in (*ROW_STATS, "row_max", "log_sum")
@@ -396,13 +402,24 @@ class ClassTotals:
             self.peak = new(self.num_samples, source.num_classes).fill_(-torch.inf)
             self.peak_row = torch.full_like(self.peak, -1, dtype=torch.int64)
 
-    def add(self, z: Rows, stats, here: slice) -> None:
-        at = (z, stats.row_max, stats.log_sum)
+    def panel(self, z: Rows) -> Rows | None:
+        """The logits these statistics read: z, a copy of its listed columns, or nothing."""
+        classes = self.ids.get("classes")
+        if self.peak is not None or (self.prob_sum is not None and classes is None):
+            return z
+        if self.prob_sum is None:
+            return None
+        return replace(z, data=z.data[:, :, classes])
+
+    def add(self, panel: Rows | None, stats, here: slice) -> None:
+        if panel is None:
+            return
+        at = (panel, stats.row_max, stats.log_sum)
         if self.prob_sum is not None:
             weight = None if self.batch.token_weight is None else self.batch.token_weight[here]
-            self.prob_sum += class_sums(
-                *at, self.ids.get("classes"), self.sample[here], self.num_samples, weight
-            )
+            # beside peaks the panel is all of z; otherwise its columns are the classes themselves
+            classes = self.ids.get("classes") if self.peak is not None else None
+            self.prob_sum += class_sums(*at, classes, self.sample[here], self.num_samples, weight)
         if self.peak is not None:
             peak, peak_row = class_peaks(*at, self.sample[here], self.num_samples)
             higher = (peak > self.peak) | peak.isnan()
@@ -513,11 +530,7 @@ def frozen_grad(source: LinearLogits, head: Head, terms: GradTerms, saved: dict)
 
     `prob_coef * qw + dz_y * weight[y] + (p_S (A + g)) @ weight[S]`.
     """
-    z_y = saved["log_prob"] + terms.row_max + terms.log_sum
-    slope = Rows(head.hidden[None], head.softcap, head.scale).slope(z_y)
-    p_y = saved["log_prob"].exp()
-    dz_y = (p_y * (terms.prob_coef + terms.target_coef) + terms.target_rest) * slope
-    dz_y = torch.where(terms.valid, dz_y, 0)
+    dz_y = target_gradient(head, terms, saved["log_prob"])
     prob_coef = torch.where(terms.valid, terms.prob_coef, 0)
     result = saved["qw"].to(prob_coef.dtype) * prob_coef[:, None]
     own = torch.where(terms.valid, terms.target, 0).clamp(0, head.weight.shape[0] - 1)
@@ -543,8 +556,24 @@ def frozen_grad(source: LinearLogits, head: Head, terms: GradTerms, saved: dict)
         z = panel.take(here).logits()
         part = row_slice(only, here)
         dlogits = logit_grad(z, part, torch.empty_like(z.data[0]))
-        result[here] += panel.times_weight(dlogits)
+        result[here] += panel.times_weight(GradBlock(dlogits))
     return result
+
+
+def target_gradient(head: Head, terms: GradTerms, log_prob: Tensor) -> Tensor:
+    """dL/dlogit at the targets (N,), 0 if ignored, without class sums' and entries' part."""
+    z_y = log_prob + terms.row_max + terms.log_sum
+    slope = Rows(head.hidden[None], head.softcap, head.scale).slope(z_y)
+    p_y = log_prob.exp()
+    dz_y = (p_y * (terms.prob_coef + terms.target_coef) + terms.target_rest) * slope
+    return torch.where(terms.valid, dz_y, 0)
+
+
+def factored_block(head: Head, terms: GradTerms, values: Tensor, log_prob: Tensor) -> GradBlock:
+    """dlogits from the exponentials that `row_stats` left in `values`."""
+    row_scale = torch.where(terms.valid, terms.prob_coef * torch.exp(-terms.log_sum), 0)
+    target = torch.where(terms.valid, terms.target, 0)
+    return GradBlock(values, row_scale[:, None], target, target_gradient(head, terms, log_prob))
 
 
 def row_slice(terms: GradTerms, here: slice) -> GradTerms:
@@ -606,7 +635,7 @@ def recompute_grad(
         # the later passes of a Triton kernel read the logits again
         dlogits = torch.empty_like(z.data[0]) if rewrites and z.data.is_cuda else z.data[0]
         logit_grad(z, part, dlogits)
-        total.block(dlogits, every, classes, source.grad_filter > 0)
+        total.block(GradBlock(dlogits), every, classes, source.grad_filter > 0)
 
 
 def recomputed_logits(head: Head, kept: Tensor | None, classes: slice, out: Tensor) -> Rows:
@@ -657,6 +686,10 @@ def fused_forward(source: LinearLogits, batch: Batch, plan: FusedPlan, needed: d
     slices = chunk_slices(source, num_rows)
     out = chunk_buffer(head, slices)
     whole = slice(0, head.weight.shape[0])
+    filtering = source.grad_filter > 0
+    # smoothing adds to every column and a filter reads dlogits itself; on a GPU the exponentials
+    # would take a second read anyway, and the target's part a synchronisation
+    factored = not (filtering or request.column_sums or out.is_cuda)
     for here in slices:
         z = head.take(here).logits(out)
         target, valid = inner.target[here], inner.valid[here]
@@ -668,6 +701,7 @@ def fused_forward(source: LinearLogits, batch: Batch, plan: FusedPlan, needed: d
             argmax=request.argmax,
             column_sums=request.column_sums,
             column_weight=request.column_weight,
+            exp_out=z.data[0] if factored else None,
         )
         leaves = {
             "log_prob": stats.log_prob,
@@ -690,8 +724,12 @@ def fused_forward(source: LinearLogits, batch: Batch, plan: FusedPlan, needed: d
             "log_prob": stats.log_prob.detach(),
             "column_weight": request.column_weight,
         }
-        dlogits = logit_grad(z, grad_terms(saved, named), z.data[0])
-        total.block(dlogits, here, whole, source.grad_filter > 0)
+        terms = grad_terms(saved, named)
+        if factored:
+            block = factored_block(head, terms, z.data[0], saved["log_prob"])
+        else:
+            block = GradBlock(logit_grad(z, terms, z.data[0]))
+        total.block(block, here, whole, filtering)
         collected.append(
             (stats.log_prob.detach(), leaves["lse"].detach(), stats.entropy, stats.argmax)
         )
