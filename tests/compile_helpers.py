@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 
 import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITCallable, JITFunction
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -49,17 +50,22 @@ def compiling_for(target: str) -> Iterator[dict[JITFunction, list[CompiledKernel
     Nothing is written to the launch's outputs.
     """
     compiled: dict[JITFunction, list[CompiledKernel]] = {}
-    run = JITFunction.run
+    run, parse, one_at_a_time = JITFunction.run, JITFunction.parse, Lock()
 
     def compile_only(kernel, *args, grid, warmup, **options):
         version = run(kernel, *args, grid=grid, warmup=True, **options)
         compiled.setdefault(kernel, []).append(version)
+
+    def parse_alone(function):
+        with one_at_a_time:  # CPython 3.11 fails when two threads build a syntax tree
+            return parse(function)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, pytest.MonkeyPatch.context() as patch:
         # what users of a GPU get by default today; Triton 3.10 changes its default
         patch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
         patch.setattr(triton.runtime.driver, "_active", AbsentDevice(target))
         patch.setattr(JITFunction, "run", compile_only)
+        patch.setattr(JITCallable, "parse", parse_alone)
         with triton.AsyncCompileMode(pool):
             yield compiled
     for versions in compiled.values():

@@ -23,9 +23,17 @@ N, K = 4, 3
 RAGGED = 50257  # GPT-2's vocabulary: rows start at odd addresses, so loads are narrow
 ALIGNED = 32768  # rows start at multiples of 16 bytes: loads are wide, and more is in flight
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PLAIN = {}
 CAPPED = {"softcap": 30.0, "scale": 0.5}
+# every dtype, and for the usual ones each kind of load with and without the transform
+INPUTS = [
+    (torch.bfloat16, RAGGED, PLAIN),
+    (torch.bfloat16, ALIGNED, CAPPED),
+    (torch.float16, ALIGNED, PLAIN),
+    (torch.float32, RAGGED, PLAIN),
+    (torch.float32, ALIGNED, CAPPED),
+    (torch.float64, RAGGED, CAPPED),
+]
 
 
 def index(*shape: int) -> torch.Tensor:
@@ -132,11 +140,8 @@ def options(version: CompiledKernel) -> dict:
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_every_kernel_compiles_without_spilling(name, target, launching):
     with compiling_for(target) as compiled:
-        for dtype in DTYPES:
-            # the transform where rows are aligned, none where they are ragged: each code path of
-            # either, in half the compilations
-            launch(name, dtype, RAGGED, PLAIN)
-            launch(name, dtype, ALIGNED, CAPPED)
+        for given in INPUTS:
+            launch(name, *given)
     assert compiled, "nothing was launched"
     spilling = [
         f"{kernel.__name__} {options(version)}: {resources}"
