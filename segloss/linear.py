@@ -285,8 +285,9 @@ def sweep_linear(source: LinearLogits, batch: Batch, request: Request) -> Sweep:
             )
             collected.append(stats)
             per_class.add(panel, stats, here)
+            # what is kept are the first rows: a short last chunk may not follow one left out
+            budget = budget - size if keep else 0
             if keep:
-                budget -= size
                 kept.append(z.data[0])
             if factored:
                 row_scale = torch.exp(-stats.log_sum)[:, None]
