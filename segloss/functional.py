@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from segloss import losses
 from segloss.logits import LinearLogits
+from segloss.losses.base import constructor_options
 
 CALL = [
     parameter
@@ -22,21 +23,6 @@ SOURCE = [
     for parameter in inspect.signature(LinearLogits).parameters.values()
     if parameter.name not in ("hidden", "weight", "bias")
 ]
-
-
-def module_options(loss_class: type[losses.Loss]) -> list[inspect.Parameter]:
-    """The constructor's options as keyword-only parameters, those of `**options` included."""
-    options: dict[str, inspect.Parameter] = {}
-    for base in loss_class.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        own = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        for parameter in own:
-            if parameter.kind is not parameter.VAR_KEYWORD:
-                options.setdefault(parameter.name, parameter.replace(kind=parameter.KEYWORD_ONLY))
-        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in own):
-            break
-    return list(options.values())
 
 
 def split(keywords: dict, parameters: list[inspect.Parameter]) -> dict:
@@ -60,7 +46,7 @@ def functional(name: str, loss_class: type[losses.Loss]) -> Callable:
         return loss_class(**keywords)(logits, target, **call)
 
     text = f"`{loss_class.__name__}(...)(logits, target, ...)`.\n\n{loss_class.__doc__}"
-    dress(function, name, "logits target", [*module_options(loss_class), *CALL], text)
+    dress(function, name, "logits target", [*constructor_options(loss_class), *CALL], text)
     return function
 
 
@@ -80,7 +66,7 @@ def linear_functional(name: str, loss_class: type[losses.Loss]) -> Callable:
         f"`LinearLogits` and of the loss. Without a valid token the value is 0.\n\n"
         f"{loss_class.__doc__}"
     )
-    options = [bias, *SOURCE, *module_options(loss_class), *CALL]
+    options = [bias, *SOURCE, *constructor_options(loss_class), *CALL]
     dress(function, name, "input linear_weight target", options, text)
     return function
 

@@ -5,13 +5,17 @@ N tokens, V classes.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from segloss.batch import Batch, make_batch
+from segloss.compiled import compiled_loss
 from segloss.distributed import sum_over
 from segloss.linear import FusedPlan, fused_loss
 from segloss.logits import LinearLogits, as_source, describe
@@ -29,10 +33,41 @@ def check_number(name: str, value, low: float = 0.0, high: float = math.inf) -> 
     """A finite number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {describe(value)}; it takes a number")
-    if not (low <= value <= high and math.isfinite(value)):
+    if not (low <= value <= high and value < math.inf):
         span = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
         raise ValueError(f"{name} is {value}; it takes a number {span}")
     return float(value)
+
+
+def constructor_options(loss_class: type) -> list[inspect.Parameter]:
+    """The constructor's parameters as keyword-only ones, those behind `**options` included."""
+    options: dict[str, inspect.Parameter] = {}
+    for base in loss_class.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        own = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        for parameter in own:
+            if parameter.kind is not parameter.VAR_KEYWORD:
+                options.setdefault(parameter.name, parameter.replace(kind=parameter.KEYWORD_ONLY))
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in own):
+            break
+    return list(options.values())
+
+
+def described(init: Callable) -> Callable:
+    """A constructor that ends by writing `description`: class and options of the loss in a string.
+
+    `torch.compile` guards a string by its value; it would make a symbol of a number that differs
+    between two losses. Options are therefore fixed once a loss is made.
+    """
+
+    @functools.wraps(init)
+    def wrapped(self, *arguments, **options):
+        init(self, *arguments, **options)
+        if type(self).__init__ is wrapped:  # the outermost, so that every option is set
+            self.description = self.describe()
+
+    return wrapped
 
 
 class Loss(nn.Module):
@@ -49,7 +84,17 @@ class Loss(nn.Module):
 
     weight: Tensor | None
     is_token_loss = False
+    description: str
+    option_names: tuple[str, ...] = ()  # of the constructor, `weight` and `group` apart
 
+    def __init_subclass__(cls, **keywords):
+        super().__init_subclass__(**keywords)
+        names = (option.name for option in constructor_options(cls))
+        cls.option_names = tuple(n for n in names if n not in ("weight", "group"))
+        if "__init__" in vars(cls):
+            cls.__init__ = described(cls.__init__)  # type: ignore[method-assign]
+
+    @described
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -92,6 +137,14 @@ class Loss(nn.Module):
                 multiplied by (weight of this batch's tokens / normalizer).
             return_statistics: also return detached log_prob, lse, entropy and argmax.
         """
+        if torch.compiler.is_compiling() and self.compiles:
+            keywords = {
+                "token_weight": token_weight,
+                "sample_ids": sample_ids,
+                "normalizer": normalizer,
+                "return_statistics": return_statistics,
+            }
+            return compiled_loss(self, logits, target, keywords)
         source = as_source(logits)
         batch = make_batch(
             source,
@@ -121,6 +174,16 @@ class Loss(nn.Module):
             setattr(statistics, name, getattr(statistics, name).detach())
         return loss, statistics
 
+    @property
+    def compiles(self) -> bool:
+        """Whether one custom op can stand for a call: its value's shape must be known."""
+        return self.group is None and (self.reduction != "none" or self.is_token_loss)
+
+    def describe(self) -> str:
+        """A literal `(class name, ((option, value), ...))`, without the tensors."""
+        options = ", ".join([f"({name!r}, {getattr(self, name)!r})" for name in self.option_names])
+        return f"({type(self).__name__!r}, ({options},))"
+
     def check(self, source) -> None:
         """Options that only the logits can prove wrong."""
         if self.weight is None:
@@ -146,8 +209,7 @@ class Loss(nn.Module):
         raise TypeError(f"{type(self).__name__} is not a sum over tokens")
 
     def extra_repr(self) -> str:
-        shown = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}
-        return ", ".join(f"{k}={v!r}" for k, v in shown.items() if v is not None)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.option_names)
 
     # weighted sums: `0.6 * CrossEntropyLoss() + 0.4 * LovaszSoftmaxLoss()`
 
@@ -183,7 +245,7 @@ def check_normalizer(normalizer, reduction: str, source) -> Tensor | None:
     if isinstance(normalizer, Tensor) and normalizer.numel() == 1:
         return normalizer.detach().reshape(()).to(source.device, source.dtype)
     if isinstance(normalizer, (int, float)) and not isinstance(normalizer, bool):
-        if not (math.isfinite(normalizer) and normalizer >= 0):
+        if not 0 <= normalizer < math.inf:
             raise ValueError(f"normalizer is {normalizer}; it takes a number >= 0")
         return torch.tensor(normalizer, dtype=source.dtype, device=source.device)
     raise TypeError(f"normalizer is {describe(normalizer)}; it takes a number or a 0-dim tensor")

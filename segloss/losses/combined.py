@@ -58,6 +58,10 @@ class CombinedLoss(Loss):
     def terms(self) -> list[tuple[float, Loss]]:
         return list(zip(self.coefficients, cast(list[Loss], self.parts), strict=True))
 
+    def describe(self) -> str:
+        parts = ", ".join([f"({c!r}, {part.description})" for c, part in self.terms])
+        return f"('CombinedLoss', ({parts},))"
+
     def check(self, source) -> None:
         for _, part in self.terms:
             part.check(source)

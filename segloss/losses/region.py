@@ -240,10 +240,19 @@ class GeneralizedDiceLoss(RegionLoss):
     Source: Sudre et al., arXiv 1707.03237, eq. 3.
     """
 
-    def __init__(self, smooth: float = 1e-5, **options):
-        if "average" in options:
-            raise TypeError("average is not an option of GeneralizedDiceLoss: it has one ratio")
-        super().__init__(smooth, **options)
+    def __init__(
+        self,
+        smooth: float = 1e-5,
+        classes: str = "present",
+        per_sample: bool = False,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        group=None,
+    ):
+        super().__init__(
+            smooth, classes, "macro", per_sample, weight, ignore_index, reduction, group
+        )
 
     def value(self, sweep: Sweep, batch: Batch, normalizer: Tensor | None) -> Tensor:
         sums, occupied = self.class_sums(sweep, batch)

@@ -1,0 +1,115 @@
+"""Calls inside `torch.compile(fullgraph=True)`: the eager values and gradients, bit for bit."""
+
+import pytest
+import torch
+
+import segloss
+
+V, D = 11, 8
+TARGET = torch.tensor([[-100, 3, 3, 0, 10, 7], [1, 3, 5, 5, 2, 9]])
+WEIGHT = torch.linspace(0.5, 1.5, V)
+
+LOSSES = {
+    "cross_entropy": segloss.CrossEntropyLoss(label_smoothing=0.1, weight=WEIGHT),
+    "focal": segloss.FocalLoss(gamma=1.5),
+    "dice": segloss.DiceLoss(weight=WEIGHT),
+    "generalized_dice": segloss.GeneralizedDiceLoss(per_sample=True),
+    "lovasz": segloss.LovaszSoftmaxLoss(classes="all"),
+    "sum": 0.6 * segloss.CrossEntropyLoss(weight=WEIGHT) + 0.4 * segloss.LovaszSoftmaxLoss(),
+    "per_token": segloss.FocalLoss(reduction="none"),
+}
+
+
+def value_and_grads(function, *tensors):
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    value = function(*leaves)
+    loss = value[0] if isinstance(value, tuple) else value
+    upstream = torch.linspace(1.0, 2.0, loss.numel()).view(loss.shape)
+    return value, torch.autograd.grad(loss, leaves, upstream)
+
+
+def assert_same_compiled(function, *tensors):
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    value, grads = value_and_grads(function, *tensors)
+    compiled_value, compiled_grads = value_and_grads(compiled, *tensors)
+    torch.testing.assert_close(compiled_value, value, rtol=0, atol=0)
+    torch.testing.assert_close(compiled_grads, grads, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_logits(name):
+    loss = LOSSES[name]
+    assert_same_compiled(lambda z: loss(2 * z, TARGET), torch.randn(2, 6, V))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_fused_head(name):
+    loss = LOSSES[name]
+
+    def function(hidden, weight, bias, a, b):
+        source = segloss.LinearLogits(hidden, weight, bias, softcap=5.0, lora=(a, b, 0.5))
+        return loss(source, TARGET)
+
+    shapes = [(2, 6, D), (V, D), (V,), (2, D), (V, 2)]
+    assert_same_compiled(function, *(torch.randn(shape) for shape in shapes))
+
+
+def test_functions_and_keywords():
+    weights = torch.rand(2, 6)
+
+    def function(hidden, weight):
+        return segloss.linear_poly_loss(
+            hidden, weight, TARGET, epsilon=2.0, token_weight=weights, normalizer=7.0
+        )
+
+    assert_same_compiled(function, torch.randn(2, 6, D), torch.randn(V, D))
+    assert_same_compiled(
+        lambda z: segloss.dice_loss(segloss.DenseLogits(z, softcap=3.0), TARGET, per_sample=True),
+        torch.randn(2, 6, V),
+    )
+
+
+def test_statistics():
+    loss = segloss.CrossEntropyLoss()
+
+    def function(hidden, weight):
+        value, statistics = loss(
+            segloss.LinearLogits(hidden, weight), TARGET, return_statistics=True
+        )
+        return value, statistics.entropy, statistics.argmax, statistics.valid
+
+    assert_same_compiled(function, torch.randn(2, 6, D), torch.randn(V, D))
+
+
+def test_without_gradient():
+    logits = torch.randn(2, 6, V)
+    loss = LOSSES["sum"]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda z: loss(z, TARGET), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(logits), loss(logits, TARGET))
+
+
+def test_two_losses_of_one_kind_do_not_meet():
+    logits = torch.randn(2, 6, V)
+    losses = [segloss.FocalLoss(gamma) for gamma in (1.0, 3.0)]
+    functions = [torch.compile(loss, fullgraph=True, backend="aot_eager") for loss in losses]
+    torch._dynamo.reset()
+    for function, gamma in zip(functions, (1.0, 3.0), strict=True):
+        expected = segloss.focal_loss(logits, TARGET, gamma=gamma)
+        assert function(logits, TARGET).item() == expected.item()
+
+
+def test_operators_pass_opcheck():
+    from segloss.compiled import remember
+
+    key = remember(
+        segloss.FocalLoss().description, False, (("scale", 1.0),),
+        ("target", "logits"), None, True, (False, True), "mean",
+    )  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.segloss.loss.default,
+        ([TARGET, torch.randn(2, 6, V, requires_grad=True)], key),
+        test_utils=("test_schema", "test_faketensor"),
+    )
