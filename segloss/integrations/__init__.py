@@ -1,0 +1,1 @@
+"""Glue to training libraries; each module needs its library and is imported by name."""
