@@ -46,8 +46,8 @@ test-package: $(READY)
 demo: $(READY) ## fine-tune a small language model on three real tasks
 	$(BIN)/segloss train --output $(RUN)
 
-bench: $(READY) ## measure
-	$(BIN)/python -m bench
+bench: $(READY) ## measure ours against PyTorch; BENCH=--quick for a short run
+	$(BIN)/python -m bench $(BENCH)
 
 lint: lint-style lint-types lint-rules ## check style, types and the rules of .pre-commit-config.yaml
 
