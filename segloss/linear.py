@@ -58,12 +58,17 @@ class Head:
     scale: float
 
     @classmethod
-    def of(cls, source: LinearLogits, rows: Tensor | None) -> Head:
-        """`rows` (N,): the tokens whose hidden states are used, None for all."""
+    def of(cls, source: LinearLogits, rows: Tensor | None, valid: Tensor) -> Head:
+        """`rows` (N,): the tokens whose hidden states are used, None for all.
+
+        `valid` (N,): which of them count.
+        """
         named, dtype = dict(source.named_tensors()), source.product_dtype
         hidden = named["hidden"].reshape(-1, source.hidden.shape[-1])
         if rows is not None:
             hidden = hidden[rows]
+        elif not source.compact:
+            hidden = torch.where(valid[:, None], hidden, 0)  # 0 * NaN would reach dweight
 
         def cast(name: str) -> Tensor | None:
             return named[name].to(dtype) if name in named else None
@@ -257,7 +262,7 @@ def sweep_linear(source: LinearLogits, batch: Batch, request: Request) -> Sweep:
     with torch.no_grad(), torch.autocast(source.device.type, enabled=False):
         rows = kept_rows(source, batch)
         inner = compact_batch(batch, rows)
-        head = Head.of(source, rows)
+        head = Head.of(source, rows, inner.valid)
         ids = class_ids(request, batch)
         row_ids = {n: compacted(ids.get(n), rows) for n in ("sample", "own")}
         collected: list = []
@@ -469,7 +474,7 @@ def grad_linear(tensors, saved, grads, needed, *, options: dict) -> tuple:
     source = with_data(options, tensors)
     needed = dict(zip([name for name, _ in source.named_tensors()], needed, strict=True))
     rows = saved.get("rows")
-    head = Head.of(source, rows)
+    head = Head.of(source, rows, saved["valid"])
     if rows is not None:
         grads = {name: grad[rows] if name in ROW_OUTPUTS else grad for name, grad in grads.items()}
         saved = dict(saved)
@@ -675,7 +680,7 @@ def fused_forward(source: LinearLogits, batch: Batch, plan: FusedPlan, needed: d
     """The loss, the row statistics, and the gradients of the tensors."""
     rows = kept_rows(source, batch)
     inner = compact_batch(batch, rows)
-    head = Head.of(source, rows)
+    head = Head.of(source, rows, inner.valid)
     weights = inner.weights()
     scale = power_of_two(plan, weights)
     total = Gradients(head, needed, scale, disjoint=False)
