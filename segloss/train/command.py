@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .config import TrainConfig, add_arguments
-from .errors import UserError
+from .errors import UserError, first_line
 
 EPILOG = """\
 prompts and masking:
@@ -77,7 +77,14 @@ def _train(arguments: argparse.Namespace) -> int:
     lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
     from .run import train
 
-    train(TrainConfig(**(settings | lists)))
+    try:
+        train(TrainConfig(**(settings | lists)))
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
+            raise
+        raise UserError(
+            f"out of memory ({first_line(error)}); lower --batch-size and raise --accumulation"
+        ) from None
     return 0
 
 

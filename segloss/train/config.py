@@ -70,6 +70,10 @@ class TrainConfig:
     """arithmetic of the forward pass; the weights stay float32. auto: bfloat16 where the hardware
     multiplies it natively, else float32"""
 
+    head: Literal["fused", "logits"] = "fused"
+    """fused: the loss takes hidden states and the head's weight, and logits are never made; logits:
+    it takes the model's own, for a model whose head does more than multiply, soft-cap and scale"""
+
     time_limit: float | None = None
     """seconds for the whole run; training stops early so that the evaluation after it still fits
     in; 0 for no limit (default: 540 for the built-in tasks, none for --data)"""

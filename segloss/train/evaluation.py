@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import segloss
+from segloss.integrations.transformers import head_logits
 
 from .data import IGNORE, Encoded, TaskData, next_tokens, prompt_batch, training_batch
 from .tasks import Example
@@ -42,12 +43,20 @@ class Evaluator:
         tokenizer: decodes the answers; its padding token fills the batches.
         batch_size: items in one forward pass.
         dtype: the arithmetic of the forward pass, None for that of the weights.
+        head: "fused" or "logits", as for training.
     """
 
-    def __init__(self, tokenizer, batch_size: int, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        tokenizer,
+        batch_size: int,
+        dtype: torch.dtype | None = None,
+        head: str = "fused",
+    ):
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.dtype = dtype
+        self.head = head
 
     @torch.no_grad()
     def __call__(self, model, task: TaskData, progress=lambda items: None) -> Evaluation:
@@ -82,7 +91,10 @@ class Evaluator:
         """Sum of the completion tokens' cross-entropy, and their number."""
         batch = self._to(model, training_batch(items, self.tokenizer.pad_token_id))
         target = next_tokens(batch.pop("labels"))
-        logits = model(**batch, use_cache=False).logits
+        if self.head == "fused":
+            logits = head_logits(model, **batch, use_cache=False)
+        else:
+            logits = model(**batch, use_cache=False).logits
         loss = segloss.cross_entropy(logits, target, reduction="sum")
         return loss.item(), int((target != IGNORE).sum())
 

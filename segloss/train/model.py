@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def load(name: str):
 def _source(name: str) -> tuple[Path, str | None]:
     """The folder, and the GGUF file in it if that is what it holds."""
     folder = _smollm2_folder() if name == SMOLLM2 else Path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises where a parent cannot be read
         raise UserError(
             f"--model {name}: no such folder (it takes {SMOLLM2} or a local folder; "
             "nothing is downloaded)"

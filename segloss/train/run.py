@@ -150,7 +150,7 @@ def _require_packages() -> None:
 
 
 def _require_new(output: str) -> None:
-    if Path(output).exists():
+    if os.path.lexists(output):
         from .run_folder import exists
 
         raise exists(output)
@@ -301,6 +301,7 @@ def _fit(run: Run, folder: RunFolder, deadline: float) -> tuple[list[float], boo
         data_collator=partial(data.training_batch, pad_id=run.tokenizer.pad_token_id),
         loss=run.loss,
         autocast=run.dtype,
+        head=config.head,
         callbacks=[trainer.MetricsLog(folder), limit],
     )
     loop.remove_callback(trainer.ProgressCallback)
@@ -323,7 +324,7 @@ def _evaluate(run: Run, folder: RunFolder, phase: str) -> dict[str, Evaluation]:
 
     from .evaluation import Evaluator
 
-    evaluator = Evaluator(run.tokenizer, run.config.batch_size, run.dtype)
+    evaluator = Evaluator(run.tokenizer, run.config.batch_size, run.dtype, run.config.head)
     results: dict[str, Evaluation] = {}
     lines: list[str] = []
     total = sum(len(task.held_out) for task in run.tasks)

@@ -10,6 +10,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from segloss.integrations.transformers import head_logits
+
 from .data import next_tokens
 from .errors import UserError
 from .run_folder import RunFolder
@@ -22,26 +24,39 @@ class LossTrainer(Trainer):
     the accumulated gradient is then exactly that of one large batch. A region or ranking loss is a
     value of a set of tokens and does not add up: each micro-batch counts with its share of the
     tokens, and the sum is their token-weighted mean (with `accumulation=1`, the loss itself).
+
+    With `head="fused"` the model's forward ends in hidden states and its logits are never made;
+    `head="logits"` gives the loss the model's own.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args, loss: torch.nn.Module, autocast: torch.dtype | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        loss: torch.nn.Module,
+        autocast: torch.dtype | None = None,
+        head: str = "fused",
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.loss = loss
         self.autocast = autocast
+        self.head = head
         # the Trainer counts the tokens of a batch only for models said to use the count
         self.model_accepts_loss_kwargs = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         target = next_tokens(inputs["labels"])
+        batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        outputs = None
         with autocast(self.args.device, self.autocast):
-            outputs = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                use_cache=False,
-            )
-        loss = self.loss(outputs.logits, target, normalizer=num_items_in_batch)
+            if self.head == "fused" and not return_outputs:
+                logits = head_logits(model, **batch, use_cache=False)
+            else:
+                outputs = model(**batch, use_cache=False)
+                logits = outputs.logits
+        loss = self.loss(logits, target, normalizer=num_items_in_batch)
         if num_items_in_batch is not None:
             # processes average their gradients, but the normaliser spans all of them
             loss = loss * self.accelerator.num_processes

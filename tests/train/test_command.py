@@ -98,6 +98,18 @@ def test_not_enough_room_for_the_checkpoint(train, tmp_path, monkeypatch):
     assert fails(train(), "MB of free disk space; the checkpoint after training needs")
 
 
+@pytest.mark.parametrize(
+    "message",
+    ["CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: can't allocate memory"],
+)
+def test_out_of_memory(train, monkeypatch, message):
+    def fit(*args):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(run, "_fit", fit)
+    assert fails(train(), "lower --batch-size and raise --accumulation")
+
+
 # ------------------------------------------------------------------------------------- models
 
 

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 import segloss
 from segloss import reference
+from segloss.logits import as_source
 from segloss.train import data
 from segloss.train.config import TrainConfig
 from segloss.train.expression import parse_loss
@@ -107,13 +108,16 @@ def test_accumulated_region_losses_are_a_token_weighted_mean(items, tmp_path):
     assert loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_logits_keep_the_autocast_dtype(items, tmp_path):
+@pytest.mark.parametrize("head", ["fused", "logits"])
+def test_logits_keep_the_autocast_dtype(items, tmp_path, head):
     """Accelerate's own mixed precision would copy them to float32."""
     seen = []
 
     class Spy(segloss.CrossEntropyLoss):
         def forward(self, logits, target, **options):
-            seen.append((logits.dtype, logits.shape[:-1] == target.shape))
+            source = as_source(logits)
+            dtype = source.product_dtype if head == "fused" else source.logits.dtype
+            seen.append((dtype, source.leading_shape == target.shape))
             return super().forward(logits, target, **options)
 
     loop = LossTrainer(
@@ -123,6 +127,7 @@ def test_logits_keep_the_autocast_dtype(items, tmp_path):
         data_collator=functools.partial(data.training_batch, pad_id=257),
         loss=Spy(),
         autocast=torch.bfloat16,
+        head=head,
     )
     loop.train()
     assert seen == [(torch.bfloat16, True)]
