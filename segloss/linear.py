@@ -58,16 +58,16 @@ class Head:
     scale: float
 
     @classmethod
-    def of(cls, source: LinearLogits, rows: Tensor | None, valid: Tensor) -> Head:
+    def of(cls, source: LinearLogits, rows: Tensor | None, valid: Tensor | None = None) -> Head:
         """`rows` (N,): the tokens whose hidden states are used, None for all.
 
-        `valid` (N,): which of them count.
+        `valid` (N,): which of them count, None for all.
         """
         named, dtype = dict(source.named_tensors()), source.product_dtype
         hidden = named["hidden"].reshape(-1, source.hidden.shape[-1])
         if rows is not None:
             hidden = hidden[rows]
-        elif not source.compact:
+        elif valid is not None and not source.compact:
             hidden = torch.where(valid[:, None], hidden, 0)  # 0 * NaN would reach dweight
 
         def cast(name: str) -> Tensor | None:
@@ -244,6 +244,12 @@ def chunk_slices(source: LinearLogits, num_rows: int) -> list[slice]:
     return [slice(i, min(i + step, num_rows)) for i in range(0, max(1, num_rows), step)]
 
 
+def rows_within_budget(source: LinearLogits, slices: list[slice]) -> int:
+    """Rows of the first chunks, as many as fit `memory_budget` together."""
+    row_bytes = source.num_classes * source.product_dtype.itemsize
+    return max((s.stop for s in slices if s.stop * row_bytes <= source.memory_budget), default=0)
+
+
 def sources_needed(source: LinearLogits) -> dict[str, bool]:
     enabled = torch.is_grad_enabled()
     return {name: enabled and tensor.requires_grad for name, tensor in source.named_tensors()}
@@ -267,15 +273,16 @@ def sweep_linear(source: LinearLogits, batch: Batch, request: Request) -> Sweep:
         row_ids = {n: compacted(ids.get(n), rows) for n in ("sample", "own")}
         collected: list = []
         per_class = ClassTotals(source, request, ids, row_ids["sample"], inner)
-        qw, kept = [], []
+        qw = []
         num_rows = head.hidden.shape[0]
         slices = chunk_slices(source, num_rows)
-        budget = source.memory_budget if any(needed.values()) and not frozen else 0
-        out = chunk_buffer(head, slices)
+        keeps = any(needed.values()) and not frozen
+        num_kept = rows_within_budget(source, slices) if keeps else 0
+        kept = head.hidden.new_empty(num_kept, source.num_classes)
+        out = chunk_buffer(head, [s for s in slices if s.stop > num_kept])
         for here in slices:
-            size = (here.stop - here.start) * source.num_classes * source.product_dtype.itemsize
-            keep = size <= budget
-            z = head.take(here).logits(None if keep else out)
+            keep = here.stop <= num_kept
+            z = head.take(here).logits(kept[here].view(-1) if keep else out)
             panel = per_class.panel(z)
             factored = frozen and not z.data.is_cuda and panel is not z
             stats = row_stats(
@@ -290,10 +297,6 @@ def sweep_linear(source: LinearLogits, batch: Batch, request: Request) -> Sweep:
             )
             collected.append(stats)
             per_class.add(panel, stats, here)
-            # what is kept are the first rows: a short last chunk may not follow one left out
-            budget = budget - size if keep else 0
-            if keep:
-                kept.append(z.data[0])
             if factored:
                 row_scale = torch.exp(-stats.log_sum)[:, None]
                 qw.append(head.times_weight(GradBlock(z.data[0])).to(source.dtype) * row_scale)
@@ -335,7 +338,7 @@ def sweep_linear(source: LinearLogits, batch: Batch, request: Request) -> Sweep:
         "candidate_class": sweep.candidate_class,
         "peak_row": renumbered(per_class.peak_row, rows),
         "qw": torch.cat(qw) if qw else None,
-        "logits": torch.cat(kept) if kept else None,
+        "logits": kept if num_kept else None,
     }  # fmt: skip
     rule = functools.partial(grad_linear, options=without_data(source))
     return replace(sweep, **attach(rule, outputs, saved, tensors))
@@ -811,12 +814,13 @@ def explain(source: LinearLogits, loss, target: Tensor) -> str:
     itemsize = source.product_dtype.itemsize
     chunk = source.chunk_rows(num_rows) if num_rows else 0
     chunks = cdiv(num_rows, chunk) if num_rows else 0
+    one = 2 * num_rows * width * num_classes
     mode, products, extra = plan_of(source, loss, needed, num_rows, chunks)
     peak = chunk * num_classes * itemsize + sum(size for _, size in extra)
     lines = [
         f"tokens     {num_rows} of {batch.target.numel()} (ignored ones left out)",
         f"mode       {mode}",
-        f"products   {products} x 2NDV = {products * 2 * num_rows * width * num_classes:.3g} FLOP",
+        f"products   {products:.3g} x 2NDV = {products * one:.3g} FLOP",
         f"chunks     {chunks} of {chunk} rows, "
         f"{megabytes(chunk * num_classes * itemsize)} of logits",
         *(f"{name:<10} {megabytes(size)}" for name, size in extra),
@@ -826,7 +830,7 @@ def explain(source: LinearLogits, loss, target: Tensor) -> str:
     return "\n".join(lines)
 
 
-def plan_of(source, loss, needed: dict, num_rows: int, chunks: int) -> tuple[str, int, list]:
+def plan_of(source, loss, needed: dict, num_rows: int, chunks: int) -> tuple[str, float, list]:
     """(mode, products of the head, [(what, bytes)] beyond a chunk's logits)."""
     from segloss.losses.base import fusible
 
@@ -844,9 +848,10 @@ def plan_of(source, loss, needed: dict, num_rows: int, chunks: int) -> tuple[str
         extra.append(("p @ weight", num_rows * width * itemsize))
         return "frozen head: p @ weight stored in forward", 2, extra
     extra.append(("dhidden", 4 * num_rows * width))
-    if source.memory_budget:
-        extra.append(("kept", min(source.memory_budget, num_rows * num_classes * itemsize)))
-    products = 2 + needed["hidden"] + needed["weight"]
+    num_kept = rows_within_budget(source, chunk_slices(source, num_rows))
+    if num_kept:
+        extra.append(("kept", num_kept * num_classes * itemsize))
+    products = 2 + needed["hidden"] + needed["weight"] - num_kept / max(1, num_rows)
     return "recompute: logits made again in backward", products, extra
 
 
