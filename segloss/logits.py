@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,8 @@ def describe(value) -> str:
     """How an error message shows what it was given."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} ({', '.join(map(describe, value))})"
     return repr(value)
 
 
@@ -172,7 +175,9 @@ class LinearLogits:
         if self.bias is not None and self.bias.shape != (num_classes,):
             raise ValueError(f"bias is {describe(self.bias)}; it takes shape ({num_classes},)")
         if self.lora is not None:
-            a, b, _ = self.lora
+            a, b, scaling = self.lora
+            if not (isinstance(scaling, (int, float)) and math.isfinite(scaling)):
+                raise TypeError(f"lora's scaling is {describe(scaling)}; it takes a finite number")
             if a.dim() != 2 or a.shape[1] != width:
                 raise ValueError(f"lora's A is {describe(a)}; it takes shape (r, {width})")
             if b.shape != (num_classes, a.shape[0]):
