@@ -841,7 +841,8 @@ def plan_of(source, loss, needed: dict, num_rows: int, chunks: int) -> tuple[str
         return "no gradient: statistics only", 1, extra
     if fusible(loss):
         if needed["weight"] and (chunks > 1 or source.grad_filter):
-            extra.append(("dweight", 4 * num_classes * width))
+            # the sum, and what one chunk adds to it
+            extra.append(("dweight", (max(4, itemsize) + itemsize) * num_classes * width))
         products = 1 + needed["hidden"] + needed["weight"]
         return "fused: gradients formed in forward", products, extra
     if is_frozen(needed):
