@@ -107,6 +107,8 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 BEFORE, AFTER, GUESS = "#9aa5b1", "#2563a8", "#c2410c"
 GUESSING = "chance or majority"
 TITLE_PAD = 28
+# the line at what guessing scores must not cross out a number
+LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.6}
 
 
 def plot(path, losses: Sequence[float], results: Sequence[TaskResult], loss_name: str) -> None:
@@ -166,7 +168,8 @@ def _plot_pairs(axes, results, title: str, before, after, form: str) -> None:
         (0.2, after, AFTER, "after"),
     ):
         bars = axes.bar(places + shift, values, width=0.38, color=color, label=label)
-        axes.bar_label(bars, [form.format(value) for value in values], padding=2, fontsize=9)
+        texts = [form.format(value) for value in values]
+        axes.bar_label(bars, texts, padding=3, fontsize=9, bbox=LABEL_BOX, zorder=4)
     many = {"rotation": 30, "ha": "right"} if len(results) > 4 else {}
     axes.set_xticks(places, [result.task for result in results], parse_math=False, **many)
     axes.margins(y=0.12)
