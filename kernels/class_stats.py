@@ -15,6 +15,8 @@ from .common import LOG2E, Rows, cdiv, jit, load_logits, parallel, row_offset, t
 SLABS = 64
 # float32 bytes of a panel of gathered columns in the torch twins
 PANEL_BYTES = 1 << 18
+# sums of panels that wait to be added up: all of them would take as much as the logits
+PARTIAL_SUMS = 16
 
 
 @jit
@@ -150,8 +152,10 @@ def class_sums_torch(rows, row_max, log_sum, columns, sample, num_samples, row_w
         return ids, p.new_zeros(ids.numel(), num_columns).index_add_(0, index, p)
 
     total = rows.new(num_samples, num_columns).zero_()
-    for ids, partial in parallel(work, panel_rows(sample >= 0, num_columns)):
-        total[ids] += partial
+    parts = panel_rows(sample >= 0, num_columns)
+    for first in range(0, len(parts), PARTIAL_SUMS):
+        for ids, partial in parallel(work, parts[first : first + PARTIAL_SUMS]):
+            total[ids] += partial
     return total
 
 
