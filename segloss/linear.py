@@ -454,8 +454,10 @@ def panel_candidates(source, head: Head, stats: dict, present, row_ids, tau) -> 
     panel = head.columns(present)
     columns = torch.arange(present.numel(), device=present.device)
     found = []
-    for here in panel_slices(source, head.hidden.shape[0], present.numel()):
-        z = panel.take(here).logits()
+    slices = panel_slices(source, head.hidden.shape[0], present.numel())
+    out = chunk_buffer(panel, slices)
+    for here in slices:
+        z = panel.take(here).logits(out)
         part = candidates(
             z,
             stats["row_max"][here],
@@ -525,8 +527,10 @@ def subtract_dots(source: LinearLogits, head: Head, terms: GradTerms) -> None:
         return
     panel = head if terms.columns is None else head.columns(terms.columns)
     dots = torch.zeros_like(terms.prob_coef)
-    for here in panel_slices(source, head.hidden.shape[0], panel.weight.shape[0]):
-        z = panel.take(here).logits()
+    slices = panel_slices(source, head.hidden.shape[0], panel.weight.shape[0])
+    out = chunk_buffer(panel, slices)
+    for here in slices:
+        z = panel.take(here).logits(out)
         at = (z, terms.row_max[here], terms.log_sum[here])
         dots[here] = row_dots(*at, None, terms.sample[here], terms.class_grad)
     if terms.row_weight is not None:
@@ -561,8 +565,10 @@ def frozen_grad(source: LinearLogits, head: Head, terms: GradTerms, saved: dict)
         terms, prob_coef=zero, target_coef=zero, target_rest=zero, columns=None,
         target=torch.full_like(terms.target, -1),
     )  # fmt: skip
-    for here in panel_slices(source, own.numel(), columns.numel()):
-        z = panel.take(here).logits()
+    slices = panel_slices(source, own.numel(), columns.numel())
+    out = chunk_buffer(panel, slices)
+    for here in slices:
+        z = panel.take(here).logits(out)
         part = row_slice(only, here)
         dlogits = logit_grad(z, part, torch.empty_like(z.data[0]))
         result[here] += panel.times_weight(GradBlock(dlogits))
