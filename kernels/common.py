@@ -196,13 +196,16 @@ def load_logits(
     SCALED: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
-    """A tile of transformed logits; -inf outside the mask."""
+    """A tile of transformed logits; -inf outside the mask.
+
+    Kernels annotate softcap and scale as float64: Triton would round a plain float to float32.
+    """
     raw = tl.load(pointers, mask=mask, other=float("-inf"))
     z = raw.to(tl.float64) if DOUBLE else raw.to(tl.float32)
     if SCALED:
-        z = z * tl.cast(scale, z.dtype)
+        z = z * tl.full((), scale, z.dtype)
     if SOFTCAP:
-        cap = tl.cast(softcap, z.dtype)
+        cap = tl.full((), softcap, z.dtype)
         # tanh(x) = 1 - 2 / (exp(2x) + 1): exact at both ends, no libdevice; -inf is put back
         e = tl.exp2(z / cap * (2 * LOG2E))
         z = tl.where(z == float("-inf"), z, cap * (1 - 2 / (e + 1)))

@@ -149,8 +149,8 @@ def grad_rows_kernel(
     stride_b,
     stride_t,
     stride_v,
-    softcap,
-    scale,
+    softcap: tl.float64,
+    scale: tl.float64,
     SOFTCAP: tl.constexpr,
     SCALED: tl.constexpr,
     DOUBLE: tl.constexpr,
@@ -178,8 +178,8 @@ def grad_rows_kernel(
         sum_grad, ENTROPY, COLUMN_SUMS,
     )  # fmt: skip
     DTYPE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    cap = tl.cast(softcap, DTYPE)
-    factor = tl.cast(scale, DTYPE)
+    cap = tl.full((), softcap, DTYPE)
+    factor = tl.full((), scale, DTYPE)
     if CLASSES:
         grads = class_grad + tl.load(sample + row) * V
         weight = tl.load(row_weight + row) if ROW_WEIGHTED else 1.0
@@ -230,8 +230,8 @@ def grad_entries_kernel(
     stride_b,
     stride_t,
     stride_v,
-    softcap,
-    scale,
+    softcap: tl.float64,
+    scale: tl.float64,
     SOFTCAP: tl.constexpr,
     SCALED: tl.constexpr,
     DOUBLE: tl.constexpr,
@@ -275,7 +275,8 @@ def grad_entries_kernel(
         w = tl.load(column_weight + column, mask=inside, other=0.0).to(DTYPE)
     dz = grad_tile(
         z, column == y, row_m, row_l, coef, coef_y, rest_y, extra, row_h, grad_h, grad_t, w,
-        tl.cast(softcap, DTYPE), tl.cast(scale, DTYPE), SOFTCAP, SCALED, ENTROPY, COLUMN_SUMS,
+        tl.full((), softcap, DTYPE), tl.full((), scale, DTYPE), SOFTCAP, SCALED, ENTROPY,
+        COLUMN_SUMS,
     )  # fmt: skip
     tl.store(dlogits + row * V + column, dz.to(dlogits.dtype.element_ty), mask=inside)
 
