@@ -216,6 +216,7 @@ def row_stats_torch(
     # arithmetic on vectors, done once for all rows
     total, log_sum = stats.log_sum.clone(), stats.log_sum.log_()
     torch.sub(z_y - stats.row_max, log_sum, out=stats.log_prob)
+    stats.log_prob.masked_fill_(y != target, torch.nan)  # as the kernel
     if stats.entropy is not None:
         torch.sub(log_sum, stats.entropy / total, out=stats.entropy)
     for out in stats:
