@@ -13,7 +13,7 @@ written p (prob_coef + v) + v (1 - p), with v (1 - p) from the row's accurate lo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -312,6 +312,10 @@ def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
     valid = terms.valid.view(torch.uint8)
     block = min(4096, max(16, next_power_of_2(num_classes)))
     covers_all = terms.class_grad is not None and terms.columns is None
+    listed = terms.class_grad is not None and not covers_all and terms.class_grad.numel() > 0
+    single = terms.entry_grad is not None and terms.entry_grad.numel() > 0
+    if (listed or single) and dlogits.data_ptr() == rows.data.data_ptr():
+        rows = replace(rows, data=rows.data.clone())  # the later passes read the logits again
     grad_rows_kernel[(n,)](
         rows.data,
         dlogits,
@@ -345,10 +349,10 @@ def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
             num_warps=4,
         )
 
-    if terms.class_grad is not None and not covers_all and terms.class_grad.numel():
+    if listed:
         grid = (n, cdiv(terms.class_grad.shape[1], 256))
         entries(grid, True, 0, (terms.target, terms.target, spare))
-    if terms.entry_grad is not None and terms.entry_grad.numel():
+    if single:
         num_entries = terms.entry_grad.numel()
         entry = (terms.entry_row, terms.entry_class, terms.entry_grad)
         entries((cdiv(num_entries, 256),), False, num_entries, entry)
@@ -476,8 +480,8 @@ def block_grad(
 def logit_grad(rows: Rows, terms: GradTerms, dlogits: Tensor) -> Tensor:
     """Fills dlogits (N, V), contiguous, with the gradient of the logits; returns it.
 
-    dlogits may be the memory of the logits; on a GPU only without listed columns and entries, whose
-    passes read the logits again.
+    dlogits may be the memory of the logits. On a GPU, listed columns and entries then cost a copy
+    of them.
     """
     if rows.num_rows:
         run = logit_grad_triton if use_triton(rows.data) else logit_grad_torch
