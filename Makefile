@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 # Installed before anything else, so that no other package picks another release or build of it.
-# Without a GPU: make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# Without a GPU: make TORCH="torch==2.13.0"
 TORCH ?= torch==2.13.0
 # The model and the tasks of the demo. Their metadata ask for packages that reading them does not
 # need, hence --no-deps.

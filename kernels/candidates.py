@@ -92,7 +92,7 @@ def candidates_triton(rows, row_max, log_sum, columns, sample, own, threshold) -
             columns.numel(),
             **rows.kernel_arguments(),
             WRITE=write,
-            BLOCK_K=512,
+            BLOCK_K=256 if rows.dtype == torch.float64 else 512,
             num_warps=4,
         )
 

@@ -121,7 +121,7 @@ def class_sums_triton(rows, row_max, log_sum, columns, sample, num_samples, row_
         WEIGHTED=row_weight is not None,
         BLOCK_R=16,
         BLOCK_K=block,
-        num_warps=4,
+        num_warps=8 if rows.dtype == torch.float64 else 4,
     )
     return out.sum(0)
 

@@ -179,11 +179,25 @@ class Rows:
         }
 
 
+def row_tile(rows: Rows, per_thread: int = 16) -> dict[str, int]:
+    """How a program that owns a row takes it: what fits 8 warps without a register spilled.
+
+    `per_thread` is in float32 elements; float64 takes a quarter: its accumulators are pairs of
+    registers, and its exponential needs many.
+    """
+    per_thread = per_thread // 4 if rows.dtype == torch.float64 else per_thread
+    block = min(256 * per_thread, max(16, next_power_of_2(rows.num_classes)))
+    return {"BLOCK_V": block, "num_warps": max(1, block // (32 * per_thread))}
+
+
 @jit
 def row_offset(row, T, stride_b, stride_t):
-    """Offset of a row's first logit, in int64 whatever the size."""
-    row = row.to(tl.int64)
-    return (row // T) * stride_b + (row % T) * stride_t
+    """Offset of a row's first logit, in int64 whatever the size.
+
+    Divided in int32: a 64-bit division is a subroutine, and a tile of rows would spill around it.
+    """
+    row = row.to(tl.int32)
+    return (row // T).to(tl.int64) * stride_b + (row % T).to(tl.int64) * stride_t
 
 
 @jit

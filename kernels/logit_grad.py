@@ -26,9 +26,9 @@ from .common import (
     cdiv,
     jit,
     load_logits,
-    next_power_of_2,
     parallel,
     row_offset,
+    row_tile,
     tl,
     use_triton,
 )
@@ -310,7 +310,6 @@ def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
         "ROW_WEIGHTED": terms.row_weight is not None,
     }
     valid = terms.valid.view(torch.uint8)
-    block = min(4096, max(16, next_power_of_2(num_classes)))
     covers_all = terms.class_grad is not None and terms.columns is None
     listed = terms.class_grad is not None and not covers_all and terms.class_grad.numel() > 0
     single = terms.entry_grad is not None and terms.entry_grad.numel() > 0
@@ -325,8 +324,7 @@ def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
         **rows.kernel_arguments(),
         **flags,
         CLASSES=covers_all,
-        BLOCK_V=block,
-        num_warps=max(1, min(8, block // 512)),
+        **row_tile(rows),
     )
 
     def entries(grid, panel, num_entries, entry):

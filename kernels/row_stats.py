@@ -17,9 +17,9 @@ from .common import (
     bounds,
     jit,
     load_logits,
-    next_power_of_2,
     parallel,
     row_offset,
+    row_tile,
     tl,
     use_triton,
 )
@@ -163,7 +163,6 @@ def row_stats_triton(
     stats: RowStats,
     column_weight: Tensor | None,  # (V,)
 ) -> None:
-    block = min(4096, max(16, next_power_of_2(rows.num_classes)))
     spare = stats.row_max  # stands where a pointer is not used
     row_stats_kernel[(rows.num_rows,)](
         rows.data,
@@ -184,8 +183,7 @@ def row_stats_triton(
         ARGMAX=stats.argmax is not None,
         COLUMN_SUMS=stats.logit_sum is not None,
         WEIGHTED=column_weight is not None,
-        BLOCK_V=block,
-        num_warps=max(1, min(8, block // 512)),
+        **row_tile(rows, 8 if stats.entropy is not None else 16),
     )
 
 
