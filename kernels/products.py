@@ -106,9 +106,10 @@ def filtered_products(
     """`dlogits @ weight * scale` and `dlogits.T @ hidden * scale`, small columns as one term.
 
     In every FILTER_ROWS rows, columns whose largest |dlogits| is below the threshold are not
-    multiplied: with r_i their sum in row i and q_j column j's share of the block's sum, they add
-    `r_i (q @ weight)` to the first product and `q_j (r @ hidden)` to the second. Real embeddings
-    share a large common direction, so that the sum matters where no single column does.
+    multiplied: with r_i their sum in row i and q_j column j's share of sum |r|, rows counted with
+    the sign of their r, they add `r_i (q @ weight)` to the first product and `q_j (r @ hidden)` to
+    the second. Real embeddings share a large common direction, so that the sum matters where no
+    single column does; rows of both signs, as upstream gradients give them, do not cancel in q.
 
     Returns the products (the second None if not needed), sum |dlogits|, and its merged part.
     """
@@ -124,7 +125,8 @@ def filtered_products(
         kept = keep.nonzero()[:, 0]
         large = block[:, kept]
         row_rest = block.sum(1, dtype=dtype) - large.sum(1, dtype=dtype)  # r
-        share = torch.where(keep, 0, block.sum(0, dtype=dtype))
+        signed = product(row_rest.sign()[None].to(block.dtype), block)[0]
+        share = torch.where(keep, 0, signed.to(dtype))
         total = share.sum()
         share = share / torch.where(total == 0, 1, total)  # q
         common = product(share[None].to(weight.dtype), weight).to(dtype)
