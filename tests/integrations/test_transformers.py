@@ -1,4 +1,4 @@
-"""`head_logits` against the model's own logits: values and gradients, for several model families."""
+"""`head_logits` against the model's own logits, for several model families."""
 
 import pytest
 import torch
