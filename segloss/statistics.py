@@ -177,8 +177,9 @@ def class_ids(request: Request, batch: Batch) -> dict[str, Any]:
     ids: dict[str, Any] = {}
     if not (request.prob_sums or request.rankings):
         return ids
-    target = torch.where(batch.valid, batch.target, 0)
-    ids["present"] = union_over(batch.target[batch.valid], batch.group)
+    # a target out of range (only met on a GPU) is NaN in log_prob; as a column it must stay inside
+    target = torch.where(batch.valid, batch.target, 0).clamp(0, batch.num_classes - 1)
+    ids["present"] = union_over(target[batch.valid], batch.group)
     own = torch.searchsorted(ids["present"], target)
     ids["own"] = own.clamp(max=max(0, ids["present"].numel() - 1))
     if isinstance(request.classes, Tensor):
