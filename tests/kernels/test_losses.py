@@ -73,3 +73,15 @@ def test_a_head_on_both_backends(loss):
         return segloss.LinearLogits(hidden, weight, chunk_bytes=8 * 507 * 8, **TRANSFORM)
 
     assert_backends_agree(lambda: value_and_grad(loss, weight, target, source))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("wrong", [67, -1, 10**6])
+def test_a_target_out_of_range_is_nan_and_never_a_stray_read(name, wrong, monkeypatch, memory):
+    """As on a GPU, where nobody looks at the values first; the memory guard sees every access."""
+    monkeypatch.setattr(segloss.batch, "check_range", lambda *arguments: None)
+    logits, target = example(3, 5, 67)
+    target[1, 2] = wrong
+    value, _ = value_and_grad(getattr(segloss, name), logits, target)
+    assert value.isnan()
+    assert memory.launches >= 2
