@@ -204,6 +204,7 @@ def tile_sums_torch(
     first_column: int,
     dim: int,
     seed: int,
+    buffer: Tensor,  # (R, 4, 8, >= K) int32
 ) -> Tensor:
     """The projection (N, D) of one tile, times sqrt(D), in float64: exact but for `quantised`."""
     num_columns = rows.shape[1]
@@ -211,7 +212,9 @@ def tile_sums_torch(
     # each of a word's bytes moved to bits 23 to 30
     moved = torch.stack([words << 23, words << 15, words << 7, words >> 1], 1)
     masks = torch.tensor([1 << (23 + k) for k in range(8)], dtype=torch.int32, device=rows.device)
-    minus = (moved[:, :, None] & masks[:, None]).view(-1, num_columns)[:dim].view(torch.float32)
+    minus = buffer[..., :num_columns]
+    torch.bitwise_and(moved[:, :, None], masks[:, None], out=minus)
+    minus = minus.view(torch.float32).flatten(0, 2)[:dim]
 
     integers, unit = quantised(rows)
     counts = torch.mm(integers, minus.T).double()
@@ -229,12 +232,24 @@ def add_chunk_torch(
     seed: int,
     total: Tensor,  # (N, D) float64
 ) -> None:
-    def work(start: int) -> Tensor:
-        rows = chunk[:, start : start + TILE].float()
-        return tile_sums_torch(rows, first_column + start, total.shape[1], seed)
+    dim = total.shape[1]
 
-    for sums in parallel(work, range(0, chunk.shape[1], TILE)):
-        total += sums
+    def work(starts: range) -> list[Tensor]:
+        shape = cdiv(dim, 32), 4, 8, min(TILE, chunk.shape[1])
+        # once for many tiles: fresh pages cost as much as the arithmetic on them
+        buffer = torch.empty(shape, dtype=torch.int32, device=chunk.device)
+        return [
+            tile_sums_torch(
+                chunk[:, start : start + TILE].float(), first_column + start, dim, seed, buffer
+            )
+            for start in starts
+        ]
+
+    starts = range(0, chunk.shape[1], TILE)
+    size = cdiv(len(starts), torch.get_num_threads())
+    for sums in parallel(work, [starts[i : i + size] for i in range(0, len(starts), size)]):
+        for tile in sums:
+            total += tile
 
 
 @contextlib.contextmanager
@@ -287,17 +302,17 @@ def project(
     """
     pieces = [gradient] if isinstance(gradient, Tensor) else list(gradient)
     n, device = pieces[0].shape[0], pieces[0].device
+    if n == 0 or not any(piece.shape[1] for piece in pieces):
+        return torch.zeros(n, dim, device=device)
     total = torch.zeros(n, dim, dtype=torch.float64, device=device)
     add_chunk = add_chunk_triton if use_triton(total) else add_chunk_torch
-    # a tile's sums, its copy, and the signs that a thread expands
-    tile_bytes = n * (8 * dim + 12 * TILE) + (4 * TILE * dim if add_chunk is add_chunk_torch else 0)
-    columns = TILE * max(1, chunk_bytes // tile_bytes)
+    # a tile's sums, and its copy where it crosses a seam
+    columns = TILE * max(1, chunk_bytes // (n * (8 * dim + 4 * TILE)))
     first_column = 0
-    if n and any(piece.shape[1] for piece in pieces):
-        with exact_products():
-            for chunk in chunks(pieces, columns):
-                add_chunk(chunk, first_column, seed, total)
-                first_column += chunk.shape[1]
+    with exact_products():
+        for chunk in chunks(pieces, columns):
+            add_chunk(chunk, first_column, seed, total)
+            first_column += chunk.shape[1]
     return (total / dim**0.5).float()
 
 

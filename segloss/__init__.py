@@ -42,6 +42,7 @@ from segloss.losses import (
     SelfAdjustingDiceLoss,
     TverskyLoss,
 )
+from segloss.selection import GradEx
 from segloss.statistics import Statistics, logit_statistics
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ __all__ = [
     "FocalTverskyLoss",
     "GeneralizedCrossEntropyLoss",
     "GeneralizedDiceLoss",
+    "GradEx",
     "JaccardLoss",
     "LinearLogits",
     "LovaszSoftmaxLoss",
