@@ -5,7 +5,6 @@ import functools
 import pytest
 import torch
 from train.tiny import build_model
-from transformers import TrainerCallback
 
 import segloss
 from segloss import reference
@@ -13,9 +12,8 @@ from segloss.logits import as_source
 from segloss.train import data
 from segloss.train.config import TrainConfig
 from segloss.train.expression import parse_loss
-from segloss.train.run import _training_arguments
 from segloss.train.tasks import Example
-from segloss.train.trainer import LossTrainer
+from segloss.train.trainer import Trainer
 
 ROWS = [("one two", " three"), ("four", " five six seven"), ("eight nine ten", " no"), ("x", " y")]
 
@@ -25,38 +23,33 @@ def items(tokenizer):
     return data.encode([Example("t", *row) for row in ROWS], tokenizer)
 
 
-class Gradients(TrainerCallback):
-    """Keeps the gradients of the first optimizer step."""
-
-    def __init__(self, model):
-        self.model, self.grads = model, None
-
-    def on_pre_optimizer_step(self, *args, **kwargs):
-        self.grads = self.grads or [p.grad.clone() for p in self.model.parameters()]
-
-
-def step(items, loss, folder, batch_size):
-    """(logged loss, gradients) of one step over `items` in float64; the log is float32."""
-    model = build_model().double()
-    gradients = Gradients(model)
+def trainer(items, loss, batch_size, model=None, dtype=None, **settings):
+    """A Trainer of one step over `items`, in their order, with validation items if it takes some."""
     config = TrainConfig(
-        output=str(folder),
+        data=("x",),
         steps=1,
         batch_size=batch_size,
         accumulation=len(items) // batch_size,
-    )
-    arguments = _training_arguments(config)
-    arguments.max_grad_norm = 0
-    loop = LossTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=items,
-        data_collator=functools.partial(data.training_batch, pad_id=257),
-        loss=parse_loss(loss),
-        callbacks=[gradients],
-    )
-    loop.train()
-    return loop.state.log_history[0]["loss"], gradients.grads
+        **settings,
+    ).resolved()
+    names = list(dict.fromkeys(item.example.task for item in items))
+    tasks = [
+        data.TaskData(name, own, [], own[:1])
+        for name in names
+        for own in [[item for item in items if item.example.task == name]]
+    ]
+    if model is None:
+        model = build_model().double()
+    loop = Trainer(model, tasks, loss, config, pad_id=257, dtype=dtype)
+    loop.order = items * config.steps
+    return loop
+
+
+def step(items, loss, batch_size, **settings):
+    """(logged loss, gradients) of one step over `items` in float64."""
+    loop = trainer(items, parse_loss(loss), batch_size, **settings)
+    row = loop.backward()
+    return row["loss"], [p.grad for p in loop.model.parameters()]
 
 
 def completion_rows(model, item):
@@ -76,28 +69,28 @@ def completion_rows(model, item):
         ("dice", reference.dice_loss),
     ],
 )
-def test_loss_and_gradient_are_those_of_the_completion_tokens(items, tmp_path, expression, naive):
-    loss, grads = step(items, expression, tmp_path, batch_size=4)
+def test_loss_and_gradient_are_those_of_the_completion_tokens(items, expression, naive):
+    loss, grads = step(items, expression, batch_size=4)
     model = build_model().double()
     logits, targets = zip(*(completion_rows(model, item) for item in items), strict=True)
     expected = naive(torch.cat(logits), torch.cat(targets))
-    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
     expected_grads = torch.autograd.grad(expected, list(model.parameters()))
     for got, true in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(got, true, rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize("expression", ["ce", "ce + 0.5*focal", "sadl"])
-def test_accumulating_four_batches_is_one_batch_for_token_losses(items, tmp_path, expression):
-    one_loss, one = step(items, expression, tmp_path, batch_size=4)
-    four_loss, four = step(items, expression, tmp_path, batch_size=1)
-    assert four_loss == pytest.approx(one_loss, rel=1e-6)
+def test_accumulating_four_batches_is_one_batch_for_token_losses(items, expression):
+    one_loss, one = step(items, expression, batch_size=4)
+    four_loss, four = step(items, expression, batch_size=1)
+    assert four_loss == pytest.approx(one_loss, rel=1e-12)
     for got, true in zip(four, one, strict=True):
         torch.testing.assert_close(got, true, rtol=1e-9, atol=1e-12)
 
 
-def test_accumulated_region_losses_are_a_token_weighted_mean(items, tmp_path):
-    loss, _ = step(items, "dice", tmp_path, batch_size=2)
+def test_accumulated_region_losses_are_a_token_weighted_mean(items):
+    loss, _ = step(items, "dice", batch_size=2)
     model = build_model().double()
     values, tokens = [], []
     for pair in (items[:2], items[2:]):
@@ -109,7 +102,7 @@ def test_accumulated_region_losses_are_a_token_weighted_mean(items, tmp_path):
 
 
 @pytest.mark.parametrize("head", ["fused", "logits"])
-def test_logits_keep_the_autocast_dtype(items, tmp_path, head):
+def test_logits_keep_the_autocast_dtype(items, head):
     """Accelerate's own mixed precision would copy them to float32."""
     seen = []
 
@@ -120,14 +113,8 @@ def test_logits_keep_the_autocast_dtype(items, tmp_path, head):
             seen.append((dtype, source.leading_shape == target.shape))
             return super().forward(logits, target, **options)
 
-    loop = LossTrainer(
-        model=build_model(),
-        args=_training_arguments(TrainConfig(output=str(tmp_path), steps=1, batch_size=2)),
-        train_dataset=items,
-        data_collator=functools.partial(data.training_batch, pad_id=257),
-        loss=Spy(),
-        autocast=torch.bfloat16,
-        head=head,
+    loop = trainer(
+        items[:2], Spy(), batch_size=2, model=build_model(), dtype=torch.bfloat16, head=head
     )
-    loop.train()
+    loop.step()
     assert seen == [(torch.bfloat16, True)]
