@@ -154,7 +154,8 @@ def task_weights_kernel(
     base = tl.where((base != base) & measured & (loss > 0.0), loss, base)
     ratio = tl.where(measured, loss / base, nothing)
     largest = tl.max(tl.where(ratio == ratio, ratio, float("-inf")), axis=0)
-    ratio = tl.where((k == K) & (largest > float("-inf")), largest, ratio)
+    largest = tl.where(largest > float("-inf"), largest, float("nan"))
+    ratio = tl.where(k == K, largest, ratio)
     reference = tl.load(last + k, mask=k <= K, other=float("nan"))
     reference = tl.where(ratio == ratio, ratio, reference)
     tl.store(baseline + k, base, mask=is_task)
@@ -261,13 +262,18 @@ def task_weights_kernel(
         relative = tl.where(known, share * relative, 1.0 / num_tasks)
         absolute = tl.where(known, share * absolute, 1.0 / num_tasks)
 
-    go = active != 0
-    tl.store(slopes + slot * K + k, slope, mask=is_task & go)
-    tl.store(max_slopes + max_slot, max_slope, mask=go)
-    tl.store(weights_out + k, tl.where(go, weights, 1.0 / num_tasks), mask=is_task)
-    tl.store(relative_out + k, tl.where(go, relative, 1.0 / num_tasks), mask=is_task)
-    tl.store(absolute_out + k, tl.where(go, absolute, 1.0 / num_tasks), mask=is_task)
-    tl.store(divergence_out, tl.where(go, divergence, 1.0))
+    if active != 0:
+        tl.store(slopes + slot * K + k, slope, mask=is_task)
+        tl.store(max_slopes + max_slot, max_slope)
+    else:
+        weights = tl.zeros_like(weights) + 1.0 / num_tasks
+        relative = weights
+        absolute = weights
+        divergence = tl.full((), 1.0, tl.float64)
+    tl.store(weights_out + k, weights, mask=is_task)
+    tl.store(relative_out + k, relative, mask=is_task)
+    tl.store(absolute_out + k, absolute, mask=is_task)
+    tl.store(divergence_out, divergence)
 
 
 def task_weights_triton(
