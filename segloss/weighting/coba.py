@@ -102,7 +102,9 @@ class CoBa:
         self._step: int | None = None
         self._dtype = torch.float32  # of the weights
         device = torch.get_default_device() if device is None else torch.device(device)
-        self._history = TaskHistory.empty(num_tasks, history, divergence_window, device)
+        self._history = TaskHistory.empty(
+            num_tasks, history, self._scored(), divergence_window, device
+        )
         self._last: TaskWeights | None = None
         self._has_baseline = baseline is not None
         if baseline is not None:
@@ -131,7 +133,6 @@ class CoBa:
             Moment(self._updates, step, step >= self.warmup),
             tau=self.tau,
             published=self.mode == "published",
-            acs_window=self._absolute_window(),
         )
         self._updates += 1
         self._step = step
@@ -269,10 +270,9 @@ class CoBa:
         )
         return numerator / denominator  # 0 / 0 is NaN: missing everywhere
 
-    def _absolute_window(self) -> int:
-        if self.mode == "paper":
-            return self.history
-        return max(1, self.history - self.warmup + 1)
+    def _scored(self) -> int:
+        """How many slopes the absolute scores look at."""
+        return self.history if self.mode == "paper" else max(1, self.history - self.warmup + 1)
 
 
 def check_integer(name: str, value, least: int) -> None:
