@@ -334,7 +334,8 @@ def token_weights(
     if task_weights is None:
         return per_token / _total(share.sum(), group) if sample_weights is None else per_token
     omega, index = _check_tasks(task_weights, task_ids, dtype)
-    totals = torch.stack([share[index == i].sum() for i in range(omega.numel())])
+    tasks = torch.arange(omega.numel(), device=index.device)
+    totals = share @ (index[:, None] == tasks).to(dtype)
     return per_token * (omega / _total(totals, group))[index]
 
 
