@@ -22,7 +22,7 @@ class Board:
 
     @classmethod
     def open(cls, folder: Path, wanted: bool, first_step: int) -> Board:
-        """Writes nothing unless `wanted`; what an interrupted run wrote of later steps is hidden."""
+        """Writes nothing unless `wanted`; hides what an interrupted run wrote of later steps."""
         if not wanted:
             return cls()
         from torch.utils.tensorboard import SummaryWriter

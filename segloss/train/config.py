@@ -80,7 +80,8 @@ class TrainConfig:
 
     sample_weights: Literal["none", "irdro", "linupper", "quadratic", "extremes", "rank"] = "none"
     """how much each example of a batch counts, by its own mean loss: irdro the harder the more,
-    linupper all but the easy alike, quadratic the middle, extremes both ends, rank a middle band;
+    linupper all but the easy alike, quadratic the middle, extremes both ends, rank only the second
+    hardest quarter;
     none: every token counts alike"""
 
     sample_temperature: float = 1.0
@@ -379,7 +380,7 @@ def _number(value, kind: type):
     """YAML reads 2e-4 as text, so text that is a number is taken as one."""
     takes = "a whole number" if kind is int else "a number"
     try:
-        if isinstance(value, bool) or kind is int and float(value) != int(float(value)):
+        if isinstance(value, bool) or (kind is int and float(value) != int(float(value))):
             raise ValueError(takes)
         return kind(float(value)) if kind is float else int(value)
     except (TypeError, ValueError, OverflowError):

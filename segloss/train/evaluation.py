@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 import segloss
 
-from .data import IGNORE, Encoded, TaskData, next_tokens, prompt_batch, training_batch
-from .forward import autocast, logits_of
+from .data import Encoded, TaskData, next_tokens, prompt_batch, training_batch
+from .forward import autocast, logits_of, token_sums
 from .tasks import Example
 
 # tokens that an answer may run over the longest expected one, so that the end is seen to be one
@@ -98,7 +99,7 @@ class Evaluator:
         """Mean cross-entropy per completion token of some items, without generating."""
         was_training = model.training
         model.eval()
-        sums = sum(self._sums(model, batch) for _, batch in self._batches(items))
+        sums = torch.stack([self._sums(model, batch) for _, batch in self._batches(items)]).sum(0)
         model.train(was_training)
         return (sums[0] / sums[3]).item()
 
@@ -113,12 +114,9 @@ class Evaluator:
         """(4,) of the completion tokens: cross-entropy, hits, entropy, and how many they are."""
         batch = self._to(model, training_batch(items, self.tokenizer.pad_token_id))
         target = next_tokens(batch.pop("labels"))
-        logits = logits_of(model, batch, self.head, self.dtype)
-        stats = segloss.logit_statistics(logits, target, entropy=True, argmax=True)
-        valid = target != IGNORE
-        hits = (stats.argmax == target) & valid
-        values = (-stats.log_prob, hits, stats.entropy, valid)
-        return torch.stack([value.double().sum() for value in values]).cpu()
+        logits: Any = logits_of(model, batch, self.head, self.dtype)
+        statistics = segloss.logit_statistics(logits, target, entropy=True, argmax=True)
+        return token_sums(statistics, target).sum((0, 1)).cpu()
 
     def _answers(self, model, items: list[Encoded], limit: int) -> list[str]:
         batch = self._to(model, prompt_batch(items, self.tokenizer.pad_token_id))

@@ -1,4 +1,4 @@
-"""The model's forward pass, up to the logits or to what stands for them."""
+"""The model's forward pass, up to what stands for its logits, and what is counted of its tokens."""
 
 from __future__ import annotations
 
@@ -30,3 +30,10 @@ def logits_of(
         if head == "fused":
             return head_logits(model, **inputs, use_cache=False)
         return model(**inputs, use_cache=False).logits
+
+
+def token_sums(statistics, target: Tensor) -> Tensor:
+    """(B, T, 4) of each token that counts: cross-entropy, whether it is a hit, entropy, and 1."""
+    hits = (statistics.argmax == target) & statistics.valid
+    values = (-statistics.log_prob, hits, statistics.entropy, statistics.valid)
+    return torch.stack([value.double() for value in values], -1)

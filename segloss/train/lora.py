@@ -42,7 +42,7 @@ def attach(model: Any, config: TrainConfig) -> Any:
             adapted = get_peft_model(model, settings)
         except ValueError as error:
             raise UserError(f"--lora-targets: {first_line(error)}") from None
-    head = adapted.get_base_model().get_output_embeddings()
+    head = _base(adapted).get_output_embeddings()
     for name in getattr(head, "lora_dropout", {}):
         head.lora_dropout[name] = torch.nn.Identity()
     return adapted
@@ -79,9 +79,13 @@ def _end(name: str) -> str:
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
+def _base(model: Any) -> Any:
+    return model.get_base_model()
+
+
 def merge(model: Any) -> Any:
     """The plain model with the adapters' products added to its weights."""
-    base = model.get_base_model()
+    base = _base(model)
     head = base.get_output_embeddings()
     if hasattr(head, "lora_A") and head.base_layer.weight is base.get_input_embeddings().weight:
         # an adapter on a shared weight would change the embeddings as well

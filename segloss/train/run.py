@@ -1,4 +1,4 @@
-"""One fine-tuning run, from the settings to the results, from its beginning or from a checkpoint."""
+"""One fine-tuning run, from the settings or from a checkpoint to the results."""
 
 from __future__ import annotations
 

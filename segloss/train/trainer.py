@@ -24,9 +24,7 @@ from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .data import IGNORE, Encoded, TaskData, next_tokens, training_batch, training_order
 from .errors import UserError
-from .forward import autocast, logits_of
-
-__all__ = ["Patience", "Trainer", "autocast", "learning_rate"]
+from .forward import logits_of, token_sums
 
 # how a histogram sorts sample weights, as multiples of an equal weight; see `Trainer._weight_row`
 WEIGHT_EDGES = [2.0 ** (k / 2) for k in range(-12, 13)]
@@ -99,20 +97,21 @@ class Trainer:
         ]
         return torch.optim.AdamW(groups, lr=self.config.lr, fused=True)
 
-    def _make_coba(self):
+    def _make_coba(self, baseline: Tensor | None = None):
         config = self.config
         if config.task_weights == "none":
             return None
         if len(self.tasks) < 2:
-            raise UserError(
-                "--task-weights coba weighs tasks against each other; there is only one"
-            )
+            raise UserError("--task-weights coba weighs tasks against each other; there is only 1")
         return segloss.CoBa(
             len(self.tasks),
-            warmup=config.coba_warmup,
-            history=config.coba_history,
+            warmup=config.coba_warmup or 0,
+            history=config.coba_history or 2,
             tau=config.coba_tau,
             mode=config.coba_mode,
+            baseline=baseline,
+            divergence_window=config.steps,
+            device=self.device,
         )
 
     def _make_sample_weighting(self):
@@ -132,7 +131,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self.coba is not None and self.num_steps == 0:
-            self._update_coba(self.validation_losses(all_items=True))
+            self.coba = self._make_coba(baseline=self.validation_losses(all_items=True))
         row = self.backward()
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
@@ -142,7 +141,7 @@ class Trainer:
         row |= {"grad_norm": norm.item(), "learning_rate": rate}
         if self.coba is not None:
             losses = self.validation_losses()
-            self._update_coba(losses)
+            self.coba.update(losses, step=self.num_steps)
             row["validation_loss"] = self._by_task(losses)
         self.seconds += time.monotonic() - begun
         return {"step": self.num_steps, "seconds": round(self.seconds, 3), **row}
@@ -168,7 +167,7 @@ class Trainer:
             )
             loss.backward()
             total += loss.detach()
-            tallies.append(_tally(statistics, batch.target))
+            tallies.append(token_sums(statistics, batch.target).sum(1))
         return {"loss": total.item(), **self._statistics_row(batches, torch.cat(tallies)), **row}
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
@@ -204,7 +203,7 @@ class Trainer:
         weights = segloss.token_weights(
             num_tokens,
             sample_weights=sample_weights,
-            task_ids=torch.cat([batch.task for batch in batches]),
+            task_ids=None if self.coba is None else torch.cat([batch.task for batch in batches]),
             task_weights=task_weights,
         )
         # of mean 1 and divided by the number of tokens again, so that the smoothing of a region
@@ -229,13 +228,8 @@ class Trainer:
 
     @staticmethod
     def _losses_of(source, batch: MicroBatch) -> Tensor:
-        log_prob = segloss.logit_statistics(source, batch.target).log_prob
-        samples = torch.arange(len(log_prob), device=log_prob.device)
-        ids = samples[:, None].expand(log_prob.shape)
-        return segloss.sample_losses(log_prob, ids.where(batch.target != IGNORE, -1))
-
-    def _update_coba(self, losses: Tensor) -> None:
-        self.coba.update(losses, step=self.num_steps)
+        statistics = segloss.logit_statistics(source, batch.target)
+        return segloss.sample_losses(statistics.log_prob, valid=statistics.valid)
 
     @torch.no_grad()
     def validation_losses(self, all_items: bool = False) -> Tensor:
@@ -287,12 +281,13 @@ class Trainer:
         row: dict[str, Any] = {}
         if task_weights is not None:
             row["task_weight"] = self._by_task(task_weights)
+            row["divergence_factor"] = self.coba.divergence_factor.item()
         if sample_weights is not None:
             relative = sample_weights.double().cpu() * len(sample_weights)
             place = torch.bucketize(relative, torch.tensor(WEIGHT_EDGES, dtype=torch.float64))
             row |= {
                 "samples": len(sample_weights),
-                "effective_sample_size": float(1 / sample_weights.double().square().sum()),
+                "effective_sample_size": self.samples.effective_sample_size.item(),
                 "largest_sample_weight": float(sample_weights.max()),
                 # how many lie below the first of WEIGHT_EDGES, between each two, above the last
                 "sample_weight_counts": place.bincount(minlength=len(WEIGHT_EDGES) + 1).tolist(),
@@ -383,13 +378,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if step < warmup:
         return config.lr * (step + 1) / warmup
     return config.lr * (config.steps - step) / (config.steps - warmup + 1)
-
-
-def _tally(statistics, target: Tensor) -> Tensor:
-    """(b, 4) sums over each sample's tokens that count: cross-entropy, hits, entropy, number."""
-    hits = (statistics.argmax == target) & statistics.valid
-    values = (-statistics.log_prob, hits, statistics.entropy, statistics.valid)
-    return torch.stack([value.double() for value in values], -1).sum(1)
 
 
 # -------------------------------------------------------------------------------- early stopping

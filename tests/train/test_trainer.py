@@ -1,5 +1,6 @@
 """The trainer's loss is the loss of the completion tokens, whatever the accumulation."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -13,7 +14,7 @@ from segloss.train import data
 from segloss.train.config import TrainConfig
 from segloss.train.expression import parse_loss
 from segloss.train.tasks import Example
-from segloss.train.trainer import Trainer
+from segloss.train.trainer import Trainer, learning_rate
 
 ROWS = [("one two", " three"), ("four", " five six seven"), ("eight nine ten", " no"), ("x", " y")]
 
@@ -24,7 +25,7 @@ def items(tokenizer):
 
 
 def trainer(items, loss, batch_size, model=None, dtype=None, **settings):
-    """A Trainer of one step over `items`, in their order, with validation items if it takes some."""
+    """A Trainer of one step over `items`, in their order; each task validates on its first."""
     config = TrainConfig(
         data=("x",),
         steps=1,
@@ -99,6 +100,164 @@ def test_accumulated_region_losses_are_a_token_weighted_mean(items):
         tokens.append(sum(len(target) for target in targets))
     expected = sum(v * t for v, t in zip(values, tokens, strict=True)) / sum(tokens)
     assert loss == pytest.approx(expected, rel=1e-6)
+
+
+WEIGHTINGS = {
+    "coba": {"task_weights": "coba"},
+    "irdro": {"sample_weights": "irdro"},
+    "both": {"task_weights": "coba", "sample_weights": "irdro", "sample_temperature": 0.3},
+    "rank": {"sample_weights": "rank"},
+}
+
+
+@pytest.fixture
+def two_tasks(tokenizer):
+    names = ("a", "b", "b", "a")
+    rows = [Example(name, *row) for name, row in zip(names, ROWS, strict=True)]
+    return data.encode(rows, tokenizer)
+
+
+def fixed_weights(loop, weights):
+    """CoBa as it stands after some steps."""
+    if loop.coba is not None:
+        loop.coba.weights = lambda: torch.tensor(weights, dtype=torch.float64)
+    return loop
+
+
+def weighted_step(items, batch_size, loss="ce", **settings):
+    loop = fixed_weights(trainer(items, parse_loss(loss), batch_size, **settings), [0.3, 0.7])
+    return loop.backward(), loop
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_weighted_loss_and_gradient(two_tasks, name):
+    """sum over tasks of omega * (weighted mean over its samples), each sample alone in float64."""
+    settings = WEIGHTINGS[name]
+    row, loop = weighted_step(two_tasks, 4, **settings)
+    model = build_model().double()
+    losses = [
+        reference.cross_entropy(*completion_rows(model, item), reduction="none")
+        for item in two_tasks
+    ]
+    means = torch.stack([loss.mean() for loss in losses])
+    tokens = torch.tensor([float(len(loss)) for loss in losses], dtype=torch.float64)
+    w = tokens
+    if settings.get("sample_weights") == "irdro":
+        w = (means.detach() / settings.get("sample_temperature", 1.0)).softmax(0)
+    elif settings.get("sample_weights") == "rank":
+        w = torch.zeros(4, dtype=torch.float64)
+        w[means.argsort(descending=True)[1]] = 1.0  # the second of four quarters
+    if "task_weights" in settings:
+        task = torch.tensor([0, 1, 1, 0])
+        share = [w * (task == k) / (w * (task == k)).sum() for k in (0, 1)]
+        w = 0.3 * share[0] + 0.7 * share[1]
+    expected = (w * means).sum()
+    assert row["loss"] == pytest.approx(expected.item(), rel=1e-9)
+    grads = torch.autograd.grad(expected, list(model.parameters()))
+    for parameter, true in zip(loop.model.parameters(), grads, strict=True):
+        torch.testing.assert_close(parameter.grad, true, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_weights_do_not_depend_on_the_accumulation(two_tasks, name, batch_size):
+    one, whole = weighted_step(two_tasks, 4, loss="ce + 0.5*focal", **WEIGHTINGS[name])
+    many, parts = weighted_step(two_tasks, batch_size, loss="ce + 0.5*focal", **WEIGHTINGS[name])
+    for key in ("loss", "token_accuracy", "entropy", "task_loss"):
+        assert many[key] == pytest.approx(one[key], rel=1e-9, nan_ok=True), key
+    if "sample_weights" in WEIGHTINGS[name]:
+        ess = one["effective_sample_size"]
+        assert many["effective_sample_size"] == pytest.approx(ess, rel=1e-9)
+        assert many["sample_weight_counts"] == one["sample_weight_counts"]
+    for a, b in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-11)
+
+
+def test_region_losses_see_tokens_that_weigh_one(two_tasks):
+    """Equal weights through the machinery of weights change nothing, smoothing included."""
+    plain, _ = weighted_step(two_tasks, 4, loss="dice(smooth=1.0)")
+    settings = {"sample_weights": "irdro", "sample_burn_in": 1}
+    one_each = [data.Encoded(i.example, i.prompt_ids, i.completion_ids[:3]) for i in two_tasks[:3]]
+    equal, _ = weighted_step(one_each, 3, loss="dice(smooth=1.0)", **settings)
+    same, _ = weighted_step(one_each, 3, loss="dice(smooth=1.0)")
+    assert equal["loss"] == pytest.approx(same["loss"], rel=1e-12)
+    assert equal["loss"] != pytest.approx(plain["loss"], rel=1e-3)
+
+
+def test_the_pass_for_sample_weights_draws_the_same_dropout(two_tasks):
+    """The losses that weights come from are those that are trained on."""
+    settings = {"sample_weights": "irdro", "sample_temperature": 0.3}
+
+    def losses(batch_size):
+        loop = trainer(two_tasks, parse_loss("ce"), batch_size, **settings)
+        loop.model.config.attention_dropout = 0.5
+        for layer in loop.model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        seen = []
+        weigh = loop.samples
+        loop.samples = type("Spy", (), {"__call__": lambda self, x: seen.append(x) or weigh(x)})()
+        loop.samples.__class__.effective_sample_size = property(
+            lambda self: weigh.effective_sample_size
+        )
+        row = loop.backward()
+        return seen[0], row
+
+    first, row = losses(1)
+    w = (first / 0.3).softmax(0)
+    assert row["loss"] == pytest.approx((w * first).sum().item(), rel=1e-9)
+    plain = trainer(two_tasks, parse_loss("ce"), 1, **settings)
+    assert not torch.allclose(first, plain._sample_losses(list(plain._micro_batches()), None))
+
+
+def test_statistics_of_a_step(two_tasks):
+    row, _ = weighted_step(two_tasks, 2)
+    model = build_model().double()
+    rows = [completion_rows(model, item) for item in two_tasks]
+    logits, target = torch.cat([r[0] for r in rows]), torch.cat([r[1] for r in rows])
+    log_p = logits.log_softmax(-1)
+    assert row["token_accuracy"] == (logits.argmax(-1) == target).double().mean().item()
+    assert row["entropy"] == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item(), rel=1e-9)
+    own = torch.cat([-log_p.gather(1, target[:, None])[:, 0]]).split([len(r[1]) for r in rows])
+    expected = {"a": torch.cat([own[0], own[3]]).mean(), "b": torch.cat(own[1:3]).mean()}
+    assert row["task_loss"] == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-9)
+
+
+def test_coba_reads_the_validation_items_in_turn(two_tasks):
+    loop = trainer(two_tasks, parse_loss("ce"), 4, task_weights="coba", validation_batch=2)
+    loop.tasks[0].validation[:] = two_tasks[:1] * 3 + two_tasks[3:]
+    loop.num_steps = 1
+    (items,) = loop._validation_batches(2, all_items=False)
+    assert items == [two_tasks[0], two_tasks[3], two_tasks[1]]
+    model = build_model().double()
+    losses = [
+        reference.cross_entropy(*completion_rows(model, item), reduction="sum").item()
+        for item in items
+    ]
+    tokens = [len(item.completion_ids) for item in items]
+    expected = [sum(losses[:2]) / sum(tokens[:2]), losses[2] / tokens[2]]
+    assert loop.validation_losses().tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_coba_in_the_loop_equals_coba_by_hand(two_tasks):
+    settings = {"task_weights": "coba", "coba_warmup": 2, "coba_history": 4}
+    loop = trainer(two_tasks, parse_loss("ce"), 4, **settings)
+    loop.config = dataclasses.replace(loop.config, steps=5, lr=0.05)
+    loop.order = two_tasks * 5
+    coba = segloss.CoBa(2, warmup=2, history=4, baseline=loop.validation_losses(all_items=True))
+    for _ in range(5):
+        before = coba.weights().tolist()
+        row = loop.step()
+        assert list(row["task_weight"].values()) == pytest.approx(before)
+        losses = torch.tensor(list(row["validation_loss"].values()), dtype=torch.float64)
+        coba.update(losses, step=row["step"])
+    assert before != pytest.approx([0.5, 0.5], abs=1e-3)
+
+
+def test_learning_rate_rises_and_falls():
+    config = TrainConfig(steps=30, lr=1.0)
+    rates = [learning_rate(config, step) for step in range(30)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and rates[3] < 1
+    assert rates[3:] == sorted(rates[3:], reverse=True) and 0 < rates[-1] < 0.04
 
 
 @pytest.mark.parametrize("head", ["fused", "logits"])
