@@ -22,6 +22,7 @@ from segloss.kernels import (
     class_stats,
     common,
     logit_grad,
+    projection,
     row_stats,
     sample_weights,
     task_weights,
@@ -130,6 +131,10 @@ def weigh_tokens(rows, scheme, num_samples=SAMPLES):
     sample_weights.sample_means_and_weights(given, sample_weights.Scheme(scheme))
 
 
+def projected(rows):
+    projection.project(rows.data[0], 300)
+
+
 # What is launched, by name: the options that change a kernel's code, none of them and all of them.
 LAUNCHES = {
     "row_stats": stats,
@@ -155,6 +160,7 @@ LAUNCHES = {
     "sample_weights-linupper": lambda rows: weigh_samples(rows, "linupper"),
     "sample_means-extremes": lambda rows: weigh_tokens(rows, "extremes", K),
     "sample_means-rank": lambda rows: weigh_tokens(rows, "rank"),
+    "projection": projected,
 }
 
 
@@ -174,10 +180,10 @@ def launch(name: str, dtype: torch.dtype, num_classes: int, transform: dict) -> 
 
 
 def options(version: CompiledKernel) -> dict:
-    """The dtype of the logits and the constants that a kernel was compiled with."""
+    """The dtype of the input and the constants that a kernel was compiled with."""
     names = list(version.src.signature)
     constants = {names[place]: value for (place, *_), value in version.src.constants.items()}
-    return {"logits": version.src.signature["logits"]} | constants
+    return {names[0]: version.src.signature[names[0]]} | constants
 
 
 @pytest.mark.parametrize("target", TARGETS)

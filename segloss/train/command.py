@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -17,7 +18,9 @@ prompts and masking:
     asdiv          Question: {passage} {question}\\nAnswer: 48 points
     boolq          {passage}\\nQuestion: {question}?\\nAnswer: Yes
     siqa           Question: {passage} {question}\\nOptions: a; b; c\\nAnswer: b
-    commonsenseqa  the same without a passage
+    commonsenseqa, openbookqa, piqa
+                   the same without a passage
+    nq             Question: {question}?\\nAnswer: the first of the answers
   Tasks take turns in a batch. Exact match compares the greedy answer with the completion after case
   folding, collapsing white space and removing surrounding punctuation.
 
@@ -32,6 +35,7 @@ examples:
   segloss train --task-weights coba --sample-weights irdro --tasks asdiv boolq siqa commonsenseqa
   segloss train --config mine.yaml --lr 1e-4 --save-every 100 --output runs/mine
   segloss train --resume runs/mine
+  segloss select --target siqa --check 2
 """
 
 
@@ -64,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_evaluate(commands)
+    _add_select(commands)
     _add_report(commands)
     doctor = commands.add_parser(
         "doctor", help="show versions, device and backend, and check each family of losses"
@@ -119,6 +124,23 @@ def _add_evaluate(commands) -> None:
     evaluate.set_defaults(action=_evaluate)
 
 
+def _add_select(commands) -> None:
+    from .select import SHARED, SelectConfig
+
+    select = commands.add_parser(
+        "select",
+        help="choose the tasks to fine-tune on, from gradients instead of trials",
+        description="Train on all tasks once, take each sample's gradient once, and estimate from "
+        "them the loss after fine-tuning on any subset of the tasks (GradEx). Ends in the best "
+        "subset and the command that trains on it. Compare with --check before relying on it.",
+        allow_abbrev=False,
+    )
+    own = {field.name for field in dataclasses.fields(SelectConfig)}
+    own -= {field.name for field in dataclasses.fields(TrainConfig)}
+    add_arguments(select, SelectConfig, only={*SHARED, *own})
+    select.set_defaults(action=_select)
+
+
 def _add_report(commands) -> None:
     report = commands.add_parser(
         "report",
@@ -155,6 +177,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     settings = given(arguments, TrainConfig)
     return _in_memory(evaluate, arguments.target, settings, arguments.json)
+
+
+def _select(arguments: argparse.Namespace) -> int:
+    from .select import SelectConfig, select
+
+    return _in_memory(select, SelectConfig(**given(arguments, SelectConfig)))
 
 
 def _report(arguments: argparse.Namespace) -> int:

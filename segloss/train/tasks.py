@@ -5,6 +5,9 @@
     boolq          {passage}\\nQuestion: {question}?\\nAnswer: Yes
     siqa           Question: {passage} {question}\\nOptions: a; b; c\\nAnswer: b
     commonsenseqa  the same without a passage, with five options
+    openbookqa     with four
+    piqa           with two
+    nq             Question: {question}?\\nAnswer: the first of the answers
 
 No chat template is applied. Items that share a passage share a `group`, so that a split never has
 the same passage on both sides.
@@ -87,6 +90,11 @@ def _multiple_choice(task: str, row: dict) -> Example:
     )
 
 
+def _open_question(task: str, row: dict) -> Example:
+    prompt = f"Question: {row['question'].strip().rstrip('?')}?\nAnswer:"
+    return Example(task, prompt, f" {row['answer'][0]}")
+
+
 def _option_text(line: str) -> str:
     """`B. gather jars` without its letter."""
     return re.sub(r"^[A-Z]\.\s*", "", line.strip())
@@ -97,4 +105,7 @@ TASKS: dict[str, tuple[str, Callable[[str, dict], Example]]] = {
     "boolq": ("BoolQ/dev.jsonl", _boolq),
     "siqa": ("SIQA/test.jsonl", _multiple_choice),
     "commonsenseqa": ("CommonsenseQA/validation.jsonl", _multiple_choice),
+    "openbookqa": ("OpenBookQA/test.jsonl", _multiple_choice),
+    "piqa": ("PIQA/validation.jsonl", _multiple_choice),
+    "nq": ("NQ-open/test.jsonl", _open_question),
 }
