@@ -177,7 +177,7 @@ def add_chunk_triton(
     sums = torch.empty(tiles, n, d, dtype=torch.float64, device=chunk.device)
     tile_sums_kernel[(tiles, cdiv(n, 16), cdiv(d, GROUP))](
         chunk, sums, seed, first_column, n, c, d, *chunk.stride(),
-        TILE=TILE, LEAST_EXPONENT=LEAST_EXPONENT, BLOCK_N=16, BLOCK_C=32, num_warps=8, num_stages=1,
+        TILE=TILE, LEAST_EXPONENT=LEAST_EXPONENT, BLOCK_N=16, BLOCK_C=16, num_warps=8, num_stages=1,
     )  # fmt: skip
     add_tiles_kernel[(cdiv(n * d, 256),)](sums, total, tiles, n * d, BLOCK=256)
 
