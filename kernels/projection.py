@@ -108,10 +108,11 @@ def tile_sums_kernel(
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_start = gradient + rows[:, None].to(tl.int64) * stride_n
     offsets = tl.arange(0, BLOCK_C)
+    width = tl.minimum(C - tile * TILE, TILE).to(tl.int32)
 
     largest = tl.zeros((BLOCK_N,), tl.float32)
     poison = tl.zeros((BLOCK_N,), tl.float32)  # NaN once the row holds a NaN or an infinity
-    for first in range(0, TILE, BLOCK_C):
+    for first in range(0, width, BLOCK_C):
         columns = tile * TILE + first + offsets
         mask = (rows[:, None] < N) & (columns[None, :] < C)
         g = tl.load(row_start + columns[None, :] * stride_c, mask=mask, other=0.0).to(tl.float32)
@@ -128,7 +129,7 @@ def tile_sums_kernel(
     high0 = tl.zeros((BLOCK_N, 64), tl.float32)
     high1, high2, high3 = high0, high0, high0
     low0, low1, low2, low3 = high0, high0, high0, high0
-    for first in range(0, TILE, BLOCK_C):
+    for first in range(0, width, BLOCK_C):
         columns = tile * TILE + first + offsets
         mask = (rows[:, None] < N) & (columns[None, :] < C)
         high, low = tile_halves(row_start + columns[None, :] * stride_c, mask, exponent)
@@ -300,7 +301,7 @@ def project(
             it.
 
     Returns (N, D) float32, the same bits on every device and in every chunking. The error is that
-    of rounding each entry to 2^-24 of the largest in its row and tile of 4,096 columns.
+    of rounding each entry to 2^-23 of the largest in its row and tile of 4,096 columns.
     """
     pieces = [gradient] if isinstance(gradient, Tensor) else list(gradient)
     n, device = pieces[0].shape[0], pieces[0].device

@@ -35,6 +35,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -674,3 +675,30 @@ def _published_generalized_dice(
     intersection = (w * (p * y).sum(1)).sum(-1)
     union = (w * (p.sum(1) + y.sum(1))).sum(-1)
     return (-2 * (intersection + smooth) / (union + smooth)).mean()
+
+
+# ------------------------------------------------------------------------------------- projection
+
+
+def sign_matrix(
+    num_columns: int, dim: int, seed: int = 0, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """P (num_columns, dim) of GradEx's projection, entry by entry, with +-1 / sqrt(dim).
+
+    Entry (c, r) is minus where bit r % 64 of word r // 64 % 4 of NumPy's Philox block at counter
+    (c, r // 256, 0, 0) under the key `seed` is set.
+    """
+    matrix = torch.empty(num_columns, dim, dtype=dtype)
+    for column in range(num_columns):
+        for group in range(-(-dim // 256)):
+            counter = (column + (group << 64) - 1) % (1 << 256)  # NumPy counts up before it draws
+            words = np.random.Philox(key=seed, counter=counter).random_raw(4)
+            bits = np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little")
+            part = matrix[column, 256 * group : 256 * (group + 1)]
+            part.copy_(torch.from_numpy(1.0 - 2.0 * bits)[: len(part)])
+    return matrix / dim**0.5
+
+
+def project(gradient: Tensor, dim: int, seed: int = 0) -> Tensor:
+    """`gradient @ sign_matrix(C, dim, seed)` (N, dim) of gradient (N, C), the matrix stored."""
+    return gradient @ sign_matrix(gradient.shape[1], dim, seed, dtype=gradient.dtype)

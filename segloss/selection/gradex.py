@@ -147,7 +147,7 @@ class Store:
     @staticmethod
     def _read(path: Path) -> Shard:
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             lists = {name: arrays[name].tolist() for name in ("id", "task", "role", "tokens", "rows")}
             return Shard(**lists, margin=arrays["margin"], gradient=arrays["gradient"])
@@ -226,7 +226,7 @@ class Selection:
     estimated: float
     """Of the chosen subset."""
     subsets: list[tuple[tuple[str, ...], float]]
-    """Every subset that was looked at, with its estimated loss, best first."""
+    """Every subset that was looked at and is allowed, with its estimated loss, best first."""
     scores: dict[str, float]
     """Ensemble: the mean estimate of the subsets that hold the task; lower is better."""
 
@@ -525,20 +525,29 @@ class GradEx:
         method: Literal["auto", "exhaustive", "ensemble", "forward"] = "auto",
         subsets: int = 200,
         size: int | None = None,
+        smallest: int | None = None,
     ) -> Selection:
         """The tasks to fine-tune on for the least estimated loss of `target`.
 
         Args:
             target: as for `estimate`.
-            method: "exhaustive" estimates every subset; "ensemble" `subsets` random ones of `size`
+            method: "exhaustive" estimates every subset allowed; "ensemble" `subsets` random ones of `size`
                 tasks, scores a task by the mean estimate of those that hold it, and takes the best
                 start of the ranking; "forward" adds the task that helps most until none does.
                 "auto": exhaustive where that takes no more than `subsets` estimates, else ensemble.
             size: tasks of a random subset; None for half of them.
+            smallest: tasks that a choice holds at least; None for half of them, rounded up. An
+                estimate is a first-order one around a model trained on all tasks, and one task
+                alone leads far away from there (see bench/NOTES.md for how wrong it is then).
         """
         tasks = self.tasks()
+        smallest = (len(tasks) + 1) // 2 if smallest is None else smallest
+        if not 1 <= smallest <= len(tasks):
+            raise ValueError(f"smallest is {smallest}; it takes 1 to {len(tasks)}")
+        sizes = range(smallest, len(tasks) + 1)
         if method == "auto":
-            method = "exhaustive" if 2 ** len(tasks) - 1 <= subsets else "ensemble"
+            count = sum(math.comb(len(tasks), k) for k in sizes)
+            method = "exhaustive" if count <= subsets else "ensemble"
         looked_at: dict[tuple[str, ...], float] = {}
 
         def estimate(subset: Collection[str]) -> float:
@@ -549,7 +558,7 @@ class GradEx:
 
         scores: dict[str, float] = {}
         if method == "exhaustive":
-            for count in range(1, len(tasks) + 1):
+            for count in sizes:
                 for subset in itertools.combinations(tasks, count):
                     estimate(subset)
         elif method == "ensemble":
@@ -558,21 +567,23 @@ class GradEx:
                 holding = [estimate(subset) for subset in drawn if task in subset]
                 scores[task] = float(np.mean(holding)) if holding else math.nan
             ranking = sorted(tasks, key=lambda task: (math.isnan(scores[task]), scores[task]))
-            for count in range(1, len(tasks) + 1):
+            for count in sizes:
                 estimate(ranking[:count])
         elif method == "forward":
             chosen: list[str] = []
             while len(chosen) < len(tasks):
                 rest = [task for task in tasks if task not in chosen]
                 best = min(rest, key=lambda task: estimate([*chosen, task]))
-                if chosen and estimate([*chosen, best]) >= estimate(chosen):
+                enough = len(chosen) >= smallest
+                if enough and estimate([*chosen, best]) >= estimate(chosen):
                     break
                 chosen.append(best)
         else:
             raise ValueError(
                 f"method is {method!r}; it takes 'auto', 'exhaustive', 'ensemble' or 'forward'"
             )
-        ordered = sorted(looked_at.items(), key=lambda item: item[1])
+        allowed = [item for item in looked_at.items() if len(item[0]) >= smallest]
+        ordered = sorted(allowed, key=lambda item: item[1])
         names = self.tasks("target") if target is None else list(target)
         objective = f"cross-entropy per token of {' '.join(names)}"
         return Selection(objective, method, *ordered[0], ordered, scores)

@@ -81,6 +81,10 @@ class SelectConfig(TrainConfig):
     subsets: int = 200
     """subsets that are estimated at most, or drawn"""
 
+    smallest: int | None = None
+    """tasks that a choice holds at least; estimates of few tasks are far off (default: half of
+    them)"""
+
     check: int = 0
     """fine-tune on so many subsets, from the best to the worst estimate, and compare"""
 
@@ -122,6 +126,8 @@ def select(config: SelectConfig) -> None:
             raise UserError(f"--target has {name!r}; the tasks are {' '.join(tasks)}")
     if len(tasks) < 2:
         raise UserError("there is 1 task; a selection takes at least 2")
+    if config.smallest is not None and not 1 <= config.smallest <= len(tasks):
+        raise UserError(f"--smallest is {config.smallest}; it takes 1 to {len(tasks)}, the tasks")
     clock.lap("load")
 
     from .run_folder import RunFolder
@@ -150,8 +156,9 @@ class Selecting:
 
         gradex = self._gradients()
         self.clock.lap("gradients")
+        config = self.config
         found = gradex.select(
-            self.target, method=self.config.method, subsets=self.config.subsets
+            self.target, method=config.method, subsets=config.subsets, smallest=config.smallest
         )
         self.clock.lap("estimates")
 

@@ -36,7 +36,8 @@ def select(command, model_folder, data, tmp_path):
         return command(
             *("select", "--model", model_folder, "--data", data, "--output", tmp_path / "run"),
             *("--steps", 6, "--batch-size", 4, "--eval-items", 2, "--validation-items", 4),
-            *("--items", 4, "--lora-rank", 2, "--lr", 0.05, "--precision", "float32", *arguments),
+            *("--items", 4, "--lora-rank", 2, "--lr", 0.05, "--precision", "float32",
+            *("--smallest", 1), *arguments,,
         )
 
     return run
@@ -106,6 +107,7 @@ def test_built_in_tasks_are_named_in_the_command():
         (["--target", "nothing"], "--target has 'nothing'; the tasks are target twin odd"),
         (["--items", 0], "--items is 0; it takes a whole number from 1 up"),
         (["--validation-items", 0], "--validation-items is 0"),
+        (["--smallest", 4], "--smallest is 4; it takes 1 to 3"),
         (["--check", -1], "--check is -1"),
         (["--method", "guess"], "invalid choice: 'guess'"),
     ],
