@@ -77,7 +77,7 @@ class Adder(nn.Module):
 
 
 def sums(toy: Toy, count: int, rng: random.Random, noisy: bool = False) -> Tensor:
-    """`count` sums as ids (count, T), the answer's digits in reverse, so that carries come first."""
+    """`count` sums as ids (count, T), the answer's digits in reverse: carries come first."""
     rows = []
     for _ in range(count):
         a, b = (rng.randrange(10**toy.digits) for _ in range(2))

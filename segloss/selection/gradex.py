@@ -96,6 +96,7 @@ class Shard:
         numbers = {
             name: np.array(getattr(self, name), dtype=np.int64) for name in ("tokens", "rows")
         }
+        assert self.gradient is not None
         return text | numbers | {"margin": self.margin, "gradient": self.gradient}
 
 
@@ -121,7 +122,7 @@ class Store:
             number = 1 + max(
                 (int(p.stem.partition("-")[2]) for p in self.folder.glob("rows-*.npz")), default=-1
             )
-            arrays = shard.arrays()
+            arrays: dict[str, Any] = shard.arrays()
             write_whole(
                 self.folder / f"rows-{number:05d}.npz", lambda file: np.savez(file, **arrays)
             )
@@ -132,6 +133,7 @@ class Store:
         self.ids.update(shard.id)
 
     def _check_identity(self, identity: dict) -> None:
+        assert self.folder is not None
         path = self.folder / "store.json"
         if not path.exists():
             text = json.dumps(identity, indent=2) + "\n"
@@ -272,7 +274,7 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     ranks = [_ranks(np.asarray(values, dtype=float)) for values in (a, b)]
     if any(np.ptp(r) == 0 for r in ranks):
         return math.nan
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -489,8 +491,8 @@ class GradEx:
             with_intercept = torch.cat([gradient, side[:, None]], 1)
             w = fit_logistic(with_intercept, torch.zeros_like(offset), weight, penalty)[:-1]
         if self.radius is not None and w.norm() > 0:
-            # the length of P w, in expectation
-            length = (self.num_parameters / self.dim) ** 0.5 * w.norm()
+            # the length of P w, in expectation; w is itself a projection, of what P w holds a share
+            length = (1 + self.num_parameters / self.dim) ** 0.5 * w.norm()
             w = w * (self.radius * self.norm / length)
         return w
 
@@ -539,10 +541,11 @@ class GradEx:
 
         Args:
             target: as for `estimate`.
-            method: "exhaustive" estimates every subset allowed; "ensemble" `subsets` random ones of `size`
-                tasks, scores a task by the mean estimate of those that hold it, and takes the best
-                start of the ranking; "forward" adds the task that helps most until none does.
-                "auto": exhaustive where that takes no more than `subsets` estimates, else ensemble.
+            method: "exhaustive" estimates every subset allowed; "ensemble" draws `subsets` random
+                ones of `size` tasks, scores a task by the mean estimate of those that hold it, and
+                takes the best start of the ranking; "forward" adds the task that helps most until
+                none does. "auto": exhaustive where that takes no more than `subsets` estimates,
+                else ensemble.
             size: tasks of a random subset; None for half of them.
             smallest: tasks that a choice holds at least; None for half of them, rounded up. An
                 estimate is a first-order one around a model trained on all tasks, and one task
@@ -619,5 +622,5 @@ def fingerprint(named: Sequence[tuple[str, Tensor]]) -> str:
     for name, parameter in named:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         data = parameter.detach().contiguous().flatten().view(torch.uint8)
-        digest.update(data.cpu().numpy())
+        digest.update(data.cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -12,7 +12,7 @@ import json
 import os
 import random
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -261,7 +261,7 @@ class Selecting:
 
         count = min(self.config.check, len(found.subsets))
         places = [round(i * (len(found.subsets) - 1) / max(1, count - 1)) for i in range(count)]
-        true = {}
+        true: dict[Collection[str], float] = {}
         for number, place in enumerate(places):
             subset = found.subsets[place][0]
             with torch.no_grad():
@@ -373,7 +373,7 @@ def sample_of(task: str, index: int, item: Encoded) -> Sample:
 
 
 def plot(path: Path, found: Selection, comparison: Comparison | None) -> None:
-    """Left, every estimate, best first; right, where subsets were checked, estimated against true."""
+    """Every estimate, best first; beside it, if subsets were checked, estimated against true."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

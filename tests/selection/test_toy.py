@@ -1,4 +1,4 @@
-"""`bench/gradex.py`, small: estimates rank subsets as retraining does, at a fraction of the time."""
+"""`bench/gradex.py`, small: estimates rank subsets as retraining does, in less time."""
 
 import pytest
 
