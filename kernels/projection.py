@@ -173,6 +173,7 @@ def add_chunk_triton(
     seed: int,
     total: Tensor,  # (N, D) float64, added to
 ) -> None:
+    chunk = chunk.float() if chunk.dtype == torch.float64 else chunk  # doubles would spill
     (n, c), d = chunk.shape, total.shape[1]
     tiles = cdiv(c, TILE)
     sums = torch.empty(tiles, n, d, dtype=torch.float64, device=chunk.device)
