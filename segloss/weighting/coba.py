@@ -36,18 +36,18 @@ class CoBa:
         weights  = DF * relative + (1 - DF) * absolute           # sum 1
 
     Slopes count from step `warmup` on; before it all weights are 1 / K. The sum over s in
-    `absolute` runs over a task's `n_i` slopes in the last `history` updates. That in DF runs over the `n` of
-    the last `divergence_window` updates, in any shorter run over all of them, as in the paper: the
-    exponents change with n, so that no running sum would be exact. Constant losses give uniform
-    scores. A task with fewer than two values in the window has no slope and weighs 1 / K; the
-    others share the rest by the formula for them alone.
+    `absolute` runs over a task's `n_i` slopes in the last `history` updates. That in DF runs over
+    the `n` of the last `divergence_window` updates, in any shorter run over all of them, as in the
+    paper: the exponents change with n, so that no running sum would be exact. Constant losses give
+    uniform scores. A task with fewer than two values in the window has no slope and weighs 1 / K;
+    the others share the rest by the formula for them alone.
 
     `mode="published"` computes what the authors' code (MFTCoder) does with an update interval of 1:
     A is the slope of the largest ratio, DF is not capped, `absolute` looks at the last
     `history - warmup + 1` slopes, missing values close ranks on the time axis, fewer than two
     values are a slope of 0, and the weights are `softmax(K * weights)`, or, if any of these is
-    below 1 / (10 K), 0.9 times that plus 1 / (10 K). Where that code divides 0 by 0, scores are uniform;
-    where it is left without a slope, it gets the last one.
+    below 1 / (10 K), 0.9 times that plus 1 / (10 K). Where that code divides 0 by 0, scores are
+    uniform; where it is left without a slope, it gets the last one.
 
     Everything stays on the losses' device and nothing is read back: no synchronisation.
 
