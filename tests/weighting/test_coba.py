@@ -229,7 +229,7 @@ def test_equal_slopes_and_constant_losses_are_uniform(mode):
     line = 1 - 0.01 * torch.arange(30, dtype=torch.float64)
     coba = trained(line[:, None] * torch.tensor([1.0, 2.0, 0.3]).double(), mode=mode)
     assert_near(coba.weights(), torch.full((3,), 1 / 3, dtype=torch.float64))
-    # constants, and times, whose means are rounded: no slope may come of that
+    # constants at uneven times: no slope may come of rounding
     constant = torch.tensor([0.87, 1 / 3, 2.1], dtype=torch.float64).expand(30, 3)
     steps = [t * t * t for t in range(1, 31)]
     coba = trained(constant, steps, history=13, mode=mode, baseline=torch.tensor([3.0, 7.0, 0.9]))
