@@ -276,6 +276,11 @@ def use_triton(tensor: Tensor) -> bool:
     return backend(tensor.device)[0] == "triton"
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """What sums over small vectors are taken in: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
