@@ -86,7 +86,7 @@ class Prepared:
     run: Callable
 
 
-def timed(run: Callable | Prepared) -> float:
+def elapsed(run: Callable | Prepared) -> float:
     """Seconds of one run."""
     arguments = ()
     if isinstance(run, Prepared):
@@ -111,7 +111,7 @@ def interleaved(
         for turn in range(max(rounds.values())):
             for name in list(runs) if turn % 2 == 0 else reversed(runs):
                 if turn < rounds[name]:
-                    seconds[name].append(timed(runs[name]))
+                    seconds[name].append(elapsed(runs[name]))
     finally:
         gc.enable()
     return seconds
@@ -316,7 +316,7 @@ class Report:
             print(f"WRONG, not timed: {name}: {reason}")
             if not any(name in rivals for rivals in section.rivals.values()):
                 self.wrong.append(f"{name}, {section.title}: {reason}")
-        print(flush=True)
+        print(f"({time.monotonic() - self.start:.0f} s so far)\n", flush=True)
         self.sections.append(section)
         self.write()
 

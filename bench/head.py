@@ -15,6 +15,7 @@ bound is t3 (t2 with a frozen weight) and one pass over the logits' bytes.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -37,6 +38,7 @@ from bench.common import (
     Section,
     Wrong,
     check,
+    elapsed,
     interleaved,
     options,
     ratio_line,
@@ -61,13 +63,15 @@ MODEL_PEERS = (EAGER, "torch.compile(eager)", "F.linear_cross_entropy")
 SMOLLM2 = (1024, 576, 49152)
 # rows at which results are compared with float64; times are taken with all of them
 CHECKED_ROWS = 128
-# a peer that is this many times slower than our cross-entropy has fewer rounds, or a single one
-SLOW, VERY_SLOW = 2.5, 6.0
+# a peer that is this many times slower than our cross-entropy runs once
+SLOW = 2.5
 # peers return the loss in bfloat16 or add dweight up in it; grad_filter is an approximation
 PEER_TOLERANCE, FILTER_TOLERANCE = 3e-2, 3e-2
 # one pass over the logits may cost this per element on top of the products
 SECONDS_PER_ELEMENT = 1e-9
 GRAD_FILTER = 2.0**-12
+# V from which grad_filter has to pay
+LARGE = 200_000
 FILTER_ROWS = 256
 
 Tensors = tuple[Tensor, Tensor, Tensor]  # hidden, weight, target
@@ -131,10 +135,6 @@ def peer_todo(found: dict[str, Callable], tensors: Tensors) -> dict[str, Todo]:
 # -------------------------------------------------------------------------------- correctness
 
 
-class TooSlow(Exception):
-    """A peer that would take most of the hour."""
-
-
 class Check:
     """Value, dhidden and dweight against float64 on the first rows, D and V whole."""
 
@@ -160,44 +160,51 @@ class Check:
             self.truth = truth
         return self.known
 
-    def __call__(self, todo: Todo) -> str:
+    def __call__(self, todo: Todo) -> tuple[str, float]:
+        """(errors, seconds that all rows are predicted to take)."""
         exact, plain = self.naive(todo.truth)
         arguments = (self.target, self.share) if todo.scalable else (self.target,)
 
         def run(h: Tensor, w: Tensor) -> Tensor:
             return todo.implementation(h, w, *arguments)
 
-        def results() -> tuple[list[Tensor], float]:
-            start = time.perf_counter()
-            if todo.frozen:
-                actual = value_and_grads(lambda h: run(h, self.weight), self.hidden)
-            else:
-                actual = value_and_grads(run, self.hidden, self.weight)
-            return actual, time.perf_counter() - start
-
-        actual, seconds = results()
-        if seconds / self.share > MOST_SECONDS:  # or was it the compiler?
-            actual, seconds = results()
-        if seconds / self.share > MOST_SECONDS:
-            raise TooSlow(f"predicted {seconds / self.share:.0f} s: above {MOST_SECONDS:.0f} s")
-        return check(actual, exact[: len(actual)], plain[: len(actual)], todo.tolerance)
+        start = time.perf_counter()
+        if todo.frozen:
+            actual = value_and_grads(lambda h: run(h, self.weight), self.hidden)
+        else:
+            actual = value_and_grads(run, self.hidden, self.weight)
+        seconds = (time.perf_counter() - start) / self.share
+        errors = check(actual, exact[: len(actual)], plain[: len(actual)], todo.tolerance)
+        return errors, seconds
 
 
-def checked(todo: dict[str, Todo], section: Section) -> None:
-    """Fill in the errors of what agrees with float64, and why the others cannot be timed."""
+def checked(todo: dict[str, Todo], section: Section) -> dict[str, float]:
+    """Fill in the errors of what agrees with float64, and why the others cannot be timed.
+
+    Returns the predicted seconds of a run. What seems slow is run again: it may have been the
+    compiler.
+    """
     checks: dict[int, Check] = {}
     errors: dict[str, str] = {}
+    predicted: dict[str, float] = {}
     # one float64 truth at a time: each is as large as the weight, in doubles
     order = list(TRUTH.values())
     for what, item in sorted(todo.items(), key=lambda pair: order.index(pair[1].truth)):
         compare = checks.setdefault(id(item.tensors), Check(item.tensors))
+        pace = min(predicted.values(), default=math.inf)
         try:
-            errors[what] = compare(item)
+            error, seconds = compare(item)
+            if seconds > min(MOST_SECONDS, SLOW * pace):
+                error, seconds = compare(item)
         except Wrong as wrong:
             section.wrong[what] = str(wrong)
-        except TooSlow as slow:
-            section.missing[what] = str(slow)
+            continue
+        if reason := too_large(seconds, 0):
+            section.missing[what] = f"not run, {reason}"
+            continue
+        errors[what], predicted[what] = error, seconds
     section.errors = {what: errors[what] for what in todo if what in errors}
+    return predicted
 
 
 # --------------------------------------------------------------------------------------- time
@@ -260,27 +267,21 @@ def ignoring(tensors: Tensors, percent: int) -> Tensors:
     return hidden, weight, target.masked_fill(ignored, -100)
 
 
-def timed(todo: dict[str, Todo], runs: dict, section: Section, rounds: int) -> None:
-    """Interleaved seconds of `runs` and of what was found right; the very slow run once."""
-    first = {}
+def timed(
+    todo: dict[str, Todo], predicted: dict[str, float], runs: dict, section: Section, rounds: int
+) -> None:
+    """Interleaved seconds of `runs` and of what was found right; the slow run once."""
+    pace = predicted.get(CE, min(predicted.values(), default=0.0))
+    once = {}
     for what in section.errors:
         run = step(todo[what])
-        run()  # compilers compile for this size now
-        start = time.perf_counter()
-        run()
-        first[what] = time.perf_counter() - start
-        runs[what] = run
-    pace = first.get(CE, max(first.values(), default=0.0))
-    counts, once = {}, {}
-    for what in runs:
-        counts[what] = rounds
-        if first.get(what, 0.0) > VERY_SLOW * pace:
-            once[what] = [first[what]]
-        elif first.get(what, 0.0) > SLOW * pace:
-            counts[what] = max(2, rounds // 2)
-    for what in once:
-        del runs[what], counts[what]
-    section.seconds = {**interleaved(runs, counts), **once}
+        if "compile" in what:
+            run()  # for this size
+        if predicted[what] > SLOW * pace:
+            once[what] = [elapsed(run)]
+        else:
+            runs[what] = run
+    section.seconds = {**interleaved(runs, dict.fromkeys(runs, rounds)), **once}
 
 
 def where_of(name: str, tensors: Tensors) -> str:
@@ -294,9 +295,11 @@ def time_shape(
     report: Report,
     others: dict[str, Callable],
     missing: dict[str, str] | None = None,
-    rounds: int | None = None,
 ) -> None:
-    """All that is timed at one shape, interleaved; `others` are the peers."""
+    """All that is timed at one shape, interleaved; `others` are the peers.
+
+    Without peers only what can depend on the input: which columns are candidates.
+    """
     hidden, weight, target = tensors
     size = (*hidden.shape, weight.shape[0])
     section = Section(
@@ -307,22 +310,26 @@ def time_shape(
         rivals={CE: [*others, *(missing or {})]} if others else {},
         facts=inputs.facts(segloss.LinearLogits(hidden, weight), target),
     )
-    todo = our_todo(tuple(SHORT), tensors) | our_todo((CE, DICE, LOVASZ), tensors, frozen=True)
-    todo[MASKED] = Todo(ours("ce"), TRUTH[CE], ignoring(tensors, 90), scalable=True)
-    if size[2] >= 200_000:
+    todo = our_todo((CE, DICE, LOVASZ), tensors)
+    if others:
+        todo |= our_todo((FOCAL,), tensors) | our_todo((CE, DICE, LOVASZ), tensors, frozen=True)
+        todo[MASKED] = Todo(ours("ce"), TRUTH[CE], ignoring(tensors, 90), scalable=True)
+    if others and size[2] >= LARGE:
         todo[FILTERED] = Todo(
             ours("ce", GRAD_FILTER), TRUTH[CE], tensors, tolerance=FILTER_TOLERANCE, scalable=True
         )
     todo |= peer_todo(others, tensors)
-    checked(todo, section)
-    timed(todo, limits(tensors), section, rounds or report.options.rounds)
+    predicted = checked(todo, section)
+    timed(todo, predicted, limits(tensors), section, report.options.rounds)
     section.bounds = bounds_of(n for n in todo if n not in others and n not in (MASKED, FILTERED))
-    section.lines = lines(section.seconds, size, list(others))
+    section.lines = lines(section.seconds, size, list(todo), list(others))
     report.add(section)
 
 
-def lines(seconds: dict[str, list[float]], size: tuple[int, int, int], others: list) -> list[Line]:
-    """The lines to be met; one whose parts were not timed says so."""
+def lines(
+    seconds: dict[str, list[float]], size: tuple[int, int, int], todo: list, others: list
+) -> list[Line]:
+    """The lines to be met of what was to be done; one that was not timed says so."""
     median = {name: statistics.median(values) for name, values in seconds.items()}
     extra = SECONDS_PER_ELEMENT * size[0] * size[2]
     budgets = [(CE, 1.15, T3)]
@@ -330,23 +337,25 @@ def lines(seconds: dict[str, list[float]], size: tuple[int, int, int], others: l
     found = []
     for name, factor, products in budgets:
         budget = factor * median[products] + extra
-        if name not in median:
+        if name in todo and name not in median:
             found.append(Line(name, None, budget, " s", note="was not timed"))
-            continue
-        note = (
-            f"{factor} {products[:2]} + 1 ns x N V; "
-            f"{median[name] / median[products]:.3g} {products[:2]}"
-        )
-        found.append(Line(name, median[name], budget, " s", note=note))
-    ratios = [(FOCAL, 1.05), (DICE, 1.7), (LOVASZ, 1.7), (MASKED, 0.2)]
-    if size[2] >= 200_000:
-        ratios.append((FILTERED, 1.0))
-    found += [ratio_line(f"{name} / CE", seconds, name, CE, limit) for name, limit in ratios]
-    timed = [name for name in others if name in median]
-    if others and timed:
-        best = min(timed, key=median.__getitem__)
+        elif name in todo:
+            note = (
+                f"{factor} {products[:2]} + 1 ns x N V; "
+                f"{median[name] / median[products]:.3g} {products[:2]}"
+            )
+            found.append(Line(name, median[name], budget, " s", note=note))
+    ratios = [(FOCAL, 1.05), (DICE, 1.7), (LOVASZ, 1.7), (MASKED, 0.2), (FILTERED, 1.0)]
+    found += [
+        ratio_line(f"{name} / CE", seconds, name, CE, limit)
+        for name, limit in ratios
+        if name in todo
+    ]
+    right = [name for name in others if name in median]
+    if right:
+        best = min(right, key=median.__getitem__)
         found.append(ratio_line("CE / fastest peer", seconds, CE, best, 1.1, best))
-    if size[2] >= 200_000:
+    if FILTERED in todo:
         found.append(ratio_line(f"{FILTERED} / t3 (goal)", seconds, FILTERED, T3, 0.75))
     return found
 
@@ -368,14 +377,13 @@ def time_model(name: str, tensors: Tensors, report: Report, others: dict[str, Ca
     todo = our_todo((CE, DICE, LOVASZ), tensors) | our_todo((CE,), tensors, frozen=True)
     section.bounds = bounds_of(todo)
     todo |= peer_todo(others, tensors)
-    checked(todo, section)
+    predicted = checked(todo, section)
     rounds = max(2, report.options.rounds // 2)
-    timed(todo, limits(tensors), section, rounds)
+    timed(todo, predicted, limits(tensors), section, rounds)
     growth = MODEL_TOKENS / hidden.shape[0]
     for what in (CE, EAGER):
         if what in section.seconds:
-            # once to be checked, twice before the rounds
-            seconds = (3 + rounds) * growth * statistics.median(section.seconds[what])
+            seconds = (1 + rounds) * growth * statistics.median(section.seconds[what])
             per_logit = memory.EAGER_BYTES_PER_LOGIT if what == EAGER else 0
             size = MODEL_TOKENS * weight.shape[0] * per_logit + 8 * weight.numel()
             reason = too_large(seconds, size)
@@ -557,7 +565,7 @@ def filter_errors(report: Report, model: str, num_tokens: int) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options(
-        "head", "Time and memory of the losses on hidden states, interleaved.", rounds=5
+        "head", "Time and memory of the losses on hidden states, interleaved.", rounds=3
     )
     parts = ("filter", "memory", "directions", "ignored", "shapes", "time")
     parser.add_argument("--parts", nargs="+", default=list(parts), choices=parts)
@@ -586,7 +594,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             filter_errors(report, model, num_tokens)
     if "memory" in chosen.parts:
         all_memory(report, memory_size, names)
-        peer_memory(report, (num_tokens, *shapes[0][1:]), list(others), missing)
+        few = [EAGER] if chosen.quick else [name for name in others if "(" not in name]
+        peer_memory(report, (num_tokens, *shapes[0][1:]), few, missing)
         gemma_memory(report, *gemma)
     if "directions" in chosen.parts:
         directions("SmolLM2-135M, real states", real, report)
@@ -599,8 +608,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "time" in chosen.parts:
         for size in shapes:
             time_shape("zipf", inputs.head_of("zipf", *size), report, others, missing)
-            rounds = max(2, chosen.rounds // 2)
-            time_shape("saturated", inputs.head_of("saturated", *size), report, {}, rounds=rounds)
+            time_shape("saturated", inputs.head_of("saturated", *size), report, {})
     return report.finish()
 
 
