@@ -69,7 +69,7 @@ def trl_chunked() -> Callable[..., Tensor]:
 EAGER = "eager, float32 logits"
 HEAD = {
     EAGER: lambda: eager,
-    "torch.compile(eager)": lambda: torch.compile(eager),
+    "torch.compile(eager)": lambda: torch.compile(eager, dynamic=False),
     "F.linear_cross_entropy": lambda: torch_linear("none"),
     "F.linear_cross_entropy(options)": lambda: torch_linear("own"),
     "F.linear_cross_entropy(our chunks)": lambda: torch_linear("ours"),
