@@ -20,8 +20,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -297,8 +297,10 @@ def time_shape(
     report: Report,
     others: dict[str, Callable],
     missing: dict[str, str] | None = None,
+    frozen: Collection[str] = (),
 ) -> None:
-    """All that is timed at one shape, interleaved; `others` are the peers.
+    """All that is timed at one shape, interleaved; `others` are the peers, those named in
+    `frozen` also with a frozen head.
 
     Without peers only what can depend on the input: which columns are candidates.
     """
@@ -321,9 +323,14 @@ def time_shape(
             ours("ce", GRAD_FILTER), TRUTH[CE], tensors, tolerance=FILTER_TOLERANCE, scalable=True
         )
     todo |= peer_todo(others, tensors)
+    for name in frozen:
+        if name in others:
+            todo[FROZEN.format(name)] = replace(todo[name], frozen=True)
+            section.rivals.setdefault(FROZEN.format(CE), []).append(FROZEN.format(name))
     predicted = checked(todo, section)
     timed(todo, predicted, limits(tensors), section, report.options.rounds)
-    section.bounds = bounds_of(n for n in todo if n not in others and n not in (MASKED, FILTERED))
+    foreign = {name for names in section.rivals.values() for name in names}
+    section.bounds = bounds_of(n for n in todo if n not in {*foreign, MASKED, FILTERED})
     section.lines = lines(section.seconds, size, list(todo), list(others))
     report.add(section)
 
@@ -604,7 +611,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "ignored" in chosen.parts:
         ignored("SmolLM2-135M, real states", real, report)
     if "shapes" in chosen.parts:
-        time_shape("SmolLM2-135M, real states", real, report, others, missing)
+        time_shape("SmolLM2-135M, real states", real, report, others, missing, MODEL_PEERS)
         for name, size in models.items():
             time_model(f"{name}, zipf", inputs.head_of("zipf", *size), report, others)
     if "time" in chosen.parts:

@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.common import LINE_HEADER, TIME_HEADER, Line, quartiles, round_ratios, time_rows
+from segloss.train.expression import LOSSES
 
+# what begins so is a class of ours
+OURS = tuple(LOSSES.values())
 # ratios of medians closer to 1 than this are called even
 EVEN = 0.05
 
@@ -180,20 +183,37 @@ def span(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def level(table: Table) -> str:
+    """Which topics hold both; the title has D where there are hidden states."""
+    return ", hidden states" if ", D " in table.title else ", logits"
+
+
+def place(table: Table) -> str:
+    name = TOPICS[table.topic][0]
+    return name + level(table) if table.topic in ("ignored", "directions") else name
+
+
+def grouped(tables: Sequence[Table]) -> dict[tuple[str, str], list[Comparison]]:
+    """(where, ours) -> a comparison of each table, in the topics' order."""
+    groups: dict[tuple[str, str], list[Comparison]] = {}
+    for topic in TOPICS:
+        for table in tables:
+            if table.topic == topic != "directions":
+                for found in comparisons(table):
+                    groups.setdefault((place(table), found.ours), []).append(found)
+    return groups
+
+
 def summary(tables: Sequence[Table]) -> list[list[str]]:
     """A row for each of ours within a topic, over all tables of the topic."""
-    groups: dict[tuple[str, str], list[Comparison]] = {}
-    for table in tables:
-        for found in comparisons(table):
-            groups.setdefault((table.topic, found.ours), []).append(found)
     rows = []
-    for (topic, ours), group in sorted(groups.items(), key=lambda g: list(TOPICS).index(g[0][0])):
+    for (where, ours), group in grouped(tables).items():
         bounds = [c.to_bound for c in group if c.to_bound]
         count = {v: sum(c.verdict == v for c in group) for v in ("wins", "even", "loses")}
         rivals = dict.fromkeys(c.rival for c in group)
         rows.append(
             [
-                TOPICS[topic][0],
+                where,
                 ours,
                 ", ".join(rivals),
                 span([c.ratio for c in group]),
@@ -201,7 +221,26 @@ def summary(tables: Sequence[Table]) -> list[list[str]]:
                 span(bounds) if bounds else "-",
             ]
         )
-    return rows
+    return rows + alone(tables)
+
+
+def alone(tables: Sequence[Table]) -> list[list[str]]:
+    """A row for each of ours that nobody else has, against the bound alone."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for table in tables:
+        for name in table.bounds:
+            ratio = bound_ratio(table, name)
+            if ratio is not None and name not in table.rivals and not compared(tables, table, name):
+                groups.setdefault((place(table), name), []).append(ratio)
+    return [
+        [where, ours, "none here", "-", "-", span(ratios)]
+        for (where, ours), ratios in groups.items()
+    ]
+
+
+def compared(tables: Sequence[Table], table: Table, name: str) -> bool:
+    """Whether another table of the topic has a rival of it."""
+    return any(name in other.rivals for other in tables if other.topic == table.topic)
 
 
 SUMMARY_HEADER = [
@@ -224,10 +263,7 @@ def extremes(tables: Sequence[Table]) -> list[str]:
 
 
 def sentence(c: Comparison) -> str:
-    return (
-        f"{c.ours} takes {c.ratio:.2g} x the time of {c.rival} "
-        f"({TOPICS[c.table.topic][0].lower()}; {c.table.title})."
-    )
+    return f"{c.ours} takes {c.ratio:.2g} x the time of {c.rival} ({c.table.title})."
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -370,7 +406,6 @@ def results(tables: list[Table], others: list[Other], plots: dict[str, str]) -> 
     found = targets(tables)
     count = {v: sum(line.verdict == v for _, line in found) for v in ("pass", "MISS")}
     unmeasured = len(found) - sum(count.values())
-    missed = [pair for pair in found if pair[1].verdict != "pass"]
     wrong = [(t, name, why) for t in tables for name, why in t.wrong.items()]
     text = ["# Results\n"]
     text.append(
@@ -399,9 +434,12 @@ def results(tables: list[Table], others: list[Other], plots: dict[str, str]) -> 
     if "ratios" in plots:
         text.append(f"\n![Time of ours over the fastest right rival]({plots['ratios']})")
     text.append("\n## Targets\n")
-    if missed:
-        text += ["Missed or not measured:\n", target_table(missed), "All:\n"]
-    text.append(target_table(found) if found else "None was measured.\n")
+    if not found:
+        text.append("None was measured.\n")
+    for verdict, title in (("MISS", "Missed"), ("not measured", "Not measured"), ("pass", "Met")):
+        some = [pair for pair in found if pair[1].verdict == verdict]
+        if some:
+            text += [f"{title}:\n", target_table(some)]
     for topic in TOPICS:
         text.append(topic_text(topic, tables, plots))
     for kind, (title, command) in ELSEWHERE.items():
@@ -471,26 +509,54 @@ def draw(tables: Sequence[Table], folder: Path) -> dict[str, str]:
     return drawn
 
 
+def plain_log(axis) -> None:
+    """1, 2, 5, 10 ... in figures."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def plot_ratios(plt, tables: Sequence[Table]):
     """One dot a cell: time of ours over the fastest right rival."""
-    groups: dict[tuple[str, str], list[Comparison]] = {}
-    for table in tables:
-        if table.topic != "directions":
-            for found in comparisons(table):
-                groups.setdefault((table.topic, found.ours), []).append(found)
+    groups = grouped(tables)
     if not groups:
         return None
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.32 * len(groups)))
     colors = {"wins": "tab:green", "even": "tab:gray", "loses": "tab:red"}
-    for place, group in enumerate(groups.values()):
+    for row, group in enumerate(groups.values()):
         for found in group:
-            axes.plot(found.ratio, place, "o", color=colors[found.verdict], alpha=0.7)
-    axes.set_yticks(range(len(groups)), [f"{TOPICS[t][0]}: {ours}" for t, ours in groups])
+            axes.plot(found.ratio, row, "o", color=colors[found.verdict], alpha=0.7)
+    axes.set_yticks(range(len(groups)), [f"{where}: {ours}" for where, ours in groups])
     axes.invert_yaxis()
     axes.set_xscale("log")
+    plain_log(axes.xaxis)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlabel("time of ours / time of the fastest right rival (left of 1: ours is faster)")
     return figure
+
+
+def dots(axes, names: Sequence[str], values: Sequence[float], colors, unit: str) -> None:
+    """A row each on a log axis: dots, since a bar would have to begin at 0."""
+    axes.scatter(values, range(len(names)), c=colors, zorder=3)
+    for row, value in enumerate(values):
+        axes.annotate(f"{value:.3g} {unit}", (value, row), (8, -3), fontsize=8,
+                      textcoords="offset points")  # fmt: skip
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.3, -0.7)
+    axes.set_xscale("log")
+    axes.set_xlim(min(values) / 1.5, 3 * max(values))
+    plain_log(axes.xaxis)
+
+
+def stacked(plt, counts: Sequence[int]):
+    """(figure, axes below each other, as tall as they have rows)."""
+    figure, grid = plt.subplots(
+        len(counts), 1, figsize=(8, sum(0.8 + 0.22 * n for n in counts)), squeeze=False,
+        gridspec_kw={"height_ratios": [2.5 + n for n in counts]}, layout="constrained",
+    )  # fmt: skip
+    return figure, grid[:, 0]
 
 
 def plot_head(plt, tables: Sequence[Table]):
@@ -498,11 +564,8 @@ def plot_head(plt, tables: Sequence[Table]):
     shown = [t for t in tables if t.topic == "head" and t.rivals]
     if not shown:
         return None
-    figure, grid = plt.subplots(
-        len(shown), 1, figsize=(8, sum(0.8 + 0.24 * len(t.seconds) for t in shown)), squeeze=False,
-        gridspec_kw={"height_ratios": [2 + len(t.seconds) for t in shown], "hspace": 0.45},
-    )  # fmt: skip
-    for axes, table in zip(grid[:, 0], shown, strict=True):
+    figure, grid = stacked(plt, [len(t.seconds) for t in shown])
+    for axes, table in zip(grid, shown, strict=True):
         rivals = {name for names in table.rivals.values() for name in names}
         names = sorted(table.seconds, key=table.median)
         bounds = {name for names in table.bounds.values() for name in names}
@@ -510,13 +573,7 @@ def plot_head(plt, tables: Sequence[Table]):
             "tab:gray" if n in bounds else "tab:orange" if n in rivals else "tab:blue"
             for n in names
         ]
-        values = [table.median(name) for name in names]
-        bars = axes.barh(names, values, color=colors)
-        axes.bar_label(bars, [f"{value:.3g} s" for value in values], padding=3, fontsize=8)
-        axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.set_xlim(right=2 * max(values))
-        axes.tick_params(axis="y", labelsize=8)
+        dots(axes, names, [table.median(name) for name in names], colors, "s")
         axes.set_title(table.title, fontsize=9)
     axes.set_xlabel("seconds, forward + backward (blue ours, orange others, gray bare operations)")
     return figure
@@ -544,6 +601,7 @@ def plot_growth(plt, tables: Sequence[Table]):
                 axes.plot(sizes, line, color=mark[0].get_color(), linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        plain_log(axes.yaxis)
         letter = table.data["axis"]
         axes.set_xlabel(f"{letter}, {'tokens' if letter == 'N' else 'classes'}")
         axes.set_ylabel("seconds, forward + backward")
@@ -558,27 +616,17 @@ def plot_memory(plt, tables: Sequence[Table]):
     shown = [t for t in tables if t.topic == "memory" and len(t.lines) > 1]
     if not shown:
         return None
-    figure, grid = plt.subplots(
-        len(shown), 1, figsize=(8, sum(1 + 0.28 * len(t.lines) for t in shown)), squeeze=False,
-        gridspec_kw={"height_ratios": [2 + len(t.lines) for t in shown], "hspace": 0.4},
-    )  # fmt: skip
-    for axes, table in zip(grid[:, 0], shown, strict=True):
+    figure, grid = stacked(plt, [len(t.lines) for t in shown])
+    for axes, table in zip(grid, shown, strict=True):
         lines = [line for line in table.lines if line.value is not None]
-        colors = ["tab:blue" if line.what.endswith("Loss") or "frozen" in line.what
-                  else "tab:orange" for line in lines]  # fmt: skip
+        colors = ["tab:blue" if line.what.startswith(OURS) else "tab:orange" for line in lines]
         # on a log axis nothing has no place
-        bars = axes.barh(
-            [line.what for line in lines], [max(line.value, 1) for line in lines], color=colors
-        )
-        axes.bar_label(bars, [f"{line.value:.0f} MiB" for line in lines], padding=3, fontsize=8)
+        values = [max(line.value, 1) for line in lines]
+        dots(axes, [line.what for line in lines], values, colors, "MiB")
         limits = [line.limit for line in lines if line.limit is not None]
         if limits:
-            axes.axvline(limits[0], color="tab:red", linewidth=1, label="limit")
-            axes.legend(loc="lower right", fontsize=8)
-        axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.set_xlim(right=3 * max(line.value for line in lines))
-        axes.tick_params(axis="y", labelsize=8)
+            axes.axvline(limits[0], color="tab:red", linewidth=1, label="limit: a tenth of eager")
+            axes.legend(loc="upper right", fontsize=8)
         axes.set_title(table.title, fontsize=9)
     axes.set_xlabel("MiB above inputs and gradients (ours without the float32 sum of dweight)")
     return figure
