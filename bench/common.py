@@ -108,7 +108,7 @@ def interleaved(
     gc.collect()
     gc.disable()
     try:
-        for turn in range(max(rounds.values())):
+        for turn in range(max(rounds.values(), default=0)):
             for name in list(runs) if turn % 2 == 0 else reversed(runs):
                 if turn < rounds[name]:
                     seconds[name].append(elapsed(runs[name]))

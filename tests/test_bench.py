@@ -202,12 +202,12 @@ def test_prediction_goes_through_the_last_two_sizes(bench):
 def test_a_cell_predicted_too_large_is_not_run(bench, report, monkeypatch):
     growth = bench("growth")
     small = growth.Axis("N", "hidden states", (8, 16, 32), 100, growth.hidden_cell)
-    monkeypatch.setattr(bench("common"), "MOST_SECONDS", 0.0)
+    monkeypatch.setattr(growth, "predicted", lambda points, size: 99.0 if points else 0.0)
     growth.grow(small, report)
     (section,) = report.sections
     assert {name.rpartition(" ")[2] for name in section.seconds} == {"8"}
-    assert section.missing["CE, N 16"].startswith("not run, predicted")
-    assert section.missing["CE, N 16"].endswith("above 0 s")
+    assert section.missing["CE, N 16"].startswith("not run, predicted 198 s and ")
+    assert section.missing["CE, N 32"].endswith("above 60 s")
     assert section.data["fits"] == {}
 
 
