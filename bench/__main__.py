@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench import report
 
-PARTS = ("core", "segmentation", "head", "growth")
+PARTS = ("core", "segmentation", "head", "growth", "candidates")
 RECORDED = Path("bench/results")
 
 

@@ -105,8 +105,8 @@ def train(steps: int, examples: int, rate: float) -> dict[str, list[float]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = options("candidates", "Count Lovász's candidates during a real training run.", 1)
-    parser.add_argument("--steps", type=int, default=80, help="default: %(default)s")
-    parser.add_argument("--examples", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=60, help="default: %(default)s")
+    parser.add_argument("--examples", type=int, default=48, help="default: %(default)s")
     parser.add_argument("--lr", type=float, default=2e-4, help="default: %(default)s")
     chosen = parser.parse_args(arguments)
     if chosen.quick:
