@@ -327,7 +327,8 @@ class Report:
         result = {
             "title": self.title,
             "machine": self.machine,
-            "options": vars(self.options),
+            # where it was written says nothing about the figures
+            "options": {k: v for k, v in vars(self.options).items() if k != "output"},
             "minutes": (time.monotonic() - self.start) / 60,
             "sections": [asdict(section) for section in self.sections],
             "wrong": self.wrong,

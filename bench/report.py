@@ -510,10 +510,11 @@ def draw(tables: Sequence[Table], folder: Path) -> dict[str, str]:
 
 
 def plain_log(axis) -> None:
-    """1, 2, 5, 10 ... in figures."""
+    """1, 2, 5, 10 ... in figures, or 1, 10 ... where those would run into each other."""
     from matplotlib import ticker
 
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axis.set_minor_formatter(ticker.NullFormatter())
 
