@@ -5,6 +5,7 @@ N rows (tokens), V columns (classes), B x T the two leading strides a row index 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -109,6 +110,17 @@ class Rows:
         """What the arithmetic is done in."""
         return torch.float64 if self.data.dtype == torch.float64 else torch.float32
 
+    @property
+    def aligned(self) -> bool:
+        """Whether every row is contiguous and starts at a multiple of 16 bytes.
+
+        A lone row counts by where the next would start: more rows must not change its sums' order.
+        """
+        stride_b, stride_t, stride_v = self.data.stride()
+        steps = stride_t if self.data.shape[0] == 1 else math.gcd(stride_b, stride_t)
+        common = math.gcd(self.data.data_ptr(), steps * self.data.element_size())
+        return stride_v == 1 and common % 16 == 0
+
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.data.device)
 
@@ -187,7 +199,25 @@ def row_tile(rows: Rows, per_thread: int = 16) -> dict[str, int]:
     """
     per_thread = per_thread // 4 if rows.dtype == torch.float64 else per_thread
     block = min(256 * per_thread, max(16, next_power_of_2(rows.num_classes)))
-    return {"BLOCK_V": block, "num_warps": max(1, block // (32 * per_thread))}
+    return {
+        "ALIGNED": rows.aligned,
+        "GROUP": 16 // rows.data.element_size(),
+        "BLOCK_V": block,
+        "num_warps": max(1, block // (32 * per_thread)),
+    }
+
+
+@jit
+def tile_columns(ALIGNED: tl.constexpr, GROUP: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The columns of a tile (BLOCK_V / GROUP, GROUP), each line of it held by one thread.
+
+    Neighbours where a thread can load a line at once (16 bytes); else as far apart as the tile is
+    long, so that neighbouring threads load neighbours.
+    """
+    LINES: tl.constexpr = BLOCK_V // GROUP
+    line = tl.arange(0, LINES)[:, None]
+    item = tl.arange(0, GROUP)[None, :]
+    return line * GROUP + item if ALIGNED else line + item * LINES
 
 
 @jit
@@ -210,18 +240,18 @@ def load_logits(
     SCALED: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
-    """A tile of transformed logits; -inf outside the mask.
+    """A tile of transformed logits; -inf outside the mask, if there is one.
 
     Kernels annotate softcap and scale as float64: Triton would round a plain float to float32.
     """
-    raw = tl.load(pointers, mask=mask, other=float("-inf"))
+    raw = tl.load(pointers, mask=mask, other=None if mask is None else float("-inf"))
     z = raw.to(tl.float64) if DOUBLE else raw.to(tl.float32)
     if SCALED:
         z = z * tl.full((), scale, z.dtype)
     if SOFTCAP:
         cap = tl.full((), softcap, z.dtype)
         # tanh(x) = 1 - 2 / (exp(2x) + 1): exact at both ends, no libdevice; -inf is put back
-        e = tl.exp2(z / cap * (2 * LOG2E))
+        e = tl.exp2(z * (2 * LOG2E / cap))
         z = tl.where(z == float("-inf"), z, cap * (1 - 2 / (e + 1)))
     return z
 
