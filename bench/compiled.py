@@ -71,7 +71,7 @@ def compiling_for(target: str) -> Iterator[dict[JITFunction, list[CompiledKernel
     ):
         yield compiled
     for versions in compiled.values():
-        versions[:] = [getattr(version, "kernel", version) for version in versions]
+        versions[:] = [v if isinstance(v, CompiledKernel) else v.kernel for v in versions]
 
 
 @dataclass(frozen=True)

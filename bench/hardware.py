@@ -45,7 +45,7 @@ class Gpu:
 
 KIB = 1024
 GPUS = {
-    "sm_80": Gpu("A100 SXM 80 GB", 108, 1.41e9, 2.04e12, 128, 16, 64, 32, 164 * KIB, KIB, 65536, 256),
+    "sm_80": Gpu("A100 SXM", 108, 1.41e9, 2.04e12, 128, 16, 64, 32, 164 * KIB, KIB, 65536, 256),
     "sm_90": Gpu("H100 SXM", 132, 1.98e9, 3.35e12, 128, 16, 64, 32, 228 * KIB, KIB, 65536, 256),
     "sm_100": Gpu("B200", 148, 1.965e9, 8.0e12, 128, 16, 64, 32, 228 * KIB, KIB, 65536, 256),
     # four units of 16 lanes; 512 registers for each of 64 lanes in each of them

@@ -55,7 +55,7 @@ SHAPE = (8192, 128256)
 
 
 def tile_elements(kernel: CompiledKernel) -> float:
-    """Logits (or elements of what else a kernel goes over) of one thread in one pass of its loop."""
+    """Logits (or what else a kernel goes over) of one thread in one pass of its loop."""
     sizes = [n for name, n in options(kernel).items() if name in TILE_SIZES]
     elements = 1
     for size in sizes:
@@ -264,8 +264,8 @@ NOTES = [
     f"Estimated times are for {SHAPE[0]} x {SHAPE[1]} logits.",
     "Several numbers of instructions: the loop over whole tiles and the one over the rest of a row "
     "(ours), or the forward and the gradient loop of one kernel (Liger, whose bytes are of both).",
-    "CCE multiplies matrices in the kernel: its elements are a logit and a step of 32 of the hidden "
-    "size, its bytes are for a hidden size of 256, and no time is estimated.",
+    "CCE multiplies matrices in the kernel: its elements are a logit and a step of 32 of the "
+    "hidden size, its bytes are for a hidden size of 256, and no time is estimated.",
     "Bytes per logit are what the program asks for, through whatever cache.",
 ]  # fmt: skip
 

@@ -84,7 +84,7 @@ def grad_with_everything(rows, columns=None):
         row_weight=n,
         columns=columns,
         entry_row=index(K),
-        entry_class=index(K),
+        entry_class=torch.arange(K),
         entry_grad=rows.new(K),
     )
 

@@ -1,6 +1,6 @@
 """Bytes a kernel moves, counted load by load in Triton's interpreter.
 
-    TRITON_INTERPRET=1 python -m bench.traffic [LAUNCH ...]     prints JSON: launch -> kernel -> bytes
+    TRITON_INTERPRET=1 python -m bench.traffic [LAUNCH ...]    # JSON: launch -> kernel -> bytes
 
 What is counted is what the program asks for, not what caches make of it: a second read of the same
 byte counts again. A kernel that multiplies matrices is charged for what its tiles read.

@@ -191,13 +191,13 @@ class Rows:
         }
 
 
-def row_tile(rows: Rows, per_thread: int = 16) -> dict[str, int]:
+def row_tile(rows: Rows) -> dict[str, int]:
     """How a program that owns a row takes it: what fits 8 warps without a register spilled.
 
-    `per_thread` is in float32 elements; float64 takes a quarter: its accumulators are pairs of
-    registers, and its exponential needs many.
+    float64 takes an eighth of the elements: they are pairs of registers, and its exponential and
+    its division need many.
     """
-    per_thread = per_thread // 4 if rows.dtype == torch.float64 else per_thread
+    per_thread = 2 if rows.dtype == torch.float64 else 16
     block = min(256 * per_thread, max(16, next_power_of_2(rows.num_classes)))
     return {
         "ALIGNED": rows.aligned,

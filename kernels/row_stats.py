@@ -122,8 +122,11 @@ def row_stats_kernel(
     weight_sum = tl.zeros((LINES,), DTYPE)
     num_finite = tl.zeros((LINES,), DTYPE)
     tile = tile_columns(ALIGNED, GROUP, BLOCK_V)
-    whole = V // BLOCK_V * BLOCK_V
-    for REST in tl.static_range(2):  # whole tiles, which need no mask, then the rest of the row
+    # whole tiles, which need no mask, then the rest of the row; in float64 all in one loop, whose
+    # code is long enough
+    ONE_LOOP: tl.constexpr = 1 if DOUBLE else 0
+    whole = 0 if DOUBLE else V // BLOCK_V * BLOCK_V
+    for REST in tl.static_range(ONE_LOOP, 2):
         for first in range(whole if REST else 0, V if REST else whole, BLOCK_V):
             columns = first + tile
             inside = columns < V if REST else None

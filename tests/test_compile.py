@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 import segloss.kernels
 from bench import kernels, limits
-from bench.compiled import TARGETS, Resources, compiling_for
+from bench.compiled import TARGETS, compiling_for
 from bench.launches import ALIGNED, INPUTS, LAUNCHES, PLAIN, RAGGED, launch
 from segloss.kernels import logit_grad, row_stats
 
@@ -114,16 +114,6 @@ def test_a_division_per_element_of_the_gradient_is_over_the_limit(monkeypatch):
     assert line.verdict == "MISS" and line.value > limits.SM_90_BF16["logit_grad"]["instructions"]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_a_spill_is_over_the_limit(target, monkeypatch):
-    """One warp holds a tile of 16,384 elements and more registers' worth of sums than it has."""
-    too_much = {"ALIGNED": True, "GROUP": 8, "BLOCK_V": 16384, "num_warps": 1}
-    monkeypatch.setattr(row_stats, "row_tile", lambda rows: too_much)
-    rows = kernels.compile_ours(target, "row_stats-everything", COUNTED)
-    line = kernels.spill_line(rows)
-    assert line.verdict == "MISS" and line.value > 0, line
-
-
 @triton.jit
 def row_in_registers_kernel(x, out, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
@@ -132,7 +122,7 @@ def row_in_registers_kernel(x, out, BLOCK: tl.constexpr):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_resources_are_read_off_right(target):
+def test_a_spill_is_over_the_limit(target):
     """The kernel holds its row in registers: few when it is short, too many for a small share."""
     x = torch.zeros(8192)
     # half the register file or less for each thread: the only limit that either compiler takes
@@ -140,6 +130,12 @@ def test_resources_are_read_off_right(target):
     with compiling_for(target) as compiled:
         row_in_registers_kernel[(1,)](x, x, BLOCK=256, num_warps=1)
         row_in_registers_kernel[(1,)](x, x, BLOCK=8192, num_warps=1, **limit)
-    short, long = (Resources.of(version) for version in compiled[row_in_registers_kernel])
-    assert short.spills == 0 and 0 < short.registers < 64
-    assert long.spills > 0 and long.registers == 64
+    head = {"whose": "segloss", "launch": "row", "target": target, "dtype": "float32"}
+    short, long = (
+        head | kernels.describe(version, with_loops=False)
+        for version in compiled[row_in_registers_kernel]
+    )
+    assert short["spills"] == 0 and 0 < short["registers"] < 64
+    assert long["spills"] > 0 and long["registers"] == 64
+    assert kernels.spill_line([short]).verdict == "pass"
+    assert kernels.spill_line([short, long]).verdict == "MISS"
