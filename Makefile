@@ -16,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup test test-kernels test-package demo bench lint lint-style lint-types lint-rules
+.PHONY: help setup test test-kernels test-package demo bench kernels gpu lint lint-style lint-types lint-rules
 .PHONY: format clean distclean
 
 help: ## list the targets
@@ -50,6 +50,14 @@ demo: $(READY) ## fine-tune a small language model on three real tasks
 
 bench: $(READY) ## measure ours against PyTorch; BENCH=--quick for a short run
 	$(BIN)/python -m bench $(BENCH)
+
+kernels: $(READY) ## compile the kernels for GPUs that are not there; fails over bench/limits.py
+	$(BIN)/python -m bench.kernels
+
+# figures of kernels that fail their tests mean nothing, hence the order
+gpu: $(READY) ## on a GPU: the tests that need one, then the measurements
+	$(BIN)/pytest -m gpu
+	$(BIN)/python -m bench.gpu
 
 lint: lint-style lint-types lint-rules ## check style, types and the rules of .pre-commit-config.yaml
 

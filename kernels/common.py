@@ -199,12 +199,7 @@ def row_tile(rows: Rows) -> dict[str, int]:
     """
     per_thread = 2 if rows.dtype == torch.float64 else 16
     block = min(256 * per_thread, max(16, next_power_of_2(rows.num_classes)))
-    return {
-        "ALIGNED": rows.aligned,
-        "GROUP": 16 // rows.data.element_size(),
-        "BLOCK_V": block,
-        "num_warps": max(1, block // (32 * per_thread)),
-    }
+    return {"BLOCK_V": block, "num_warps": max(1, block // (32 * per_thread))}
 
 
 @jit

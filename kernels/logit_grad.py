@@ -161,8 +161,6 @@ def grad_rows_kernel(
     COLUMN_WEIGHTED: tl.constexpr,
     CLASSES: tl.constexpr,
     ROW_WEIGHTED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """One program per row: its V elements (class_grad only where it covers every column)."""

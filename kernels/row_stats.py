@@ -145,12 +145,11 @@ def row_stats_kernel(
                 best = tl.where((line_max > old_max) & (here < V), here, best)
             if COLUMN_SUMS:
                 finite = z > float("-inf")
-                kept = tl.where(finite, z, 0.0)
+                w = 1.0
                 if WEIGHTED:
                     w = tl.load(column_weight + columns, mask=inside).to(DTYPE)
-                    kept *= w
                     weight_sum += tl.sum(tl.where(finite, w, 0.0), axis=1)
-                logit_sum += tl.sum(kept, axis=1)
+                logit_sum += tl.sum(tl.where(finite, w * z, 0.0), axis=1)
                 num_finite += tl.sum(tl.where(finite, 1.0, 0.0), axis=1)
 
     row_max = tl.max(line_max, axis=0)
@@ -206,6 +205,8 @@ def row_stats_triton(
         ARGMAX=stats.argmax is not None,
         COLUMN_SUMS=stats.logit_sum is not None,
         WEIGHTED=column_weight is not None,
+        ALIGNED=rows.aligned,
+        GROUP=16 // rows.data.element_size(),
         **row_tile(rows),
     )
 
