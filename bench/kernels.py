@@ -87,6 +87,11 @@ def describe(kernel: CompiledKernel, with_loops: bool = True) -> dict:
     return result
 
 
+def over_logits(kernel: CompiledKernel) -> bool:
+    """Whether a kernel of ours goes over the matrix; others go over small vectors."""
+    return options(kernel)["logits"] != ""
+
+
 def compile_ours(target: str, name: str, inputs: list = INPUTS) -> list[dict]:
     """What the launches of one name compile to, for one input after the other."""
     found = []
@@ -102,7 +107,7 @@ def compile_ours(target: str, name: str, inputs: list = INPUTS) -> list[dict]:
                 "dtype": str(dtype).removeprefix("torch."),
                 "columns": num_classes,
                 "transform": transform,
-                **describe(version, dtype == torch.bfloat16),
+                **describe(version, dtype == torch.bfloat16 and over_logits(version)),
             }
             for kernel, versions in compiled.items()
             for version in versions
@@ -162,7 +167,7 @@ def derive(rows: Iterable[dict], traffic: dict) -> None:
             row["registers"], row["shared_memory"], row["warps"], backend.warp_size
         )
         moved = traffic.get(row["launch"], {}).get(row["kernel"])
-        if moved is None or not shown(row):
+        if moved is None or "loops" not in row or not shown(row):
             continue
         row["bytes"] = moved["read"] + moved["written"]
         if row["whose"] == "CCE" or "instructions" not in row:
@@ -224,7 +229,7 @@ def number(value: float | None, form: str = ".3g") -> str:
 def cells(row: dict) -> list[str]:
     if "error" in row:
         return [row["launch"], row["error"].splitlines()[0][:80], *["-"] * (len(HEADER) - 2)]
-    each = sorted({round(loop["instructions_per_element"], 2) for loop in row["loops"]})
+    each = sorted({round(loop["instructions_per_element"], 2) for loop in row.get("loops", [])})
     return [
         row["launch"],
         row["kernel"],

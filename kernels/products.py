@@ -5,15 +5,18 @@ R rows, C columns (classes) of a block, D hidden size.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .common import parallel
+
 # rows whose largest |dlogits| decides whether a column is multiplied by itself
 FILTER_ROWS = 256
-# columns of dlogits whose product with every row is turned at a time on a CPU
-TURN_COLUMNS = 512
+# columns of dlogits that a thread of a CPU contracts at a time: their product stays in its cache
+CONTRACT_COLUMNS = 512
 
 
 def product(a: Tensor, b: Tensor, scale: Tensor | float = 1.0) -> Tensor:
@@ -32,23 +35,44 @@ def product(a: Tensor, b: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     return a @ b
 
 
+@functools.cache
+def multiplies_tiles() -> bool:
+    """Whether the CPU has AMX, on which a transposed first factor makes a product twice as slow."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and supported()
+
+
 def contract_rows(
     dlogits: Tensor,  # (R, C)
     hidden: Tensor,  # (R, D)
     scale: Tensor | float = 1.0,
+    into: Tensor | None = None,  # (C, D)
 ) -> Tensor:
-    """`dlogits.T @ hidden * scale` (C, D), as `product`.
+    """`dlogits.T @ hidden * scale` (C, D), as `product`; or `into`, float32, with that added.
 
-    On a CPU a bfloat16 product is half as fast again with its first factor transposed in memory, so
-    the small factor is copied that way and the result turned, while it is in cache.
+    In bfloat16 on a CPU each thread takes columns of dlogits, so that what it adds to `into` is
+    still in its cache.
     """
-    if dlogits.is_cuda or dlogits.dtype != torch.bfloat16 or dlogits.shape[1] <= TURN_COLUMNS:
-        return product(dlogits.T, hidden, scale)
-    result = hidden.new_empty(dlogits.shape[1], hidden.shape[1])
-    turned = (hidden * scale).to(hidden.dtype).T.contiguous()
-    for first in range(0, dlogits.shape[1], TURN_COLUMNS):
-        here = slice(first, first + TURN_COLUMNS)
-        result[here] = torch.mm(turned, dlogits[:, here]).T
+    if into is not None and into.dtype == dlogits.dtype:
+        return torch.addmm(into, dlogits.T, hidden * scale, out=into)
+    num_columns = dlogits.shape[1]
+    if dlogits.is_cuda or dlogits.dtype != torch.bfloat16 or num_columns <= CONTRACT_COLUMNS:
+        result = product(dlogits.T, hidden, scale)
+        return result if into is None else into.add_(result)
+    hidden = (hidden * scale).to(dlogits.dtype)
+    turned = hidden.T.contiguous() if multiplies_tiles() else None
+    result = hidden.new_empty(num_columns, hidden.shape[1]) if into is None else into
+
+    def work(first: int) -> None:
+        columns = slice(first, first + CONTRACT_COLUMNS)
+        block = dlogits[:, columns]
+        part = block.T @ hidden if turned is None else (turned @ block).T
+        if into is None:
+            result[columns] = part
+        else:
+            result[columns] += part
+
+    parallel(work, range(0, num_columns, CONTRACT_COLUMNS))
     return result
 
 
@@ -74,12 +98,14 @@ class GradBlock:
         own = matrix[self.target].to(self.row_scale.dtype)
         return torch.addcmul(result * self.row_scale, own, self.target_grad[:, None])
 
-    def contract(self, matrix: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """`dlogits.T @ matrix * scale` (C, d) for a matrix (R, d)."""
+    def contract(
+        self, matrix: Tensor, scale: Tensor | float = 1.0, into: Tensor | None = None
+    ) -> Tensor:
+        """`dlogits.T @ matrix * scale` (C, d) for a matrix (R, d); or `into` with that added."""
         if self.row_scale is None:
-            return contract_rows(self.values, matrix, scale)
+            return contract_rows(self.values, matrix, scale, into)
         scaled = matrix * self.row_scale
-        result = contract_rows(self.values, scaled.to(matrix.dtype), scale)
+        result = contract_rows(self.values, scaled.to(matrix.dtype), scale, into)
         # added up before they are rounded: a frequent target stands in many rows
         classes, index = torch.unique(self.target, return_inverse=True)
         own = scaled.new_zeros(classes.numel(), matrix.shape[1])

@@ -43,10 +43,12 @@ from segloss.losses import (
     TverskyLoss,
 )
 from segloss.statistics import Statistics, logit_statistics
+from segloss.weighting import CoBa, SampleWeighting, sample_losses, token_weights
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CoBa",
     "CombinedLoss",
     "CrossEntropyLoss",
     "DFTLoss",
@@ -60,6 +62,7 @@ __all__ = [
     "LinearLogits",
     "LovaszSoftmaxLoss",
     "PolyLoss",
+    "SampleWeighting",
     "SelfAdjustingDiceLoss",
     "Statistics",
     "TverskyLoss",
@@ -86,6 +89,8 @@ __all__ = [
     "logit_statistics",
     "lovasz_softmax",
     "poly_loss",
+    "sample_losses",
     "self_adjusting_dice_loss",
+    "token_weights",
     "tversky_loss",
 ]

@@ -156,6 +156,13 @@ class Gradients:
             self.sums[name] = self.sums[name].to(self.accumulate)
         self.sums[name][at] += value
 
+    def sum_of(self, name: str, shape: torch.Size) -> Tensor:
+        """What the gradient of a whole tensor is added to, in float32."""
+        if name not in self.sums:
+            zeros = functools.partial(torch.zeros, device=self.scale.device)
+            self.sums[name] = zeros(shape, dtype=self.accumulate)
+        return self.sums[name]
+
     def block(self, block: GradBlock, rows: slice, classes: slice, filtering: bool) -> None:
         """Contract the gradient of a block of logits (R, C) at `rows` x `classes`."""
         head, scale, needed = self.head.take(rows).columns(classes), self.scale, self.needed
@@ -171,10 +178,13 @@ class Gradients:
             if needed["hidden"]:
                 hidden_grad = head.times_weight(block) * scale
             if needed["weight"]:
-                weight_grad = block.contract(head.hidden, scale)
+                several = not self.disjoint and rows.stop - rows.start < num_rows
+                into = self.sum_of("weight", head.weight.shape) if several else None
+                weight_grad = block.contract(head.hidden, scale, into)
+                weight_grad = None if several else weight_grad
         if needed["hidden"]:
             self.add("hidden", hidden_grad, rows, num_rows, False)
-        if needed["weight"]:
+        if weight_grad is not None:
             self.add("weight", weight_grad, classes, num_classes, self.disjoint)
         if needed.get("bias"):
             self.add("bias", block.column_sums() * scale, classes, num_classes, self.disjoint)
