@@ -32,10 +32,10 @@ def jit(function):
 
 LOG2E = 1.4426950408889634 if tl is None else tl.constexpr(1.4426950408889634)
 
-# float32 bytes of one row block of the torch twins: what stays near a core (bench/NOTES.md)
-BLOCK_BYTES = 2 << 20
+# float32 bytes of one row block of the torch twins: what stays in a core's L2 next to its input
+BLOCK_BYTES = 1 << 20
 # below this many elements a second thread costs more than it gains
-PARALLEL_ELEMENTS = 1 << 18
+PARALLEL_ELEMENTS = 1 << 20
 
 
 # (first row, last row + 1, their raw logits (R, V))
