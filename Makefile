@@ -20,7 +20,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS_READY := $(VENV)/.peers
 
-.PHONY: help setup test test-kernels test-package demo bench results lint lint-style lint-types lint-rules
+.PHONY: help setup test test-kernels test-package demo bench results kernels gpu
+.PHONY: lint lint-style lint-types lint-rules
 .PHONY: format clean distclean
 
 help: ## list the targets
@@ -62,6 +63,14 @@ bench: $(PEERS_READY) ## measure ours against what else there is; BENCH=--quick 
 
 results: $(READY) ## make bench/RESULTS.md and its plots from bench/results/*.json
 	$(BIN)/python -m bench.report bench/results/*.json
+
+kernels: $(READY) ## compile the kernels for GPUs that are not there; fails over bench/limits.py
+	$(BIN)/python -m bench.kernels
+
+# figures of kernels that fail their tests mean nothing, hence the order
+gpu: $(READY) ## on a GPU: the tests that need one, then the measurements
+	$(BIN)/pytest -m gpu
+	$(BIN)/python -m bench.gpu
 
 lint: lint-style lint-types lint-rules ## check style, types and the rules of .pre-commit-config.yaml
 
