@@ -207,7 +207,10 @@ class CoBa:
         dtype = widest(device)
         if self._updates:
             self._last = TaskWeights(
-                *(state[f"last_{name}"].to(device, dtype, copy=True) for name in TaskWeights._fields)
+                *(
+                    state[f"last_{name}"].to(device, dtype, copy=True)
+                    for name in TaskWeights._fields
+                )
             )
         else:
             self._last = None
