@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer` with our losses, against plain PyTorch on full logits and against TRL's own."""
+"""TRL's `SFTTrainer` with our losses, against plain PyTorch on full logits and TRL's own losses."""
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from segloss.integrations.trl import SFTTrainer  # noqa: E402  (needs trl)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:'pin_memory' argument is set as true:UserWarning",
     "ignore:`is_gradient_checkpointing`:FutureWarning",  # of peft
+    "ignore:`gradient_checkpointing`:FutureWarning",  # of trl's own settings
 )
 
 
@@ -39,7 +40,14 @@ def tokenizer():
 
 
 def trainer(folder, model=None, accumulation=1, rows=None, trainer_class=SFTTrainer, **options):
-    names = {"loss_type", "padding_free", "max_length", "max_steps", "dataset_kwargs"}
+    names = {
+        "loss_type",
+        "padding_free",
+        "max_length",
+        "max_steps",
+        "dataset_kwargs",
+        "shuffle_dataset",
+    }
     arguments = {"dataset_kwargs": {"skip_prepare_dataset": True}}
     arguments |= {key: options.pop(key) for key in names & options.keys()}
     return trainer_class(
@@ -123,7 +131,7 @@ def test_weights_reach_the_loss(accumulation, padding_free, tmp_path):
             return sum(omega[i] * nll[task == i].sum() / n[task == i].sum() for i in task.unique())
 
         expected += plain_training(model, rows, loss, steps=1)
-    assert_same_steps(found, expected)
+    assert_same_steps(found, expected, 1e-6)  # Llama's norms and softmax are in float32
 
 
 def test_from_text(tmp_path):
