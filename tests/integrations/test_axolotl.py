@@ -1,6 +1,7 @@
 """The Axolotl plugin through Axolotl's plugin manager, configuration and trainer."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -15,21 +16,15 @@ from integration_helpers import (
     watch,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
-    # Axolotl imports TRL's experimental parts, and what it imports warns of its own future
-    pytest.mark.filterwarnings("ignore::UserWarning:axolotl"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:axolotl"),
-]
+datasets = pytest.importorskip("datasets")
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 PLUGIN = "segloss.integrations.axolotl.SeglossPlugin"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def axolotl():
-    with pytest.warns() as _:
-        import warnings
-
-        warnings.warn("imports below may warn or not", UserWarning, stacklevel=1)
+    with warnings.catch_warnings():  # it imports TRL's experimental parts, which say so
+        warnings.simplefilter("ignore")
         return pytest.importorskip("axolotl.core.trainers")
 
 
@@ -69,7 +64,7 @@ def trainer(manager, folder, cfg, accumulation):
     return manager.get_trainer_cls(cfg)(
         model=tiny_model(),
         args=training_arguments(folder, accumulation, Arguments),
-        train_dataset=rows,
+        train_dataset=datasets.Dataset.from_list(rows),
     )
 
 
