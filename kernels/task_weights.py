@@ -1,6 +1,7 @@
 """CoBa: a validation loss per task goes into rings on the device, task weights come out.
 
-K tasks, N updates that a slope is fitted to, G updates that the divergence factor looks back at.
+K tasks, N updates that a slope is fitted to, A updates whose slopes the absolute scores look at, G
+updates that the divergence factor looks back at.
 NaN in a ring: nothing there, since the task was missing or the ring is not full.
 """
 
@@ -23,17 +24,17 @@ class TaskHistory:
     last: Tensor  # (K + 1,) each column's most recent ratio
     ratios: Tensor  # (N, K + 1) loss / baseline; the last column is the largest of the others
     steps: Tensor  # (N,) when the ratios were measured
-    slopes: Tensor  # (N, K) of the ratios, from the end of the warm-up on
+    slopes: Tensor  # (A, K) of the ratios, from the end of the warm-up on
     max_slopes: Tensor  # (G,) the largest slope, or the slope of the largest ratio
 
     @classmethod
-    def empty(cls, num_tasks: int, history: int, window: int, device) -> TaskHistory:
+    def empty(cls, num_tasks: int, history: int, scored: int, window: int, device) -> TaskHistory:
         shapes = {
             "baseline": (num_tasks,),
             "last": (num_tasks + 1,),
             "ratios": (history, num_tasks + 1),
             "steps": (history,),
-            "slopes": (history, num_tasks),
+            "slopes": (scored, num_tasks),
             "max_slopes": (window,),
         }
         dtype = widest(torch.device(device))
@@ -46,7 +47,7 @@ class TaskHistory:
 
 
 class TaskWeights(NamedTuple):
-    """What one update gives, all detached; during the warm-up everything but the slopes is uniform."""
+    """What one update gives, all detached; uniform during the warm-up, the slopes apart."""
 
     weights: Tensor  # (K,) sum 1
     relative: Tensor  # (K,) relative convergence scores, sum 1
@@ -120,7 +121,7 @@ def task_weights_kernel(
     last,  # (K + 1,)
     ratios,  # (N, K + 1)
     steps,  # (N,)
-    slopes,  # (N, K)
+    slopes,  # (A, K)
     max_slopes,  # (G,)
     weights_out,  # (K,)
     relative_out,  # (K,)
@@ -128,12 +129,13 @@ def task_weights_kernel(
     divergence_out,  # ()
     slopes_out,  # (K,)
     slot,
+    slope_slot,
     max_slot,
     filled,
     active,
-    acs_window,
     K,
     N,
+    A,
     step: tl.float64,
     tau: tl.float64,
     PUBLISHED: tl.constexpr,
@@ -154,7 +156,8 @@ def task_weights_kernel(
     base = tl.where((base != base) & measured & (loss > 0.0), loss, base)
     ratio = tl.where(measured, loss / base, nothing)
     largest = tl.max(tl.where(ratio == ratio, ratio, float("-inf")), axis=0)
-    ratio = tl.where((k == K) & (largest > float("-inf")), largest, ratio)
+    largest = tl.where(largest > float("-inf"), largest, float("nan"))
+    ratio = tl.where(k == K, largest, ratio)
     reference = tl.load(last + k, mask=k <= K, other=float("nan"))
     reference = tl.where(ratio == ratio, ratio, reference)
     tl.store(baseline + k, base, mask=is_task)
@@ -205,14 +208,13 @@ def task_weights_kernel(
 
     size = tl.zeros((BLOCK_K,), tl.float64)
     number = tl.zeros((BLOCK_K,), tl.float64)
-    for first in range(0, N, BLOCK_N):
-        age = first + tl.arange(0, BLOCK_N)
-        place = (slot - age + N) % N
-        inside = (age < N)[:, None] & is_task[None, :]
+    for first in range(0, A, BLOCK_N):
+        place = first + tl.arange(0, BLOCK_N)
+        inside = (place < A)[:, None] & is_task[None, :]
         pointers = slopes + place[:, None] * K + k[None, :]
         a = tl.load(pointers, mask=inside, other=float("nan"))
-        a = tl.where((age == 0)[:, None], slope[None, :], a)
-        there = inside & (age < acs_window)[:, None] & (a == a)
+        a = tl.where((place == slope_slot)[:, None], slope[None, :], a)
+        there = inside & (a == a)
         size += tl.sum(tl.where(there, tl.abs(a), 0.0), axis=0)
         number += tl.sum(tl.where(there, 1.0, 0.0).to(tl.float64), axis=0)
     absolute = masked_softmax(-number * slope / tl.where(size > 0.0, size, 1.0), known)
@@ -261,13 +263,18 @@ def task_weights_kernel(
         relative = tl.where(known, share * relative, 1.0 / num_tasks)
         absolute = tl.where(known, share * absolute, 1.0 / num_tasks)
 
-    go = active != 0
-    tl.store(slopes + slot * K + k, slope, mask=is_task & go)
-    tl.store(max_slopes + max_slot, max_slope, mask=go)
-    tl.store(weights_out + k, tl.where(go, weights, 1.0 / num_tasks), mask=is_task)
-    tl.store(relative_out + k, tl.where(go, relative, 1.0 / num_tasks), mask=is_task)
-    tl.store(absolute_out + k, tl.where(go, absolute, 1.0 / num_tasks), mask=is_task)
-    tl.store(divergence_out, tl.where(go, divergence, 1.0))
+    if active != 0:
+        tl.store(slopes + slope_slot * K + k, slope, mask=is_task)
+        tl.store(max_slopes + max_slot, max_slope)
+    else:
+        weights = tl.zeros_like(weights) + 1.0 / num_tasks
+        relative = weights
+        absolute = weights
+        divergence = tl.full((), 1.0, tl.float64)
+    tl.store(weights_out + k, weights, mask=is_task)
+    tl.store(relative_out + k, relative, mask=is_task)
+    tl.store(absolute_out + k, absolute, mask=is_task)
+    tl.store(divergence_out, divergence)
 
 
 def task_weights_triton(
@@ -277,10 +284,9 @@ def task_weights_triton(
     out: TaskWeights,
     tau: float,
     published: bool,
-    acs_window: int,
 ) -> None:
-    size, num_tasks = history.slopes.shape
-    window = history.max_slopes.numel()
+    size, scored, window = len(history.steps), len(history.slopes), len(history.max_slopes)
+    num_tasks = losses.numel()
     block_k = next_power_of_2(num_tasks + 1)
     block_n = max(1, min(next_power_of_2(size), 512 // block_k))
     task_weights_kernel[(1,)](
@@ -297,12 +303,13 @@ def task_weights_triton(
         out.divergence,
         out.slopes,
         moment.update % size,
+        moment.update % scored,
         moment.update % window,
         min(moment.update + 1, window),
         int(moment.active),
-        acs_window,
         num_tasks,
         size,
+        scored,
         float(moment.step),
         tau,
         PUBLISHED=published,
@@ -334,7 +341,7 @@ def store_losses(history: TaskHistory, losses: Tensor, moment: Moment) -> None:
     largest = ratio.nan_to_num(-torch.inf).amax(0, keepdim=True)
     ratio = torch.cat([ratio, largest.masked_fill(largest == -torch.inf, torch.nan)])
     history.last.copy_(torch.where(ratio.isnan(), history.last, ratio))
-    place = moment.update % history.steps.numel()
+    place = moment.update % len(history.steps)
     history.ratios[place] = ratio
     history.steps[place] = moment.step
 
@@ -343,7 +350,7 @@ def fit_slopes(history: TaskHistory, moment: Moment, published: bool) -> Tensor:
     """Least-squares slope (K + 1,) of every column of the ratios; NaN of fewer than two values."""
     there = ~history.ratios.isnan()
     if published:  # missing values close ranks
-        newest = moment.update % history.steps.numel() + 1
+        newest = moment.update % len(history.steps) + 1
         in_order = there.roll(-newest, 0).to(history.ratios.dtype).cumsum(0)
         x = in_order.roll(newest, 0)
     else:
@@ -351,7 +358,7 @@ def fit_slopes(history: TaskHistory, moment: Moment, published: bool) -> Tensor:
     x = x.masked_fill(~there, 0)
     # relative to the most recent value, so that a constant loss has slope 0 exactly
     y = (history.ratios - history.last).masked_fill(~there, 0)
-    count = there.sum(0)
+    count = there.sum(0, dtype=x.dtype)
     x = (x - x.sum(0) / count).masked_fill(~there, 0)
     y = (y - y.sum(0) / count).masked_fill(~there, 0)
     return ((x * y).sum(0) / nonzero(x.square().sum(0))).masked_fill(count < 2, torch.nan)
@@ -361,7 +368,7 @@ def divergence_factor(max_slopes: Tensor, now: Tensor, tau: float) -> Tensor:
     """`n softmax(-tau n a / sum |a|)` over the slopes a (G,), at the present one `now` ()."""
     there = ~max_slopes.isnan()
     a = max_slopes.masked_fill(~there, 0)
-    number = there.sum()
+    number = there.sum(dtype=a.dtype)
     rate = tau * number / nonzero(a.abs().sum())
     least = max_slopes.nan_to_num(torch.inf).amin()
     total = torch.exp((least - a) * rate).masked_fill(~there, 0).sum()
@@ -376,9 +383,8 @@ def task_weights_torch(
     out: TaskWeights,
     tau: float,
     published: bool,
-    acs_window: int,
 ) -> None:
-    size, num_tasks = history.slopes.shape
+    num_tasks = losses.numel()
     store_losses(history, losses.to(history.baseline.dtype), moment)
     slope = fit_slopes(history, moment, published)
     out.slopes.copy_(slope[:-1])
@@ -396,21 +402,18 @@ def task_weights_torch(
         known = ~slope.isnan()
         max_slope = slope.nan_to_num(-torch.inf).amax()
         max_slope = max_slope.masked_fill(max_slope == -torch.inf, torch.nan)
-    place, max_place = moment.update % size, moment.update % history.max_slopes.numel()
-    history.slopes[place] = slope
-    history.max_slopes[max_place] = max_slope
+    history.slopes[moment.update % len(history.slopes)] = slope
+    history.max_slopes[moment.update % len(history.max_slopes)] = max_slope
 
-    num_known = known.sum()
+    num_known = known.sum(dtype=slope.dtype)  # an integer would divide in float32
     slope = slope.masked_fill(~known, 0)
     relative = masked_softmax_torch(num_known * slope / nonzero(slope.abs().sum()), known)
 
-    age = (place - torch.arange(size, device=losses.device)) % size
-    kept = history.slopes.masked_fill((age >= acs_window)[:, None], torch.nan)
-    number = (~kept.isnan()).sum(0)
-    kept_size = kept.abs().nansum(0)
-    absolute = masked_softmax_torch(-number * slope / nonzero(kept_size), known)
+    number = (~history.slopes.isnan()).sum(0, dtype=slope.dtype)
+    size = history.slopes.abs().nansum(0)
+    absolute = masked_softmax_torch(-number * slope / nonzero(size), known)
 
-    filled = min(moment.update + 1, history.max_slopes.numel())
+    filled = min(moment.update + 1, len(history.max_slopes))
     divergence = divergence_factor(history.max_slopes[:filled], max_slope, tau)
     if not published:
         divergence = divergence.clamp(max=1)
@@ -440,7 +443,6 @@ def task_weights(
     *,
     tau: float,
     published: bool,
-    acs_window: int,  # of the last N slopes, those that the absolute scores look at
 ) -> TaskWeights:
     """Put the losses into `history` (written in place) and weigh the tasks."""
     num_tasks = losses.numel()
@@ -448,5 +450,5 @@ def task_weights(
     vectors = [new(num_tasks) for _ in range(4)]
     out = TaskWeights(*vectors[:3], new(()), vectors[3])
     launch = task_weights_triton if use_triton(losses) else task_weights_torch
-    launch(history, losses, moment, out, tau, published, acs_window)
+    launch(history, losses.contiguous(), moment, out, tau, published)
     return out

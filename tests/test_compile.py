@@ -17,7 +17,15 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 import segloss.kernels
-from segloss.kernels import candidates, class_stats, common, logit_grad, row_stats
+from segloss.kernels import (
+    candidates,
+    class_stats,
+    common,
+    logit_grad,
+    row_stats,
+    sample_weights,
+    task_weights,
+)
 
 N, K = 4, 3
 RAGGED = 50257  # GPT-2's vocabulary: rows start at odd addresses, so loads are narrow
@@ -93,6 +101,35 @@ def grad_with_everything(rows, columns=None):
     )
 
 
+SAMPLES = 1000  # held by one program at once
+TASKS = 100
+
+
+def weigh_tasks(rows, num_tasks, published):
+    history = task_weights.TaskHistory.empty(num_tasks, 200, 101, 65536, "cpu")
+    task_weights.task_weights(
+        history,
+        torch.ones(num_tasks, dtype=rows.dtype),
+        task_weights.Moment(200, 200, True),
+        tau=5.0,
+        published=published,
+    )
+
+
+def tokens(rows, num_samples):
+    return sample_weights.Tokens.of(rows.new(N), index(N), num_samples)
+
+
+def weigh_samples(rows, scheme, num_samples=SAMPLES):
+    losses = torch.ones(num_samples, dtype=rows.dtype)
+    sample_weights.sample_weights(losses, sample_weights.Scheme(scheme))
+
+
+def weigh_tokens(rows, scheme, num_samples=SAMPLES):
+    given = tokens(rows, num_samples)
+    sample_weights.sample_means_and_weights(given, sample_weights.Scheme(scheme))
+
+
 # What is launched, by name: the options that change a kernel's code, none of them and all of them.
 LAUNCHES = {
     "row_stats": stats,
@@ -111,6 +148,13 @@ LAUNCHES = {
     "logit_grad-smoothing": lambda rows: grad(rows, sum_grad=rows.new(N)),
     "logit_grad-everything": grad_with_everything,
     "logit_grad-everything-listed": lambda rows: grad_with_everything(rows, index(K)),
+    "task_weights-paper": lambda rows: weigh_tasks(rows, K, published=False),
+    "task_weights-published-many": lambda rows: weigh_tasks(rows, TASKS, published=True),
+    "sample_means": lambda rows: sample_weights.sample_means(tokens(rows, SAMPLES)),
+    "sample_weights-irdro": lambda rows: weigh_samples(rows, "irdro"),
+    "sample_weights-linupper": lambda rows: weigh_samples(rows, "linupper"),
+    "sample_means-extremes": lambda rows: weigh_tokens(rows, "extremes", K),
+    "sample_means-rank": lambda rows: weigh_tokens(rows, "rank"),
 }
 
 
