@@ -37,6 +37,8 @@ class SFTTrainer(LossMixin, trl.SFTTrainer):
     the last line, where TRL averages over micro-batches.
     """
 
+    data_collator: Any
+
     def __init__(self, *args: Any, loss: Loss | None = None, **kwargs: Any):
         with head_adapters_accepted():
             super().__init__(*args, loss=loss, **kwargs)
