@@ -26,8 +26,9 @@ from .data import IGNORE, Encoded, TaskData, next_tokens, training_batch, traini
 from .errors import UserError
 from .forward import logits_of, token_sums
 
-# how a histogram sorts sample weights, as multiples of an equal weight; see `Trainer._weight_row`
-WEIGHT_EDGES = [2.0 ** (k / 2) for k in range(-12, 13)]
+# how a histogram sorts sample weights, as multiples of an equal weight; see `Trainer._weight_row`.
+# 1 is in the middle of a bin
+WEIGHT_EDGES = [2.0 ** (k / 2 + 0.25) for k in range(-13, 13)]
 
 
 @dataclass

@@ -60,7 +60,7 @@ def assert_same(one, two):
 
 @pytest.mark.parametrize(
     ("options", "points"),
-    [(WEIGHTED, 12), (LORA, 5)],
+    [(WEIGHTED, 8), (LORA, 3)],
     ids=["coba-irdro-lovasz-accumulated", "lora-dropout-patience"],
 )
 def test_killed_at_any_point(tmp_path, model_folder, data_file, monkeypatch, options, points):
