@@ -25,10 +25,7 @@ from .config import TrainConfig
 from .data import IGNORE, Encoded, TaskData, next_tokens, training_batch, training_order
 from .errors import UserError
 from .forward import logits_of, token_sums
-
-# how a histogram sorts sample weights, as multiples of an equal weight; see `Trainer._weight_row`.
-# 1 is in the middle of a bin
-WEIGHT_EDGES = [2.0 ** (k / 2 + 0.25) for k in range(-13, 13)]
+from .record import WEIGHT_EDGES
 
 
 @dataclass
