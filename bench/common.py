@@ -55,17 +55,18 @@ def _lines(path: str) -> list[str]:
 def interleaved(runs: dict[str, Callable], rounds: dict[str, int]) -> dict[str, list[float]]:
     """Seconds of each run, `rounds[name]` of them: every round runs all that still have some left.
 
-    What else the machine does then hits all of them alike.
+    What else the machine does then hits all of them alike; every other round goes backwards, since
+    a run is slower after one that has just given its memory back.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()
     gc.disable()
     try:
         for turn in range(max(rounds.values())):
-            for name, run in runs.items():
+            for name in list(runs) if turn % 2 == 0 else reversed(runs):
                 if turn < rounds[name]:
                     start = time.perf_counter()
-                    run()
+                    runs[name]()
                     seconds[name].append(time.perf_counter() - start)
     finally:
         gc.enable()

@@ -142,7 +142,7 @@ def measure(name: str, dtype: torch.dtype, size: tuple[int, int], report: Report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = options("core", "Time the losses on logits against PyTorch's, interleaved.", rounds=15)
+    parser = options("core", "Time the losses on logits against PyTorch's, interleaved.", rounds=31)
     parser.add_argument("--inputs", nargs="+", default=list(inputs.NAMES), choices=inputs.NAMES)
     chosen = parser.parse_args(arguments)
     size = (1024, 32768)

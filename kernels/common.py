@@ -5,7 +5,10 @@ N rows (tokens), V columns (classes), B x T the two leading strides a row index 
 
 from __future__ import annotations
 
+import functools
+import math
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,8 +32,8 @@ def jit(function):
 
 LOG2E = 1.4426950408889634 if tl is None else tl.constexpr(1.4426950408889634)
 
-# float32 bytes of one row block of the torch twins: what stays in a core's L2 next to its input
-BLOCK_BYTES = 1 << 20
+# float32 bytes of one row block of the torch twins: what stays near a core (bench/NOTES.md)
+BLOCK_BYTES = 2 << 20
 # below this many elements a second thread costs more than it gains
 PARALLEL_ELEMENTS = 1 << 18
 
@@ -41,6 +44,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@functools.cache
+def workers(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads that run torch on one thread each; of this process, since a fork keeps none."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    started = threading.Barrier(threads)
+    list(pool.map(lambda _: started.wait(), range(threads)))
+    torch.set_num_threads(before)  # what threads started later by others begin with
+    return pool
+
+
 def parallel(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """`[work(item) for item in items]` on as many threads as torch uses, without autograd.
 
@@ -48,22 +62,23 @@ def parallel(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Resu
     split every small operation instead costs a barrier each, ruinous as soon as the machine has
     anything else to do.
     """
-    threads = min(torch.get_num_threads(), len(items))
-    if threads < 2:
-        with torch.no_grad():
-            return [work(item) for item in items]
 
     def run(item: Item) -> Result:
         with torch.no_grad():  # grad mode belongs to a thread
             return work(item)
 
-    before = torch.get_num_threads()
-    try:
-        # per call: a pool that outlives a fork would hang in the child
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(run, items))
-    finally:
-        torch.set_num_threads(before)  # what threads started later by others begin with
+    threads = torch.get_num_threads()
+    if threads < 2 or len(items) < 2:
+        return [run(item) for item in items]
+    return list(workers(threads, os.getpid()).map(run, items))
+
+
+def exp_(x: Tensor) -> Tensor:
+    """`x.exp_()` for x <= 0; in float32 by `exp2`, which takes torch less than half the time.
+
+    Rounding x * log2(e) costs as much as rounding x did.
+    """
+    return x.mul_(math.log2(math.e)).exp2_() if x.dtype == torch.float32 else x.exp_()
 
 
 def bounds(row: Tensor, groups: list[list[Block]]) -> dict[int, int]:

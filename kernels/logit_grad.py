@@ -24,6 +24,7 @@ from .common import (
     Rows,
     bounds,
     cdiv,
+    exp_,
     jit,
     load_logits,
     parallel,
@@ -440,7 +441,7 @@ def block_grad(
     log_p = None
     if terms.entropy_grad is not None:
         log_p = (dz - terms.log_sum[here, None]).clamp_(min=-1e4)
-    dz.exp_()
+    exp_(dz)
     class_part = None
     if terms.class_grad is not None:
         # a (1, K) row where there is one sample: it broadcasts

@@ -15,6 +15,7 @@ from .common import (
     Block,
     Rows,
     bounds,
+    exp_,
     jit,
     load_logits,
     parallel,
@@ -222,7 +223,7 @@ def row_stats_torch(
             out.masked_fill_(~valid, -1 if out is stats.argmax else 0)
     if exp_out is not None:
         exp_out[every_row, y] = 0
-        exp_out[~valid] = 0
+        exp_out[(~valid).nonzero()[:, 0]] = 0  # by index: a mask would pass over the whole
 
 
 def block_stats(
@@ -255,7 +256,7 @@ def block_stats(
     shifted = torch.sub(z, row_max[:, None], out=buffer[: z.shape[0]])
     # the floor makes p log p = 0 at p = 0
     floored = shifted.clamp(min=-1e4) if stats.entropy is not None else None
-    exp_z = shifted.exp_()
+    exp_z = exp_(shifted)
     torch.sum(exp_z, -1, out=stats.log_sum[here])
     if floored is not None:
         torch.sum(floored.mul_(exp_z), -1, out=stats.entropy[here])

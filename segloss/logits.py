@@ -95,7 +95,7 @@ class DenseLogits:
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Logits of one row chunk, in bytes, where the caller gives none (measured: bench/NOTES.md)
-CPU_CHUNK_BYTES = 256 << 20
+CPU_CHUNK_BYTES = 96 << 20
 GPU_CHUNK_BYTES = 512 << 20
 # fewer rows than this leave a GPU's matrix units waiting for the weight to be read again
 GPU_CHUNK_ROWS = 1024
