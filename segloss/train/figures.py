@@ -185,7 +185,8 @@ def task_weights(records: Sequence[Record]) -> Picture | None:
         "grey band is the warm-up, in which all are equal (dotted). Afterwards the relative score "
         "raises the tasks whose validation loss falls more slowly than the others', and the "
         "absolute score lowers those whose own loss has begun to rise. Below: the share of the "
-        "relative score in the weights, 1 as long as all tasks converge."
+        "relative score in the weights, 1 at first and small once the losses have flattened or "
+        "one rises. Few validation items a step make the weights jump."
     )
     return Picture("task-weights", "Task weights (CoBa)", caption, figure)
 

@@ -31,7 +31,7 @@ def attach(model: Any, config: TrainConfig) -> Any:
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=names,
     )
