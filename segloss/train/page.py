@@ -109,9 +109,10 @@ def _text(value) -> str:
 def _story(record: Record) -> str:
     """What the run did, in words."""
     settings = record.settings
+    if record.selection:
+        text = f"{record.name}: the loss of a model trained on any subset of its tasks, estimated."
+        return text + (" The curves are of its training on all tasks." if record.steps else "")
     if not record.steps:
-        if record.selection:
-            return f"{record.name}: estimates of what a model learns from which tasks."
         return f"{record.name}: no step of training yet."
     tasks = ", ".join(record.tasks)
     size = settings.get("batch_size", 1) * settings.get("accumulation", 1)

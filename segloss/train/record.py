@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -87,11 +88,19 @@ def _read(path: str, name: str) -> Record:
         path=folder,
         settings=description.get("settings", {}),
         description=description,
-        steps=[row for row in rows if row.get("event") == "step"],
+        steps=_first_training([row for row in rows if row.get("event") == "step"]),
         evaluations=evaluations,
         results=_json(folder / "results.json"),
         selection=selection,
     )
+
+
+def _first_training(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A selection of tasks trains on all of them, then on some: the steps of the first."""
+    for index, (before, row) in enumerate(itertools.pairwise(steps), start=1):
+        if row["step"] <= before["step"]:
+            return steps[:index]
+    return steps
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -53,6 +53,10 @@ def runs(tmp_path_factory, model_folder):
         "chosen": ["echo", odd],
     }
     (folder / "chosen" / "selection.json").write_text(json.dumps(selection))
+    # a selection trains on all tasks, and then on subsets, from step 1 again
+    steps = [{"event": "step", "step": step, "loss": 1 / step} for step in (1, 2, 3, 1, 2)]
+    lines = "".join(json.dumps(row) + "\n" for row in steps)
+    (folder / "chosen" / "metrics.jsonl").write_text(lines)
     return folder
 
 
@@ -160,6 +164,7 @@ def test_report_of_runs_side_by_side(command, runs, tmp_path):
     assert "Chosen tasks of chosen" in page.headings
     text = " ".join(page.words)
     assert "0.7500" in text and "2.1250" in text and "echo, <b>&$x$" in text
+    assert "The curves are of its training on all tasks." in text
     assert text.count("weighted") > 3 and text.count("plain") > 3
 
 
@@ -167,6 +172,7 @@ def test_pictures_show_the_data(runs):
     """What the axes hold is what metrics.jsonl and selection.json say."""
     records = read_records([str(runs / name) for name in ("weighted", "chosen")])
     steps = rows(runs / "weighted" / "metrics.jsonl", "step")
+    assert records[1].series("loss") == ([1, 2, 3], [1.0, 1 / 2, 1 / 3])
     drawn = {picture.name: picture.figure.axes for picture in figures.pictures(records)}
 
     odd, echo = drawn["task-weights"][0].get_lines()[:2]

@@ -1,5 +1,6 @@
 """A run that was killed, or whose checkpoint is damaged, ends like one that was left alone."""
 
+import errno
 import json
 import os
 import subprocess
@@ -176,3 +177,20 @@ def test_what_cannot_be_resumed(weighted, command, tmp_path, data_file):
         assert fails(command("train", "--resume", weighted), "still going on in another process")
     data_file.write_text(data_file.read_text().replace("parity 0", "parity zero"))
     assert fails(command("train", "--resume", weighted), "the data changed since the run began")
+
+
+# ---------------------------------------------------------------------------------- a full disk
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk_at_a_checkpoint_does_not_end_the_run(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("segloss.train.checkpoint.flush", full_disk)
+    code, out, err = train(*SHORT)
+    assert code == 2 and "| parity |" in out and "Traceback" not in err
+    assert f"could not write to {tmp_path}/run: resume (No space left on device)" in err
+    assert not list((tmp_path / "run" / "resume").iterdir())
+    assert (tmp_path / "run" / "checkpoint" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "results.json").exists()
