@@ -179,6 +179,23 @@ def test_what_cannot_be_resumed(weighted, command, tmp_path, data_file):
     assert fails(command("train", "--resume", weighted), "the data changed since the run began")
 
 
+def test_of_the_best_weights_only_those_in_use_are_kept(train, tmp_path, monkeypatch):
+    """The best so far and what was it at the two kept checkpoints, at every moment."""
+    seen = []
+    write = RunFolder.write
+
+    def spy(self, name, save):
+        write(self, name, save)
+        best = self.path / "best"
+        seen.append(sorted(path.name for path in best.iterdir()) if best.exists() else [])
+
+    monkeypatch.setattr(RunFolder, "write", spy)
+    options = ("--patience", 9, "--validate-every", 1, "--lr", 0.001, "--steps", 8)
+    assert train(*SHORT, *options)[0] == 0
+    (at_the_end,) = [names for names in seen if names][:1]
+    assert at_the_end == [f"step-{step:08d}" for step in (6, 8)]
+
+
 # ---------------------------------------------------------------------------------- a full disk
 
 
