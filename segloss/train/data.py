@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -143,39 +143,63 @@ class TaskData:
     task: str
     train: list[Encoded]
     held_out: list[Encoded]
+    """What the results are reported on."""
+    validation: list[Encoded] = field(default_factory=list)
+    """What is read during training, by CoBa and early stopping; in neither of the others."""
 
 
-def split(encoded: Sequence[Encoded], held_out: int, seed: int) -> list[TaskData]:
-    """Hold out `held_out` random items of each task, whole groups at a time.
+def split(
+    encoded: Sequence[Encoded],
+    held_out: int,
+    seed: int,
+    validation: int = 0,
+    to_train: bool = True,
+) -> list[TaskData]:
+    """Hold out `held_out` random items of each task, whole groups at a time, then `validation`.
 
-    Repeated (prompt, completion) pairs are kept once. A group that would overfill the held-out part
-    gives only as many items as fit; its other items are left out of both parts.
+    With `to_train` fewer of them, or none left to train on, are a `UserError`.
+
+    The held-out items are the same whether there are validation items or not. Repeated (prompt,
+    completion) pairs are kept once. A group that would overfill a part gives only as many items as
+    fit; its other items are left out of every part.
     """
     tasks: dict[str, dict[tuple[str, str], Encoded]] = {}
     for item in encoded:
         example = item.example
         tasks.setdefault(example.task, {})[example.prompt, example.completion] = item
     return [
-        _split_task(task, list(items.values()), held_out, seed) for task, items in tasks.items()
+        _split_task(task, list(items.values()), held_out, seed, validation, to_train)
+        for task, items in tasks.items()
     ]
 
 
-def _split_task(task: str, items: list[Encoded], held_out: int, seed: int) -> TaskData:
+def _split_task(
+    task: str, items: list[Encoded], held_out: int, seed: int, validation: int, to_train: bool
+) -> TaskData:
     groups: dict[str, list[Encoded]] = {}
     for item in items:
         groups.setdefault(item.example.group or item.example.prompt, []).append(item)
     order = list(groups.values())
     random.Random(f"{seed} split {task}").shuffle(order)
-    evaluation: list[Encoded] = []
-    while order and len(evaluation) < held_out:
-        evaluation += order.pop()
+    reported, watched = _take(order, held_out), _take(order, validation)
     train = [item for group in order for item in group]
-    if len(evaluation) < held_out or not train:
+    enough = len(reported) == held_out and len(watched) == validation and train
+    if to_train and not enough:
+        more = f" and --validation-items {validation}" if validation else ""
+        leave = "leave" if validation else "leaves"
         raise UserError(
-            f"task {task!r} has {len(items)} usable examples; --eval-items {held_out} "
-            "leaves none to train on (prompts over --max-prompt-tokens are not usable)"
+            f"task {task!r} has {len(items)} usable examples; --eval-items {held_out}{more} "
+            f"{leave} none to train on (prompts over --max-prompt-tokens are not usable)"
         )
-    return TaskData(task, train, evaluation[:held_out])
+    return TaskData(task, train, reported, watched)
+
+
+def _take(groups: list[list[Encoded]], count: int) -> list[Encoded]:
+    """Up to `count` items of the last groups, which are removed."""
+    items: list[Encoded] = []
+    while groups and len(items) < count:
+        items += groups.pop()
+    return items[:count]
 
 
 def training_order(tasks: Sequence[TaskData], length: int, seed: int) -> list[Encoded]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import segloss
-from segloss.integrations.transformers import head_logits
 
-from .data import IGNORE, Encoded, TaskData, next_tokens, prompt_batch, training_batch
+from .data import Encoded, TaskData, next_tokens, prompt_batch, training_batch
+from .forward import autocast, logits_of, token_sums
 from .tasks import Example
-from .trainer import autocast
 
 # tokens that an answer may run over the longest expected one, so that the end is seen to be one
 SLACK_TOKENS = 4
@@ -30,10 +31,24 @@ class Evaluation:
     """Exact match of each held-out item, in the order of the split."""
     answers: list[str]
     """What was generated."""
+    token_accuracy: float = float("nan")
+    """Share of the completion tokens that are the most probable one, given the true ones before."""
+    entropy: float = float("nan")
+    """Mean entropy of the prediction of a completion token, in nats."""
 
     @property
     def exact_match(self) -> float:
         return sum(self.correct) / len(self.correct)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """What metrics.jsonl says of it."""
+        return {
+            "loss": self.loss,
+            "exact_match": self.exact_match,
+            "token_accuracy": self.token_accuracy,
+            "entropy": self.entropy,
+        }
 
 
 class Evaluator:
@@ -63,22 +78,30 @@ class Evaluator:
         """Loss and greedy answers of one task; `progress` is called with each batch's size."""
         was_training = model.training
         model.eval()
-        loss, tokens = 0.0, 0
+        sums = torch.zeros(4, dtype=torch.float64)
         answers = [""] * len(task.held_out)
         limit = max(len(item.completion_ids) for item in task.held_out) + SLACK_TOKENS
-        with autocast(model.device, self.dtype):
-            for indices, items in self._batches(task.held_out):
-                batch_loss, batch_tokens = self._loss(model, items)
-                loss, tokens = loss + batch_loss, tokens + batch_tokens
-                for index, answer in zip(indices, self._answers(model, items, limit), strict=True):
-                    answers[index] = answer
-                progress(len(items))
+        for indices, items in self._batches(task.held_out):
+            sums += self._sums(model, items)
+            for index, answer in zip(indices, self._answers(model, items, limit), strict=True):
+                answers[index] = answer
+            progress(len(items))
         model.train(was_training)
         correct = [
             exact_match(answer, item.example.completion)
             for answer, item in zip(answers, task.held_out, strict=True)
         ]
-        return Evaluation(loss / tokens, correct, answers)
+        loss, accuracy, entropy = (sums[:3] / sums[3]).tolist()
+        return Evaluation(loss, correct, answers, accuracy, entropy)
+
+    @torch.no_grad()
+    def loss(self, model, items: Sequence[Encoded]) -> float:
+        """Mean cross-entropy per completion token of some items, without generating."""
+        was_training = model.training
+        model.eval()
+        sums = torch.stack([self._sums(model, batch) for _, batch in self._batches(items)]).sum(0)
+        model.train(was_training)
+        return (sums[0] / sums[3]).item()
 
     def _batches(self, items: Sequence[Encoded]) -> Iterator[tuple[list[int], list[Encoded]]]:
         """Items of similar length together: less padding."""
@@ -87,27 +110,25 @@ class Evaluator:
             indices = order[start : start + self.batch_size]
             yield indices, [items[index] for index in indices]
 
-    def _loss(self, model, items: list[Encoded]) -> tuple[float, int]:
-        """Sum of the completion tokens' cross-entropy, and their number."""
+    def _sums(self, model, items: list[Encoded]) -> Tensor:
+        """(4,) of the completion tokens: cross-entropy, hits, entropy, and how many they are."""
         batch = self._to(model, training_batch(items, self.tokenizer.pad_token_id))
         target = next_tokens(batch.pop("labels"))
-        if self.head == "fused":
-            logits = head_logits(model, **batch, use_cache=False)
-        else:
-            logits = model(**batch, use_cache=False).logits
-        loss = segloss.cross_entropy(logits, target, reduction="sum")
-        return loss.item(), int((target != IGNORE).sum())
+        logits: Any = logits_of(model, batch, self.head, self.dtype)
+        statistics = segloss.logit_statistics(logits, target, entropy=True, argmax=True)
+        return token_sums(statistics, target).sum((0, 1)).cpu()
 
     def _answers(self, model, items: list[Encoded], limit: int) -> list[str]:
         batch = self._to(model, prompt_batch(items, self.tokenizer.pad_token_id))
-        output = model.generate(
-            **batch,
-            max_new_tokens=limit,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+        with autocast(model.device, self.dtype):
+            output = model.generate(
+                **batch,
+                max_new_tokens=limit,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
         new_tokens = output[:, batch["input_ids"].shape[1] :]
         return self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
 

@@ -70,8 +70,12 @@ starts near 0, so part of a gain is the form; compare the last columns too."""
 
 def table(results: Sequence[TaskResult]) -> str:
     """A markdown table with its columns aligned, so that it also reads well on a terminal."""
-    rows = [HEADER, *(_cells(result) for result in results)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    return markdown(HEADER, [_cells(result) for result in results])
+
+
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rows = [header, *body]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = [_line(row, widths) for row in rows]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([lines[0], _line(rule, widths), *lines[1:]])

@@ -1,21 +1,24 @@
-"""One fine-tuning run, from the settings to the results."""
+"""One fine-tuning run, from the settings or from a checkpoint to the results."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import TrainConfig
+from .config import TrainConfig, read_settings
 from .errors import UserError
 from .expression import parse_loss
 from .tasks import Example, built_in_examples
@@ -23,14 +26,19 @@ from .tasks import Example, built_in_examples
 if TYPE_CHECKING:
     import torch
 
+    from .checkpoint import Checkpoint
     from .data import Encoded, TaskData
-    from .evaluation import Evaluation
+    from .evaluation import Evaluation, Evaluator
     from .run_folder import RunFolder
+    from .trainer import Patience, Trainer
 
 PACKAGES = ("transformers", "accelerate", "safetensors", "matplotlib")
 
 # room in the time limit for the checkpoint, the plot and evaluation after training being slower
 SPARE_SECONDS, SPARE_FACTOR = 15.0, 1.2
+
+# folders inside the run folder
+RESUME, BEST, FINAL, ADAPTER = "resume", "best", "checkpoint", "adapter"
 
 
 def train(config: TrainConfig) -> None:
@@ -43,27 +51,71 @@ def train(config: TrainConfig) -> None:
     """
     clock = Clock()
     config = config.resolved()
-    run = _prepare(config)
+    _require_new(config.output)
+    run = prepare(config)
     clock.lap("load")
 
     from .run_folder import RunFolder
 
-    with RunFolder(config.output) as folder:
-        folder.write_json("config.json", run.description)
-        folder.require_room(run.checkpoint_bytes)
+    with RunFolder(config.output, run.description) as folder:
+        _run(run, folder, clock, None)
+
+
+def resume(path: str, time_limit: float | None = None) -> None:
+    """Go on with an interrupted run, from its last whole checkpoint or from its beginning.
+
+    It ends as it would have ended uninterrupted, on a CPU bit for bit: weights, metrics, results.
+    `time_limit` replaces the run's own and counts from now. Raises `UserError` as `train`, and
+    where the folder is no run's, the run is finished or going on, or its data or model changed.
+    """
+    clock = Clock()
+    config, description = _interrupted(path)
+    if time_limit is not None:
+        config = dataclasses.replace(config, time_limit=time_limit)
+    run = prepare(config)
+    _require_same(description, run.description, path)
+    clock.lap("load")
+
+    from .run_folder import RunFolder
+
+    with RunFolder.reopen(path) as folder:
+        _run(run, folder, clock, _last_checkpoint(folder))
+
+
+def _run(run: Run, folder: RunFolder, clock: Clock, checkpoint: Checkpoint | None) -> None:
+    """From an empty run folder, or one that `checkpoint` is in, to the results."""
+    from .trainer import Patience, Trainer
+
+    config = run.config
+    folder.require_room(run.checkpoint_bytes)
+    rows = folder.cut_metrics(checkpoint.state["metrics_bytes"] if checkpoint else 0)
+    if checkpoint is None:
         before = _evaluate(run, folder, "before")
         folder.raise_failures()
-        reserve = SPARE_SECONDS + SPARE_FACTOR * clock.lap("evaluate_before")
+        clock.lap("evaluate_before")
+    else:
+        before = _read_evaluations(run, folder, rows)
+        clock.seconds |= checkpoint.state["timing"]
+    trainer = Trainer(run.model, run.tasks, run.loss, config, run.tokenizer.pad_token_id, run.dtype)
+    fit = Fit(trainer, folder, Patience(config.patience), run.evaluator, clock)
+    if checkpoint is not None:
+        fit.load(checkpoint)
+    fit.losses = [row["loss"] for row in rows if row["event"] == "step"]
+    reserve = SPARE_SECONDS + SPARE_FACTOR * clock.seconds["evaluate_before"]
+    fit.train(clock.deadline(config.time_limit, reserve))
+    clock.seconds["train"] = round(trainer.seconds, 1)
 
-        losses, stopped = _fit(run, folder, clock.deadline(config.time_limit, reserve))
-        clock.lap("train")
-        folder.write("checkpoint", partial(_save, run))
-
-        after = _evaluate(run, folder, "after")
-        clock.lap("evaluate_after")
-        timing = {**clock.seconds, "total": clock.total()}
-        timing |= {"steps": len(losses), "stopped_by_time_limit": stopped}
-        _report(run, folder, losses, before, after, timing)
+    run = _merged(run, folder)
+    folder.write(FINAL, partial(_save, run))
+    clock.skip()
+    after = _evaluate(run, folder, "after")
+    clock.lap("evaluate_after")
+    timing = {**clock.seconds, "total": clock.total(), "steps": trainer.num_steps}
+    timing |= {"stopped_by_time_limit": fit.stopped == "time limit"}
+    timing |= {"stopped_by_patience": fit.stopped == "patience"}
+    timing |= {"kept_step": fit.kept_step}
+    shutil.rmtree(folder.path / BEST, ignore_errors=True)
+    _report(run, folder, fit.losses, before, after, timing)
 
 
 def say(text: str) -> None:
@@ -84,6 +136,10 @@ class Clock:
         self.last = now
         return self.seconds[phase]
 
+    def skip(self) -> None:
+        """Count the time since the last lap to no phase."""
+        self.last = time.monotonic()
+
     def total(self) -> float:
         return round(time.monotonic() - self.start, 1)
 
@@ -102,10 +158,10 @@ class Run:
     config: TrainConfig
     loss: torch.nn.Module
     model: Any
+    """On its device, in float32; with LoRA, peft's model around it."""
     tokenizer: Any
     tasks: list[TaskData]
-    arguments: Any
-    """transformers' TrainingArguments, which also know the device."""
+    device: torch.device
     dtype: torch.dtype | None
     """What the forward pass computes in; None for the weights' own float32."""
     description: dict
@@ -113,40 +169,74 @@ class Run:
 
     @property
     def checkpoint_bytes(self) -> int:
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return int(1.1 * weights)
+        """Of everything the run will have on disk at once."""
+        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in self.model.parameters()]
+        trained = sum(size for size, trains in sizes if trains)
+        states = (self.config.keep + 1) * 3 * trained if self.config.save_every else 0
+        bests = (self.config.keep if self.config.save_every else 0) + 2
+        best = bests * trained if self.config.patience else 0
+        return int(1.1 * (sum(size for size, _ in sizes) + states + best))
+
+    @property
+    def evaluator(self) -> Evaluator:
+        from .evaluation import Evaluator
+
+        return Evaluator(self.tokenizer, self.config.batch_size, self.dtype, self.config.head)
 
 
-def _prepare(config: TrainConfig) -> Run:
-    """Check every input, the quick ones first, and load the model."""
-    _require_packages()
+def prepare(config: TrainConfig, to_train: bool = True) -> Run:
+    """Check every input, the quick ones first, and load the model.
+
+    `config` is resolved. Without `to_train` all examples of a task may be held out, and the model
+    gets no adapters.
+    """
+    _require_packages(config)
     loss = parse_loss(config.loss)
     examples = _examples(config)
-    _require_new(config.output)
     _quiet_transformers()
+
+    import torch
+
+    from segloss.doctor import device as default_device
 
     from . import data, model
 
+    device = default_device()
     say(f"loading {config.model}")
     network, tokenizer = model.load(config.model)
     encoded = _short_enough(data.encode(examples, tokenizer), config)
-    tasks = data.split(encoded, config.eval_items, config.seed)
+    tasks = data.split(
+        encoded, config.eval_items, config.seed, config.validation_items or 0, to_train
+    )
     _require_positions(network, tasks, config)
     counts = _counts(examples, encoded, tasks)
-    arguments = _training_arguments(config)
-    dtype = forward_dtype(config.precision, arguments.device)
-    network.to(arguments.device)
-    description = _description(config, dtype, arguments.device, counts)
-    return Run(config, loss, network, tokenizer, tasks, arguments, dtype, description)
+    dtype = forward_dtype(config.precision, device)
+    network.to(device)
+    description = _description(config, dtype, device, counts)
+    description["fingerprints"] = {"data": _data_hash(tasks), "model": _model_hash(network)}
+    if config.lora_rank and to_train:
+        from . import lora
+
+        torch.manual_seed(config.seed)  # the adapters begin at random
+        network = lora.attach(network, config)
+    return Run(config, loss, network, tokenizer, tasks, device, dtype, description)
 
 
-def _require_packages() -> None:
+def _require_packages(config: TrainConfig) -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
             f"segloss train needs {', '.join(missing)}, which is not installed: "
             "pip install 'segloss[train]'"
         )
+    if config.lora_rank:
+        from .lora import require_peft
+
+        require_peft()
+    if config.tensorboard:
+        from .board import require_tensorboard
+
+        require_tensorboard()
 
 
 def _require_new(output: str) -> None:
@@ -240,34 +330,6 @@ def forward_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}  # x86, x86, ARM
 
 
-def _training_arguments(config: TrainConfig):
-    from transformers import TrainingArguments
-
-    arguments = TrainingArguments(
-        output_dir=config.output,
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.lr,
-        weight_decay=config.weight_decay,
-        warmup_steps=max(1, config.steps // 10),
-        lr_scheduler_type="linear",
-        seed=config.seed,
-        train_sampling_strategy="sequential",  # `training_order` has drawn the order
-        remove_unused_columns=False,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=False,
-        dataloader_pin_memory=False,
-    )
-    if arguments.device.type == "cuda":
-        # several visible GPUs would mean DataParallel, which splits a batch and its count of tokens
-        arguments._n_gpu = 1
-    return arguments
-
-
 def _description(config: TrainConfig, dtype, device, counts: dict) -> dict:
     import torch
 
@@ -283,31 +345,226 @@ def _description(config: TrainConfig, dtype, device, counts: dict) -> dict:
     }
 
 
+def _data_hash(tasks: Sequence[TaskData]) -> str:
+    """Of every token of every part, in order: what training and evaluation read."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        for part in (task.train, task.held_out, task.validation):
+            rows = [[item.prompt_ids, item.completion_ids] for item in part]
+            digest.update(json.dumps([task.task, rows]).encode())
+    return digest.hexdigest()
+
+
+def _model_hash(network: torch.nn.Module) -> str:
+    """Of the beginning of every weight: enough to tell models apart, without reading them all."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.flatten()[:1024].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------------------- resume
+
+
+def _interrupted(path: str) -> tuple[TrainConfig, dict]:
+    """The settings and the config.json of a run that has not finished."""
+    file = Path(path) / "config.json"
+    if not os.path.isdir(path):
+        raise UserError(f"--resume {path}: no such run folder")
+    if not file.is_file():
+        raise UserError(f"--resume {path}: there is no config.json, so it is no run's folder")
+    if (Path(path) / "results.json").exists():
+        raise UserError(f"--resume {path}: the run is finished, its results are in results.md")
+    settings = read_settings(str(file), TrainConfig)
+    return TrainConfig(**(settings | {"output": path})), json.loads(file.read_text("utf-8"))
+
+
+def _require_same(then: dict, now: dict, path: str) -> None:
+    """Refuse other data or another model; say what may change the last bits."""
+    for what, value in then.get("fingerprints", {}).items():
+        if value != now["fingerprints"][what]:
+            raise UserError(f"--resume {path}: the {what} changed since the run began")
+    for key in ("versions", "device", "forward_dtype", "threads"):
+        if then.get(key) != now[key]:
+            say(f"note: {key} was {then.get(key)}, is {now[key]}: the last bits may differ")
+
+
+def _last_checkpoint(folder: RunFolder) -> Checkpoint | None:
+    """The newest whole checkpoint; damaged ones are named. None where there is none."""
+    from . import checkpoint
+
+    states = folder.path / RESUME
+    lines = folder.metrics_size() or 0
+    for step in reversed(checkpoint.steps(states)):
+        try:
+            found = checkpoint.read(states, step)
+            if found.state["metrics_bytes"] > lines:
+                raise checkpoint.Damaged("metrics.jsonl has lost lines that it builds on")
+        except checkpoint.Damaged as damage:
+            say(f"checkpoint {states}/step-{step:08d} is damaged: {damage}; trying the one before")
+            continue
+        say(f"resuming after step {step}")
+        return found
+    say("there is no whole checkpoint: starting at the beginning")
+    return None
+
+
 # ----------------------------------------------------------------------------------------- fit
 
 
-def _fit(run: Run, folder: RunFolder, deadline: float) -> tuple[list[float], bool]:
-    """Train; (loss of each step, whether the time limit ended it)."""
-    from . import data, trainer
+@dataclasses.dataclass
+class Fit:
+    """Training with everything around a step: metrics, checkpoints, reasons to stop."""
 
-    config = run.config
-    limit = trainer.TimeLimit(deadline)
-    loop = trainer.LossTrainer(
-        model=run.model,
-        args=run.arguments,
-        train_dataset=data.training_order(
-            run.tasks, config.steps * config.batch_size * config.accumulation, config.seed
-        ),
-        data_collator=partial(data.training_batch, pad_id=run.tokenizer.pad_token_id),
-        loss=run.loss,
-        autocast=run.dtype,
-        head=config.head,
-        callbacks=[trainer.MetricsLog(folder), limit],
-    )
-    loop.remove_callback(trainer.ProgressCallback)
-    loop.add_callback(trainer.Progress())
-    loop.train()
-    return [row["loss"] for row in loop.state.log_history if "loss" in row], limit.reached
+    trainer: Trainer
+    folder: RunFolder
+    patience: Patience
+    evaluator: Evaluator
+    clock: Clock
+    losses: list[float] = dataclasses.field(default_factory=list)
+    """Of each step."""
+    stopped: str = ""
+    """What ended training before its last step: "time limit", "patience"."""
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.trainer.config
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose weights the run ends with."""
+        return self.patience.best_step if self.patience.limit else self.trainer.num_steps
+
+    def train(self, deadline: float) -> None:
+        from tqdm.auto import tqdm
+
+        from .board import Board
+
+        trainer, first = self.trainer, self.trainer.num_steps
+        with (
+            Board.open(self.folder.path, self.config.tensorboard, first) as board,
+            tqdm(
+                total=self.config.steps, initial=first, desc="training", dynamic_ncols=True
+            ) as bar,
+        ):
+            while trainer.num_steps < self.config.steps and not self.stopped:
+                begun = time.monotonic()
+                row = trainer.step()
+                self._log("step", row, board)
+                bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
+                bar.update()
+                self._require_finite(row)
+                self._validate(board)
+                if trainer.num_steps < self.config.steps and not self.stopped:
+                    now = time.monotonic()
+                    self.stopped = "time limit" if 2 * now - begun > deadline else ""
+                self._checkpoint()
+        self._restore_best()
+
+    def _log(self, event: str, row: dict[str, Any], board) -> None:
+        self.folder.log(event, **row)
+        board.add(row, self.trainer.num_steps)
+        if event == "step":
+            self.losses.append(row["loss"])
+
+    def _require_finite(self, row: dict[str, Any]) -> None:
+        if not math.isfinite(row["loss"]):
+            raise UserError(
+                f"the training loss is {row['loss']} at step {row['step']}; a lower --lr may help; "
+                f"the steps before are in {self.folder.path}/metrics.jsonl"
+            )
+
+    def _validate(self, board) -> None:
+        """Read the validation loss where it is due, and keep the weights of the lowest."""
+        step, every = self.trainer.num_steps, self.config.validate_every or 1
+        if not self.patience.limit or (step % every and step < self.config.steps):
+            return
+        model, tasks = self.trainer.model, self.trainer.tasks
+        losses = {task.task: self.evaluator.loss(model, task.validation) for task in tasks}
+        mean = sum(losses.values()) / len(losses)
+        row = {"step": step, "mean_validation_loss": mean, "all_validation_loss": losses}
+        self._log("validation", row, board)
+        if self.patience.update(mean, step):
+            weights = {
+                name: value
+                for name, value in self.trainer.tensors().items()
+                if name.startswith("model.")
+            }
+            self._write(BEST, weights, {"step": step})
+            self._prune_best()
+        if self.patience.exhausted:
+            self.stopped = "patience"
+
+    def _checkpoint(self) -> None:
+        """A checkpoint where one is due, the last step included; the oldest ones go."""
+        from . import checkpoint
+
+        step, every = self.trainer.num_steps, self.config.save_every
+        last = self.stopped or step == self.config.steps
+        if not every or (step % every and not last):
+            return
+        size = self.folder.metrics_size()
+        if size is None:  # the disk is full; a checkpoint needs the lines before it
+            return
+        timing = {name: self.clock.seconds[name] for name in ("load", "evaluate_before")}
+        state = self.trainer.state() | {
+            "metrics_bytes": size,
+            "timing": timing,
+            "stopped": self.stopped,
+            "patience": self.patience.state(),
+        }
+        self._write(RESUME, self.trainer.tensors(), state)
+        kept = checkpoint.steps(self.folder.path / RESUME)[-self.config.keep :]
+        checkpoint.prune(self.folder.path / RESUME, kept)
+        self._prune_best()
+
+    def _prune_best(self) -> None:
+        """Keep the best weights so far, and those that were it at a checkpoint."""
+        from . import checkpoint
+
+        states = self.folder.path / RESUME
+        kept = {self.patience.best_step}
+        for step in checkpoint.steps(states):
+            kept.add(checkpoint.peek(states, step).get("patience", {}).get("best_step", 0))
+        checkpoint.prune(self.folder.path / BEST, kept)
+
+    def _write(self, name: str, tensors: dict, state: dict) -> None:
+        from . import checkpoint
+
+        folder, step = self.folder.path / name, self.trainer.num_steps
+        self.folder.attempt(name, partial(checkpoint.write, folder, step, tensors, state))
+
+    def load(self, found: Checkpoint) -> None:
+        from .trainer import Patience
+
+        self.trainer.load(found)
+        self.stopped = found.state["stopped"]
+        self.patience = Patience.of(found.state["patience"])
+
+    def _restore_best(self) -> None:
+        """End with the weights of the lowest validation loss."""
+        from . import checkpoint
+
+        if not self.patience.limit or self.patience.best_step == self.trainer.num_steps:
+            return
+        try:
+            best = checkpoint.read(self.folder.path / BEST, self.patience.best_step)
+        except checkpoint.Damaged as damage:
+            self.folder.failures.append(f"the weights of step {self.patience.best_step} ({damage})")
+            return
+        self.trainer.load_weights(best)
+
+
+def _merged(run: Run, folder: RunFolder) -> Run:
+    """The run with a plain model; adapters are written down and merged into it."""
+    if not run.config.lora_rank:
+        return run
+    from . import lora
+
+    # the embeddings did not change: peft would look for the base model to find that out
+    folder.write(ADAPTER, partial(run.model.save_pretrained, save_embedding_layers=False))
+    return dataclasses.replace(run, model=lora.merge(run.model))
 
 
 def _save(run: Run, path: Path) -> None:
@@ -320,21 +577,43 @@ def _save(run: Run, path: Path) -> None:
 
 def _evaluate(run: Run, folder: RunFolder, phase: str) -> dict[str, Evaluation]:
     """Evaluate every task; the results are on disk when this returns."""
-    from tqdm.auto import tqdm
-
-    from .evaluation import Evaluator
-
-    evaluator = Evaluator(run.tokenizer, run.config.batch_size, run.dtype, run.config.head)
     results: dict[str, Evaluation] = {}
     lines: list[str] = []
-    total = sum(len(task.held_out) for task in run.tasks)
-    with tqdm(total=total, desc=f"evaluating {phase}", dynamic_ncols=True) as bar:
-        for task in run.tasks:
-            result = results[task.task] = evaluator(run.model, task, bar.update)
-            scores = {"loss": result.loss, "exact_match": result.exact_match}
-            folder.log("evaluation", phase=phase, task=task.task, **scores)
-            lines += _answer_lines(task, result)
+    for task, result in evaluations(run, f"evaluating {phase}"):
+        results[task.task] = result
+        folder.log("evaluation", phase=phase, task=task.task, **result.scores)
+        lines += _answer_lines(task, result)
     folder.write_text(f"answers-{phase}.jsonl", "".join(lines))
+    return results
+
+
+def evaluations(run: Run, title: str) -> Iterator[tuple[TaskData, Evaluation]]:
+    """Each task with its result, under a progress bar."""
+    from tqdm.auto import tqdm
+
+    total = sum(len(task.held_out) for task in run.tasks)
+    with tqdm(total=total, desc=title, dynamic_ncols=True) as bar:
+        for task in run.tasks:
+            yield task, run.evaluator(run.model, task, bar.update)
+
+
+def _read_evaluations(run: Run, folder: RunFolder, rows: list[dict]) -> dict[str, Evaluation]:
+    """The evaluation before training, from the files it was written to."""
+    from .evaluation import Evaluation
+
+    text = (folder.path / "answers-before.jsonl").read_text(encoding="utf-8")
+    answers = [json.loads(line) for line in text.splitlines()]
+    results = {}
+    for row in rows:
+        if row["event"] == "evaluation":
+            own = [answer for answer in answers if answer["task"] == row["task"]]
+            results[row["task"]] = Evaluation(
+                loss=row["loss"],
+                correct=[answer["correct"] for answer in own],
+                answers=[answer["answer"] for answer in own],
+                token_accuracy=row["token_accuracy"],
+                entropy=row["entropy"],
+            )
     return results
 
 
@@ -364,9 +643,9 @@ def _report(run: Run, folder: RunFolder, losses: list[float], before, after, tim
     folder.write(
         "loss.png", partial(report.plot, losses=losses, results=results, loss_name=config.loss)
     )
-    folder.write_json("results.json", report.as_json(results, timing))
     text = f"{report.table(results)}\n\n{report.NOTES}\n\n{_story(config, timing)}\n"
     folder.write_text("results.md", text)
+    folder.write_json("results.json", report.as_json(results, timing))  # last: a run is finished
     print(f"\n{text}\nrun folder: {folder.path}", flush=True)
 
 
@@ -383,4 +662,11 @@ def _story(config: TrainConfig, timing: dict) -> str:
             f" Training stopped at step {timing['steps']} of {config.steps} to keep to the time "
             f"limit of {config.time_limit:.0f} s (--time-limit)."
         )
+    if timing["stopped_by_patience"]:
+        text += (
+            f" Training stopped at step {timing['steps']} of {config.steps}: no lower validation "
+            f"loss in {config.patience} validations (--patience)."
+        )
+    if timing["kept_step"] != timing["steps"]:
+        text += f" The weights are those of step {timing['kept_step']}, the lowest of them."
     return text

@@ -95,7 +95,7 @@ def test_missing_packages(train, monkeypatch):
 def test_not_enough_room_for_the_checkpoint(train, tmp_path, monkeypatch):
     usage = shutil._ntuple_diskusage(100, 99, 1)
     monkeypatch.setattr("segloss.train.run_folder.shutil.disk_usage", lambda path: usage)
-    assert fails(train(), "MB of free disk space; the checkpoint after training needs")
+    assert fails(train(), "MB of free disk space; the run's checkpoints need")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_out_of_memory(train, monkeypatch, message):
     def fit(*args):
         raise RuntimeError(message)
 
-    monkeypatch.setattr(run, "_fit", fit)
+    monkeypatch.setattr(run.Fit, "train", fit)
     assert fails(train(), "lower --batch-size and raise --accumulation")
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,11 +142,24 @@ def test_full_disk_reported_by_tokenizers(train, monkeypatch):
 
 
 def test_full_disk_before_training_ends_the_run_at_once(train, tmp_path, monkeypatch):
+    write_text = Path.write_text
+
+    def full_for_answers(path, *args, **kwargs):
+        full_disk() if "answers" in path.name else write_text(path, *args, **kwargs)
+
+    monkeypatch.setattr("pathlib.Path.write_text", full_for_answers)
+    code, out, err = train()
+    assert code == 2 and out == ""
+    assert "answers-before.jsonl (No space left on device)" in err
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_full_disk_at_the_very_beginning_leaves_no_folder(train, tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.write_text", full_disk)
     code, out, err = train()
     assert code == 2 and out == ""
-    assert "config.json (No space left on device)" in err
-    assert not (tmp_path / "run" / "checkpoint").exists()
+    assert f"cannot create the run folder {tmp_path}/run: No space left on device" in err
+    assert not list(tmp_path.glob("*run*"))
 
 
 class FullThenFree:

@@ -1,11 +1,11 @@
 """The trainer's loss is the loss of the completion tokens, whatever the accumulation."""
 
+import dataclasses
 import functools
 
 import pytest
 import torch
 from train.tiny import build_model
-from transformers import TrainerCallback
 
 import segloss
 from segloss import reference
@@ -13,9 +13,8 @@ from segloss.logits import as_source
 from segloss.train import data
 from segloss.train.config import TrainConfig
 from segloss.train.expression import parse_loss
-from segloss.train.run import _training_arguments
 from segloss.train.tasks import Example
-from segloss.train.trainer import LossTrainer
+from segloss.train.trainer import Trainer, learning_rate
 
 ROWS = [("one two", " three"), ("four", " five six seven"), ("eight nine ten", " no"), ("x", " y")]
 
@@ -25,38 +24,33 @@ def items(tokenizer):
     return data.encode([Example("t", *row) for row in ROWS], tokenizer)
 
 
-class Gradients(TrainerCallback):
-    """Keeps the gradients of the first optimizer step."""
-
-    def __init__(self, model):
-        self.model, self.grads = model, None
-
-    def on_pre_optimizer_step(self, *args, **kwargs):
-        self.grads = self.grads or [p.grad.clone() for p in self.model.parameters()]
-
-
-def step(items, loss, folder, batch_size):
-    """(logged loss, gradients) of one step over `items` in float64; the log is float32."""
-    model = build_model().double()
-    gradients = Gradients(model)
+def trainer(items, loss, batch_size, model=None, dtype=None, **settings):
+    """A Trainer of one step over `items`, in their order; each task validates on its first."""
     config = TrainConfig(
-        output=str(folder),
+        data=("x",),
         steps=1,
         batch_size=batch_size,
         accumulation=len(items) // batch_size,
-    )
-    arguments = _training_arguments(config)
-    arguments.max_grad_norm = 0
-    loop = LossTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=items,
-        data_collator=functools.partial(data.training_batch, pad_id=257),
-        loss=parse_loss(loss),
-        callbacks=[gradients],
-    )
-    loop.train()
-    return loop.state.log_history[0]["loss"], gradients.grads
+        **settings,
+    ).resolved()
+    names = list(dict.fromkeys(item.example.task for item in items))
+    tasks = [
+        data.TaskData(name, own, [], own[:1])
+        for name in names
+        for own in [[item for item in items if item.example.task == name]]
+    ]
+    if model is None:
+        model = build_model().double()
+    loop = Trainer(model, tasks, loss, config, pad_id=257, dtype=dtype)
+    loop.order = items * config.steps
+    return loop
+
+
+def step(items, loss, batch_size, **settings):
+    """(logged loss, gradients) of one step over `items` in float64."""
+    loop = trainer(items, parse_loss(loss), batch_size, **settings)
+    row = loop.backward()
+    return row["loss"], [p.grad for p in loop.model.parameters()]
 
 
 def completion_rows(model, item):
@@ -76,28 +70,28 @@ def completion_rows(model, item):
         ("dice", reference.dice_loss),
     ],
 )
-def test_loss_and_gradient_are_those_of_the_completion_tokens(items, tmp_path, expression, naive):
-    loss, grads = step(items, expression, tmp_path, batch_size=4)
+def test_loss_and_gradient_are_those_of_the_completion_tokens(items, expression, naive):
+    loss, grads = step(items, expression, batch_size=4)
     model = build_model().double()
     logits, targets = zip(*(completion_rows(model, item) for item in items), strict=True)
     expected = naive(torch.cat(logits), torch.cat(targets))
-    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
     expected_grads = torch.autograd.grad(expected, list(model.parameters()))
     for got, true in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(got, true, rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize("expression", ["ce", "ce + 0.5*focal", "sadl"])
-def test_accumulating_four_batches_is_one_batch_for_token_losses(items, tmp_path, expression):
-    one_loss, one = step(items, expression, tmp_path, batch_size=4)
-    four_loss, four = step(items, expression, tmp_path, batch_size=1)
-    assert four_loss == pytest.approx(one_loss, rel=1e-6)
+def test_accumulating_four_batches_is_one_batch_for_token_losses(items, expression):
+    one_loss, one = step(items, expression, batch_size=4)
+    four_loss, four = step(items, expression, batch_size=1)
+    assert four_loss == pytest.approx(one_loss, rel=1e-12)
     for got, true in zip(four, one, strict=True):
         torch.testing.assert_close(got, true, rtol=1e-9, atol=1e-12)
 
 
-def test_accumulated_region_losses_are_a_token_weighted_mean(items, tmp_path):
-    loss, _ = step(items, "dice", tmp_path, batch_size=2)
+def test_accumulated_region_losses_are_a_token_weighted_mean(items):
+    loss, _ = step(items, "dice", batch_size=2)
     model = build_model().double()
     values, tokens = [], []
     for pair in (items[:2], items[2:]):
@@ -108,8 +102,166 @@ def test_accumulated_region_losses_are_a_token_weighted_mean(items, tmp_path):
     assert loss == pytest.approx(expected, rel=1e-6)
 
 
+WEIGHTINGS = {
+    "coba": {"task_weights": "coba"},
+    "irdro": {"sample_weights": "irdro"},
+    "both": {"task_weights": "coba", "sample_weights": "irdro", "sample_temperature": 0.3},
+    "rank": {"sample_weights": "rank"},
+}
+
+
+@pytest.fixture
+def two_tasks(tokenizer):
+    names = ("a", "b", "b", "a")
+    rows = [Example(name, *row) for name, row in zip(names, ROWS, strict=True)]
+    return data.encode(rows, tokenizer)
+
+
+def fixed_weights(loop, weights):
+    """CoBa as it stands after some steps."""
+    if loop.coba is not None:
+        loop.coba.weights = lambda: torch.tensor(weights, dtype=torch.float64)
+    return loop
+
+
+def weighted_step(items, batch_size, loss="ce", **settings):
+    loop = fixed_weights(trainer(items, parse_loss(loss), batch_size, **settings), [0.3, 0.7])
+    return loop.backward(), loop
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_weighted_loss_and_gradient(two_tasks, name):
+    """sum over tasks of omega * (weighted mean over its samples), each sample alone in float64."""
+    settings = WEIGHTINGS[name]
+    row, loop = weighted_step(two_tasks, 4, **settings)
+    model = build_model().double()
+    losses = [
+        reference.cross_entropy(*completion_rows(model, item), reduction="none")
+        for item in two_tasks
+    ]
+    means = torch.stack([loss.mean() for loss in losses])
+    tokens = torch.tensor([float(len(loss)) for loss in losses], dtype=torch.float64)
+    w = tokens
+    if settings.get("sample_weights") == "irdro":
+        w = (means.detach() / settings.get("sample_temperature", 1.0)).softmax(0)
+    elif settings.get("sample_weights") == "rank":
+        w = torch.zeros(4, dtype=torch.float64)
+        w[means.argsort(descending=True)[1]] = 1.0  # the second of four quarters
+    if "task_weights" in settings:
+        task = torch.tensor([0, 1, 1, 0])
+        share = [w * (task == k) / (w * (task == k)).sum() for k in (0, 1)]
+        w = 0.3 * share[0] + 0.7 * share[1]
+    expected = (w * means).sum()
+    assert row["loss"] == pytest.approx(expected.item(), rel=1e-9)
+    grads = torch.autograd.grad(expected, list(model.parameters()))
+    for parameter, true in zip(loop.model.parameters(), grads, strict=True):
+        torch.testing.assert_close(parameter.grad, true, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_weights_do_not_depend_on_the_accumulation(two_tasks, name, batch_size):
+    one, whole = weighted_step(two_tasks, 4, loss="ce + 0.5*focal", **WEIGHTINGS[name])
+    many, parts = weighted_step(two_tasks, batch_size, loss="ce + 0.5*focal", **WEIGHTINGS[name])
+    for key in ("loss", "token_accuracy", "entropy", "task_loss"):
+        assert many[key] == pytest.approx(one[key], rel=1e-9, nan_ok=True), key
+    if "sample_weights" in WEIGHTINGS[name]:
+        ess = one["effective_sample_size"]
+        assert many["effective_sample_size"] == pytest.approx(ess, rel=1e-9)
+        assert many["sample_weight_counts"] == one["sample_weight_counts"]
+    for a, b in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-11)
+
+
+def test_region_losses_see_tokens_that_weigh_one(two_tasks):
+    """Equal weights through the machinery of weights change nothing, smoothing included."""
+    plain, _ = weighted_step(two_tasks, 4, loss="dice(smooth=1.0)")
+    settings = {"sample_weights": "irdro", "sample_burn_in": 1}
+    one_each = [data.Encoded(i.example, i.prompt_ids, i.completion_ids[:3]) for i in two_tasks[:3]]
+    equal, _ = weighted_step(one_each, 3, loss="dice(smooth=1.0)", **settings)
+    same, _ = weighted_step(one_each, 3, loss="dice(smooth=1.0)")
+    assert equal["loss"] == pytest.approx(same["loss"], rel=1e-12)
+    assert equal["loss"] != pytest.approx(plain["loss"], rel=1e-3)
+
+
+def test_the_pass_for_sample_weights_draws_the_same_dropout(two_tasks):
+    """The losses that weights come from are those that are trained on."""
+    settings = {"sample_weights": "irdro", "sample_temperature": 0.3}
+
+    def losses(batch_size):
+        loop = trainer(two_tasks, parse_loss("ce"), batch_size, **settings)
+        loop.model.config.attention_dropout = 0.5
+        for layer in loop.model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        seen = []
+        weigh = loop.samples
+        loop.samples = type("Spy", (), {"__call__": lambda self, x: seen.append(x) or weigh(x)})()
+        loop.samples.__class__.effective_sample_size = property(
+            lambda self: weigh.effective_sample_size
+        )
+        row = loop.backward()
+        return seen[0], row
+
+    first, row = losses(1)
+    w = (first / 0.3).softmax(0)
+    assert row["loss"] == pytest.approx((w * first).sum().item(), rel=1e-9)
+    plain = trainer(two_tasks, parse_loss("ce"), 1, **settings)
+    assert not torch.allclose(first, plain._sample_losses(list(plain._micro_batches()), None))
+
+
+def test_statistics_of_a_step(two_tasks):
+    row, _ = weighted_step(two_tasks, 2)
+    model = build_model().double()
+    rows = [completion_rows(model, item) for item in two_tasks]
+    logits, target = torch.cat([r[0] for r in rows]), torch.cat([r[1] for r in rows])
+    log_p = logits.log_softmax(-1)
+    assert row["token_accuracy"] == (logits.argmax(-1) == target).double().mean().item()
+    assert row["entropy"] == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item(), rel=1e-9)
+    own = torch.cat([-log_p.gather(1, target[:, None])[:, 0]]).split([len(r[1]) for r in rows])
+    expected = {"a": torch.cat([own[0], own[3]]).mean(), "b": torch.cat(own[1:3]).mean()}
+    assert row["task_loss"] == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-9)
+
+
+def test_coba_reads_the_validation_items_in_turn(two_tasks):
+    loop = trainer(two_tasks, parse_loss("ce"), 4, task_weights="coba", validation_batch=2)
+    loop.tasks[0].validation[:] = two_tasks[:1] * 3 + two_tasks[3:]
+    loop.num_steps = 1
+    (items,) = loop._validation_batches(2, all_items=False)
+    assert items == [two_tasks[0], two_tasks[3], two_tasks[1]]
+    model = build_model().double()
+    losses = [
+        reference.cross_entropy(*completion_rows(model, item), reduction="sum").item()
+        for item in items
+    ]
+    tokens = [len(item.completion_ids) for item in items]
+    expected = [sum(losses[:2]) / sum(tokens[:2]), losses[2] / tokens[2]]
+    assert loop.validation_losses().tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_coba_in_the_loop_equals_coba_by_hand(two_tasks):
+    settings = {"task_weights": "coba", "coba_warmup": 2, "coba_history": 4}
+    loop = trainer(two_tasks, parse_loss("ce"), 4, **settings)
+    loop.config = dataclasses.replace(loop.config, steps=5, lr=0.05)
+    loop.order = two_tasks * 5
+    coba = segloss.CoBa(2, warmup=2, history=4, baseline=loop.validation_losses(all_items=True))
+    for _ in range(5):
+        before = coba.weights().tolist()
+        row = loop.step()
+        assert list(row["task_weight"].values()) == pytest.approx(before)
+        losses = torch.tensor(list(row["validation_loss"].values()), dtype=torch.float64)
+        coba.update(losses, step=row["step"])
+    assert before != pytest.approx([0.5, 0.5], abs=1e-3)
+
+
+def test_learning_rate_rises_and_falls():
+    config = TrainConfig(steps=30, lr=1.0)
+    rates = [learning_rate(config, step) for step in range(30)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and rates[3] < 1
+    assert rates[3:] == sorted(rates[3:], reverse=True) and 0 < rates[-1] < 0.04
+
+
 @pytest.mark.parametrize("head", ["fused", "logits"])
-def test_logits_keep_the_autocast_dtype(items, tmp_path, head):
+def test_logits_keep_the_autocast_dtype(items, head):
     """Accelerate's own mixed precision would copy them to float32."""
     seen = []
 
@@ -120,14 +272,8 @@ def test_logits_keep_the_autocast_dtype(items, tmp_path, head):
             seen.append((dtype, source.leading_shape == target.shape))
             return super().forward(logits, target, **options)
 
-    loop = LossTrainer(
-        model=build_model(),
-        args=_training_arguments(TrainConfig(output=str(tmp_path), steps=1, batch_size=2)),
-        train_dataset=items,
-        data_collator=functools.partial(data.training_batch, pad_id=257),
-        loss=Spy(),
-        autocast=torch.bfloat16,
-        head=head,
+    loop = trainer(
+        items[:2], Spy(), batch_size=2, model=build_model(), dtype=torch.bfloat16, head=head
     )
-    loop.train()
+    loop.step()
     assert seen == [(torch.bfloat16, True)]

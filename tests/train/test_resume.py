@@ -1,0 +1,213 @@
+"""A run that was killed, or whose checkpoint is damaged, ends like one that was left alone."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from segloss.train.run_folder import RunFolder
+
+KILLED = Path(__file__).with_name("killed.py")
+SHORT = (
+    *("--steps", "7", "--batch-size", "3", "--eval-items", "3", "--lr", "0.01"),
+    *("--save-every", "2", "--validation-items", "3"),
+)
+WEIGHTED = (
+    *("--loss", "0.6*ce+0.4*lovasz", "--accumulation", "2"),
+    *("--task-weights", "coba", "--coba-warmup", "2", "--coba-history", "3"),
+    *("--sample-weights", "irdro", "--sample-burn-in", "1"),
+)
+LORA = (
+    *("--lora-rank", "2", "--lora-dropout", "0.3", "--lora-targets", "all-linear", "head"),
+    *("--patience", "2", "--validate-every", "1", "--lr", "0.3"),
+)
+
+
+def rows(path):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds", None)
+    return lines
+
+
+def state(folder):
+    """The last checkpoint's numbers, times apart."""
+    last = max((folder / "resume").iterdir())
+    values = json.loads((last / "state.json").read_text())
+    for name in ("seconds", "timing", "metrics_bytes"):  # times are text of varying length
+        values.pop(name)
+    return last.name, values, load_file(last / "state.safetensors")
+
+
+def assert_same(one, two):
+    """Weights, metrics, results, optimizer, CoBa and random state, bit for bit."""
+    assert rows(one / "metrics.jsonl") == rows(two / "metrics.jsonl")
+    for name in ("checkpoint/model.safetensors", "answers-before.jsonl", "answers-after.jsonl"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    results = [json.loads((folder / "results.json").read_text())["tasks"] for folder in (one, two)]
+    assert results[0] == results[1]
+    (step, numbers, tensors), (other_step, other_numbers, other_tensors) = state(one), state(two)
+    assert (step, numbers) == (other_step, other_numbers)
+    assert tensors.keys() == other_tensors.keys()
+    for name, tensor in tensors.items():  # NaN is the same as NaN
+        assert tensor.numpy().tobytes() == other_tensors[name].numpy().tobytes(), name
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("options", "points"),
+    [(WEIGHTED, 8), (LORA, 3)],
+    ids=["coba-irdro-lovasz-accumulated", "lora-dropout-patience"],
+)
+def test_killed_at_any_point(tmp_path, model_folder, data_file, monkeypatch, options, points):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.setenv("PYTHONPATH", f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    arguments = ["--model", model_folder, "--data", data_file, *SHORT, *options]
+    done = subprocess.run(
+        [sys.executable, KILLED, tmp_path, str(points), *arguments], capture_output=True, text=True
+    )
+    log = (tmp_path / "log").read_text()
+    assert done.returncode == 0, done.stderr + log
+    found = json.loads(done.stdout)
+    assert found["total"] > 40
+    for index, (moment, first, second) in enumerate(found["codes"]):
+        assert (first, second) == (-9, 0), f"moment {moment}: {log[-2000:]}"
+        assert_same(tmp_path / "whole", tmp_path / f"killed-{index}")
+    assert "resuming after step" in log and "killed-0" in log
+
+
+# ----------------------------------------------------------------------- damaged checkpoints
+
+
+@pytest.fixture
+def weighted(train, tmp_path):
+    """A finished run, put back to before its results were there."""
+    code, _, err = train(*SHORT, *WEIGHTED, "--keep", 3, "--output", tmp_path / "whole")
+    assert code == 0, err
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", tmp_path / "whole", copy], check=True)
+    (copy / "results.json").unlink()
+    return copy
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("state.safetensors", truncate, "bytes, "),
+        ("state.safetensors", flip, "state.safetensors differs from what was written (SHA-256)"),
+        ("state.json", flip, "state.json differs"),
+        ("manifest.json", truncate, ""),
+        ("manifest.json", Path.unlink, "manifest.json is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    weighted, command, tmp_path, name, damage, message
+):
+    last = weighted / "resume" / "step-00000007"
+    damage(last / name)
+    if name == "manifest.json" and damage is truncate:  # its last byte is a line's end
+        damage(last / name)
+        message = "manifest.json cannot be read"
+    code, _, err = command("train", "--resume", weighted)
+    assert code == 0, err
+    assert f"checkpoint {last} is damaged" in err and message in err
+    assert "resuming after step 6" in err
+    assert_same(weighted, tmp_path / "whole")
+
+
+def test_without_a_whole_checkpoint_it_starts_again(weighted, command, tmp_path):
+    for path in (weighted / "resume").glob("step-*/state.json"):
+        truncate(path)
+    code, _, err = command("train", "--resume", weighted)
+    assert code == 0 and err.count("is damaged") == 3
+    assert "starting at the beginning" in err
+    assert_same(weighted, tmp_path / "whole")
+
+
+def test_metrics_that_lost_lines(weighted, command, tmp_path):
+    lines = (weighted / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (weighted / "metrics.jsonl").write_bytes(b"".join(lines[:7]))
+    code, _, err = command("train", "--resume", weighted)
+    assert code == 0 and "metrics.jsonl has lost lines" in err and "after step 4" in err
+    assert_same(weighted, tmp_path / "whole")
+
+
+def test_nothing_is_unpickled(weighted):
+    names = {path.name for path in weighted.rglob("*") if path.is_file()}
+    kinds = {Path(name).suffix for name in names}
+    assert kinds == {".json", ".jsonl", ".safetensors", ".png", ".md"}
+
+
+# ------------------------------------------------------------------------------ wrong requests
+
+
+def fails(result, message):
+    code, _, err = result
+    assert code == 2 and "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("segloss: error: ") and message in last, err
+    return True
+
+
+def test_what_cannot_be_resumed(weighted, command, tmp_path, data_file):
+    assert fails(command("train", "--resume", tmp_path / "none"), "no such run folder")
+    assert fails(command("train", "--resume", tmp_path), "there is no config.json")
+    assert fails(command("train", "--resume", tmp_path / "whole"), "the run is finished")
+    assert fails(
+        command("train", "--resume", weighted, "--lr", 1), "only --time-limit goes with it"
+    )
+    with RunFolder.reopen(str(weighted)):
+        assert fails(command("train", "--resume", weighted), "still going on in another process")
+    data_file.write_text(data_file.read_text().replace("parity 0", "parity zero"))
+    assert fails(command("train", "--resume", weighted), "the data changed since the run began")
+
+
+def test_of_the_best_weights_only_those_in_use_are_kept(train, tmp_path, monkeypatch):
+    """The best so far and what was it at the two kept checkpoints, at every moment."""
+    seen = []
+    write = RunFolder.write
+
+    def spy(self, name, save):
+        write(self, name, save)
+        best = self.path / "best"
+        seen.append(sorted(path.name for path in best.iterdir()) if best.exists() else [])
+
+    monkeypatch.setattr(RunFolder, "write", spy)
+    options = ("--patience", 9, "--validate-every", 1, "--lr", 0.001, "--steps", 8)
+    assert train(*SHORT, *options)[0] == 0
+    (at_the_end,) = [names for names in seen if names][:1]
+    assert at_the_end == [f"step-{step:08d}" for step in (6, 8)]
+
+
+# ---------------------------------------------------------------------------------- a full disk
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk_at_a_checkpoint_does_not_end_the_run(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("segloss.train.checkpoint.flush", full_disk)
+    code, out, err = train(*SHORT)
+    assert code == 2 and "| parity |" in out and "Traceback" not in err
+    assert f"could not write to {tmp_path}/run: resume (No space left on device)" in err
+    assert not list((tmp_path / "run" / "resume").iterdir())
+    assert (tmp_path / "run" / "checkpoint" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "results.json").exists()
