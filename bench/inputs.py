@@ -2,6 +2,7 @@
 
     zipf       targets by Zipf's law; from hopeless to certain, each token with a lift of its own
     saturated  the same, but 30 % of the tokens have p = 1 exactly in float32
+    flat       nothing is known: normal noise of deviation 1 / 8, as before training; logits only
     smollm2    hidden states and head of SmolLM2-135M on the prompts and answers of BoolQ and ASDiv,
                targets the tokens that really follow
 
@@ -19,7 +20,10 @@ from torch import Tensor
 
 import segloss
 
+# those that limits are set on, and those that are measured
 NAMES = ("zipf", "smollm2", "saturated")
+ALL_NAMES = (*NAMES, "flat")
+FLAT_DEVIATION = 1 / 8
 SATURATED_SHARE = 0.3
 # z_y - z_j of a saturated token: e^-40 is far below the rounding of 1 in float32, V times over
 SATURATED_LIFT = 60.0
@@ -37,7 +41,10 @@ def zipf(name: str, num_tokens: int, num_classes: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     prior = zipf_prior(num_classes, generator)
     target = torch.multinomial(prior, num_tokens, replacement=True, generator=generator)
-    logits = torch.randn(num_tokens, num_classes, generator=generator).add_(prior.log())
+    logits = torch.randn(num_tokens, num_classes, generator=generator)
+    if name == "flat":
+        return logits.mul_(FLAT_DEVIATION), target
+    logits.add_(prior.log())
     lift = 14 * torch.rand(num_tokens, generator=generator)
     logits[torch.arange(num_tokens), target] += saturate(name, lift, generator)
     return logits, target
@@ -55,6 +62,14 @@ def zipf_head(
     hidden = torch.randn(num_tokens, width, generator=generator)
     lift = saturate(name, 24 * torch.rand(num_tokens, generator=generator), generator)
     return hidden + lift[:, None] * weight[target], weight, target
+
+
+def head_of(
+    name: str, num_tokens: int, width: int, num_classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`zipf_head` in bfloat16."""
+    hidden, weight, target = zipf_head(name, num_tokens, width, num_classes)
+    return hidden.to(torch.bfloat16), weight.to(torch.bfloat16), target
 
 
 def saturate(name: str, lift: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .class_stats import panel_log_prob, panel_rows, tile_probabilities
-from .common import Rows, jit, parallel, tl, use_triton
+from .common import Rows, exp_, jit, parallel, tl, use_triton
 
 
 class Candidates(NamedTuple):
@@ -110,7 +110,7 @@ def candidates_triton(rows, row_max, log_sum, columns, sample, own, threshold) -
 
 def candidates_torch(rows, row_max, log_sum, columns, sample, own, threshold) -> Candidates:
     def work(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        p = panel_log_prob(rows, row_max, log_sum, columns, part).exp_()
+        p = exp_(panel_log_prob(rows, row_max, log_sum, columns, part))
         tau = threshold if threshold.shape[0] == 1 else threshold[sample[part]]
         chosen = p > tau
         chosen.scatter_(1, own[part, None], False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .common import LOG2E, Rows, cdiv, jit, load_logits, parallel, row_offset, tl, use_triton
+from .common import LOG2E, Rows, cdiv, exp_, jit, load_logits, parallel, row_offset, tl, use_triton
 
 # how many programs share the rows of a class block: enough for a GPU, few partial sums
 SLABS = 64
@@ -143,7 +143,7 @@ def class_sums_torch(rows, row_max, log_sum, columns, sample, num_samples, row_w
     num_columns = rows.num_classes if columns is None else columns.numel()
 
     def work(part: Tensor) -> tuple[Tensor, Tensor]:
-        p = panel_log_prob(rows, row_max, log_sum, columns, part).exp_()
+        p = exp_(panel_log_prob(rows, row_max, log_sum, columns, part))
         if row_weight is not None:
             p.mul_(row_weight[part, None])
         if num_samples == 1:
@@ -242,7 +242,7 @@ def row_dots_torch(rows, row_max, log_sum, columns, sample, class_grad):
     out = rows.new(rows.num_rows).zero_()
 
     def work(part: Tensor) -> None:
-        p = panel_log_prob(rows, row_max, log_sum, columns, part).exp_()
+        p = exp_(panel_log_prob(rows, row_max, log_sum, columns, part))
         if class_grad.shape[0] == 1:
             out[part] = p @ class_grad[0]
         else:

@@ -24,6 +24,7 @@ from .common import (
     Rows,
     bounds,
     cdiv,
+    exp_,
     jit,
     load_logits,
     parallel,
@@ -81,18 +82,20 @@ def grad_tile(
 ):
     """The formula at the head of this file on one tile; every other argument broadcasts to it."""
     shifted = z - row_max
-    # the division by the sum is one multiplication per row, outside the exponent
-    p = tl.exp2(shifted * LOG2E) * tl.exp2(-log_sum * LOG2E)
     coef = prob_coef + extra
     if ENTROPY:
         log_p = tl.maximum(shifted - log_sum, -1e4)  # p log p = 0 at p = 0
         coef = coef - entropy_grad * (log_p + entropy)
-    dz = p * coef
-    dz = tl.where(is_target, p * (coef + target_coef) + target_rest, dz)
+    if is_target is not None:
+        coef = tl.where(is_target, coef + target_coef, coef)
+    # the division by the sum is one multiplication per row, outside the exponent and the loop
+    dz = tl.exp2(shifted * LOG2E) * (coef * tl.exp2(-log_sum * LOG2E))
+    if is_target is not None:
+        dz += tl.where(is_target, target_rest, 0.0)
     if COLUMN_SUMS:
         dz += tl.where(z > float("-inf"), sum_grad * column_weight, 0.0)
     if SOFTCAP:
-        ratio = tl.maximum(z / softcap, -1.0)
+        ratio = tl.maximum(z * (1 / softcap), -1.0)
         dz = dz * (1.0 - ratio * ratio)
     if SCALED:
         dz = dz * scale
@@ -180,25 +183,44 @@ def grad_rows_kernel(
     DTYPE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     cap = tl.full((), softcap, DTYPE)
     factor = tl.full((), scale, DTYPE)
+    grads = class_grad
     if CLASSES:
-        grads = class_grad + tl.load(sample + row) * V
-        weight = tl.load(row_weight + row) if ROW_WEIGHTED else 1.0
-    for first in range(0, V, BLOCK_V):
-        columns = first + tl.arange(0, BLOCK_V)
-        inside = columns < V
-        pointers = start + columns.to(tl.int64) * stride_v
-        z = load_logits(pointers, inside, softcap, scale, SOFTCAP, SCALED, DOUBLE)
-        extra = 0.0
-        if CLASSES:
-            extra = tl.load(grads + columns, mask=inside, other=0.0) * weight
-        w = 1.0
-        if COLUMN_WEIGHTED:
-            w = tl.load(column_weight + columns, mask=inside, other=0.0).to(DTYPE)
-        dz = grad_tile(
-            z, columns == y, row_m, row_l, coef, coef_y, rest_y, extra, row_h, grad_h,
-            grad_t, w, cap, factor, SOFTCAP, SCALED, ENTROPY, COLUMN_SUMS,
-        )  # fmt: skip
-        tl.store(out + columns, dz.to(dlogits.dtype.element_ty), mask=inside)
+        grads += tl.load(sample + row) * V
+    weight = tl.load(row_weight + row) if CLASSES and ROW_WEIGHTED else 1.0
+
+    # The target's element is written again after all others, which are then spared the question
+    # whether they are it. Its logit is read before, for dlogits may lie where the logits do.
+    known = (y >= 0) & (y < V)
+    z_y = load_logits(start + y * stride_v, known, softcap, scale, SOFTCAP, SCALED, DOUBLE)
+    tl.debug_barrier()
+
+    tile = tl.arange(0, BLOCK_V)
+    # whole tiles, which need no mask, then the rest of the row; in float64 all in one loop, whose
+    # code is long enough
+    ONE_LOOP: tl.constexpr = 1 if DOUBLE else 0
+    whole = 0 if DOUBLE else V // BLOCK_V * BLOCK_V
+    for REST in tl.static_range(ONE_LOOP, 2):
+        for first in range(whole if REST else 0, V if REST else whole, BLOCK_V):
+            columns = first + tile
+            inside = columns < V if REST else None
+            pointers = start + columns.to(tl.int64) * stride_v
+            z = load_logits(pointers, inside, softcap, scale, SOFTCAP, SCALED, DOUBLE)
+            extra = tl.load(grads + columns, mask=inside) * weight if CLASSES else 0.0
+            w = tl.load(column_weight + columns, mask=inside).to(DTYPE) if COLUMN_WEIGHTED else 1.0
+            dz = grad_tile(
+                z, None, row_m, row_l, coef, coef_y, rest_y, extra, row_h, grad_h,
+                grad_t, w, cap, factor, SOFTCAP, SCALED, ENTROPY, COLUMN_SUMS,
+            )  # fmt: skip
+            tl.store(out + columns, dz.to(dlogits.dtype.element_ty), mask=inside)
+
+    tl.debug_barrier()
+    extra = tl.load(grads + y, mask=known) * weight if CLASSES else 0.0
+    w = tl.load(column_weight + y, mask=known).to(DTYPE) if COLUMN_WEIGHTED else 1.0
+    dz = grad_tile(
+        z_y, True, row_m, row_l, coef, coef_y, rest_y, extra, row_h, grad_h, grad_t, w, cap,
+        factor, SOFTCAP, SCALED, ENTROPY, COLUMN_SUMS,
+    )  # fmt: skip
+    tl.store(out + y, dz.to(dlogits.dtype.element_ty), mask=known)
 
 
 @jit
@@ -440,7 +462,7 @@ def block_grad(
     log_p = None
     if terms.entropy_grad is not None:
         log_p = (dz - terms.log_sum[here, None]).clamp_(min=-1e4)
-    dz.exp_()
+    exp_(dz)
     class_part = None
     if terms.class_grad is not None:
         # a (1, K) row where there is one sample: it broadcasts

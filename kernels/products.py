@@ -5,15 +5,21 @@ R rows, C columns (classes) of a block, D hidden size.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .common import parallel
+
 # rows whose largest |dlogits| decides whether a column is multiplied by itself
 FILTER_ROWS = 256
-# columns of dlogits whose product with every row is turned at a time on a CPU
-TURN_COLUMNS = 512
+# columns of dlogits that a thread of a CPU contracts at a time: their product stays in its cache
+CONTRACT_COLUMNS = 512
+# columns of FILTER_ROWS rows that a thread of a CPU looks through at a time
+SPLIT_COLUMNS = 1024
 
 
 def product(a: Tensor, b: Tensor, scale: Tensor | float = 1.0) -> Tensor:
@@ -32,23 +38,44 @@ def product(a: Tensor, b: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     return a @ b
 
 
+@functools.cache
+def multiplies_tiles() -> bool:
+    """Whether the CPU has AMX, on which a transposed first factor makes a product twice as slow."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and supported()
+
+
 def contract_rows(
     dlogits: Tensor,  # (R, C)
     hidden: Tensor,  # (R, D)
     scale: Tensor | float = 1.0,
+    into: Tensor | None = None,  # (C, D)
 ) -> Tensor:
-    """`dlogits.T @ hidden * scale` (C, D), as `product`.
+    """`dlogits.T @ hidden * scale` (C, D), as `product`; or `into`, float32, with that added.
 
-    On a CPU a bfloat16 product is half as fast again with its first factor transposed in memory, so
-    the small factor is copied that way and the result turned, while it is in cache.
+    In bfloat16 on a CPU each thread takes columns of dlogits, so that what it adds to `into` is
+    still in its cache.
     """
-    if dlogits.is_cuda or dlogits.dtype != torch.bfloat16 or dlogits.shape[1] <= TURN_COLUMNS:
-        return product(dlogits.T, hidden, scale)
-    result = hidden.new_empty(dlogits.shape[1], hidden.shape[1])
-    turned = (hidden * scale).to(hidden.dtype).T.contiguous()
-    for first in range(0, dlogits.shape[1], TURN_COLUMNS):
-        here = slice(first, first + TURN_COLUMNS)
-        result[here] = torch.mm(turned, dlogits[:, here]).T
+    if into is not None and into.dtype == dlogits.dtype:
+        return torch.addmm(into, dlogits.T, hidden * scale, out=into)
+    num_columns = dlogits.shape[1]
+    if dlogits.is_cuda or dlogits.dtype != torch.bfloat16 or num_columns <= CONTRACT_COLUMNS:
+        result = product(dlogits.T, hidden, scale)
+        return result if into is None else into.add_(result)
+    hidden = (hidden * scale).to(dlogits.dtype)
+    turned = hidden.T.contiguous() if multiplies_tiles() else None
+    result = hidden.new_empty(num_columns, hidden.shape[1]) if into is None else into
+
+    def work(first: int) -> None:
+        columns = slice(first, first + CONTRACT_COLUMNS)
+        block = dlogits[:, columns]
+        part = block.T @ hidden if turned is None else (turned @ block).T
+        if into is None:
+            result[columns] = part
+        else:
+            result[columns] += part
+
+    parallel(work, range(0, num_columns, CONTRACT_COLUMNS))
     return result
 
 
@@ -74,12 +101,14 @@ class GradBlock:
         own = matrix[self.target].to(self.row_scale.dtype)
         return torch.addcmul(result * self.row_scale, own, self.target_grad[:, None])
 
-    def contract(self, matrix: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """`dlogits.T @ matrix * scale` (C, d) for a matrix (R, d)."""
+    def contract(
+        self, matrix: Tensor, scale: Tensor | float = 1.0, into: Tensor | None = None
+    ) -> Tensor:
+        """`dlogits.T @ matrix * scale` (C, d) for a matrix (R, d); or `into` with that added."""
         if self.row_scale is None:
-            return contract_rows(self.values, matrix, scale)
+            return contract_rows(self.values, matrix, scale, into)
         scaled = matrix * self.row_scale
-        result = contract_rows(self.values, scaled.to(matrix.dtype), scale)
+        result = contract_rows(self.values, scaled.to(matrix.dtype), scale, into)
         # added up before they are rounded: a frequent target stands in many rows
         classes, index = torch.unique(self.target, return_inverse=True)
         own = scaled.new_zeros(classes.numel(), matrix.shape[1])
@@ -95,14 +124,64 @@ class GradBlock:
         return self.contract(torch.ones_like(self.values[:, :1])).to(dtype)[:, 0]
 
 
+class Columns(NamedTuple):
+    """What the columns of a block of rows are like; r rows, c columns of which k are large."""
+
+    kept: Tensor  # (k,) which are large
+    large: Tensor  # (r, k) those
+    rest: Tensor  # (r,) sum of the others
+    mass: Tensor  # () sum of absolute values
+    kept_mass: Tensor  # () the large ones' part
+
+
+def split_columns(block: Tensor, first: int, threshold: Tensor | float, dtype) -> Columns:
+    """Columns of a block (r, c) whose largest absolute value reaches the threshold, and the rest.
+
+    `first` is the number of the block's first column.
+    """
+    values = block.to(dtype)
+    size = values.abs()
+    keep = size.amax(0) >= threshold
+    rest = values @ (~keep).to(dtype)
+    # by columns first: one float32 sum over the whole block was 2 % off where it was tried
+    mass = size.sum(0)
+    kept = keep.nonzero()[:, 0]
+    return Columns(
+        kept + first, block[:, kept], rest, mass.sum(dtype=torch.float64),
+        mass[kept].sum(dtype=torch.float64),
+    )  # fmt: skip
+
+
+def split_block(block: Tensor, threshold: Tensor | float, dtype) -> Columns:
+    """`split_columns` of a whole block; on a CPU a few columns at a time, while in cache."""
+    width = block.shape[1] if block.is_cuda else SPLIT_COLUMNS
+
+    def work(first: int) -> Columns:
+        return split_columns(block[:, first : first + width], first, threshold, dtype)
+
+    parts = parallel(work, range(0, block.shape[1], width))
+    kept, large, rest, mass, kept_mass = zip(*parts, strict=True)
+    return Columns(torch.cat(kept), torch.cat(large, 1), sum(rest), sum(mass), sum(kept_mass))
+
+
+class Filtered(NamedTuple):
+    """What `filtered_products` makes beside dweight; F blocks of FILTER_ROWS rows."""
+
+    hidden_grad: Tensor  # (R, D)
+    share: Tensor  # (F, C) q of each block
+    moment: Tensor  # (F, D) r @ hidden of each block, scaled
+    mass: Tensor  # () sum |dlogits|
+    merged: Tensor  # () its part in the rank-1 terms
+
+
 def filtered_products(
     dlogits: Tensor,  # (R, C)
     hidden: Tensor,  # (R, D)
     weight: Tensor,  # (C, D)
     scale: Tensor,  # ()
     threshold: Tensor | float,
-    weight_needed: bool,
-) -> tuple[Tensor, Tensor | None, float, float]:
+    into: Tensor | None,  # (C, D)
+) -> Filtered:
     """`dlogits @ weight * scale` and `dlogits.T @ hidden * scale`, small columns as one term.
 
     In every FILTER_ROWS rows, columns whose largest |dlogits| is below the threshold are not
@@ -111,34 +190,32 @@ def filtered_products(
     the second. Real embeddings share a large common direction, so that the sum matters where no
     single column does; rows of both signs, as upstream gradients give them, do not cancel in q.
 
-    Returns the products (the second None if not needed), sum |dlogits|, and its merged part.
+    The large columns' part of the second product is added to `into`, float32, unless it is None.
+    The small ones' part is `share.T @ moment`, left to the caller: it touches every class, so that
+    it is better added once for many blocks.
     """
     dtype = torch.float64 if dlogits.dtype == torch.float64 else torch.float32
+    blocks = [slice(i, i + FILTER_ROWS) for i in range(0, dlogits.shape[0], FILTER_ROWS)]
     hidden_grad = dlogits.new_empty(hidden.shape, dtype=dtype)
-    weight_grad = dlogits.new_zeros(weight.shape, dtype=dtype) if weight_needed else None
-    mass = merged = 0.0
-    for first in range(0, dlogits.shape[0], FILTER_ROWS):
-        here = slice(first, first + FILTER_ROWS)
+    share = dlogits.new_empty(len(blocks), dlogits.shape[1], dtype=dtype)
+    moment = dlogits.new_empty(len(blocks), hidden.shape[1], dtype=dtype)
+    rests, found = [], []
+    for number, here in enumerate(blocks):
         block = dlogits[here]
-        size = torch.maximum(block.amax(0), -block.amin(0))
-        keep = size >= threshold
-        kept = keep.nonzero()[:, 0]
-        large = block[:, kept]
-        row_rest = block.sum(1, dtype=dtype) - large.sum(1, dtype=dtype)  # r
-        signed = product(row_rest.sign()[None].to(block.dtype), block)[0]
-        share = torch.where(keep, 0, signed.to(dtype))
-        total = share.sum()
-        share = share / torch.where(total == 0, 1, total)  # q
-        common = product(share[None].to(weight.dtype), weight).to(dtype)
-        hidden_grad[here] = product(large, weight[kept]).to(dtype) + row_rest[:, None] * common
-        if weight_grad is not None:
-            weight_grad.index_add_(0, kept, product(large.T, hidden[here], scale).to(dtype))
-            weight_grad.addr_(share, (row_rest * scale) @ hidden[here].to(dtype))
-        # by rows: a norm of the whole block adds up in one float32, 2 % off where it was tried
-        block_mass, large_mass = (
-            float(torch.linalg.vector_norm(part, 1, dim=1, dtype=dtype).sum(dtype=torch.float64))
-            for part in (block, large)
-        )
-        mass += block_mass
-        merged += block_mass - large_mass
-    return hidden_grad * scale, weight_grad, mass, merged
+        columns = split_block(block, threshold, dtype)
+        signed = product(columns.rest.sign()[None].to(block.dtype), block)[0].to(dtype)
+        q = signed.index_fill_(0, columns.kept, 0)
+        total = q.sum()
+        share[number] = q / torch.where(total == 0, 1, total)
+        moment[number] = (columns.rest * scale) @ hidden[here].to(dtype)
+        hidden_grad[here] = product(columns.large, weight[columns.kept]).to(dtype)
+        if into is not None:
+            part = product(columns.large.T, hidden[here], scale).to(dtype)
+            into.index_add_(0, columns.kept, part)
+        rests.append(columns.rest)
+        found.append((columns.mass, columns.kept_mass))
+    common = product(share.to(weight.dtype), weight).to(dtype)
+    for here, rest, direction in zip(blocks, rests, common, strict=True):
+        hidden_grad[here].addr_(rest, direction)
+    mass, kept_mass = (sum(part) for part in zip(*found, strict=True))
+    return Filtered(hidden_grad * scale, share, moment, mass, mass - kept_mass)

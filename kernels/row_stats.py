@@ -15,14 +15,18 @@ from .common import (
     Block,
     Rows,
     bounds,
+    exp_,
     jit,
     load_logits,
     parallel,
     row_offset,
     row_tile,
+    tile_columns,
     tl,
     use_triton,
 )
+
+LOWEST = -3.4028234663852886e38 if tl is None else tl.constexpr(-3.4028234663852886e38)
 
 
 class RowStats(NamedTuple):
@@ -44,13 +48,13 @@ class RowStats(NamedTuple):
 
 @jit
 def online_softmax(z, row_max, exp_sum):
-    """Fold a tile into the running maximum (scalar) and the running sum (one per lane)."""
-    new_max = tl.maximum(row_max, tl.max(z, axis=0))
-    # a row that starts with -inf has no maximum yet: 0 keeps -inf - -inf out of the exponent
-    base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    """Fold a tile (L, G) into each line's running maximum and sum (L,)."""
+    new_max = tl.maximum(row_max, tl.max(z, axis=1))
+    # a line that starts with -inf has no maximum yet: the floor keeps -inf - -inf out of exponents
+    base = tl.maximum(new_max, LOWEST)
     rescale = tl.exp2((row_max - base) * LOG2E)
-    exp_z = tl.exp2((z - base) * LOG2E)
-    return new_max, base, rescale, exp_z, exp_sum * rescale + exp_z
+    exp_z = tl.exp2((z - base[:, None]) * LOG2E)
+    return new_max, base, rescale, exp_z, exp_sum * rescale + tl.sum(exp_z, axis=1)
 
 
 @jit
@@ -81,9 +85,15 @@ def row_stats_kernel(
     ARGMAX: tl.constexpr,
     COLUMN_SUMS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One program per row, one online sweep over its V columns."""
+    """One program per row, one online sweep over its V columns.
+
+    Every line of a tile keeps sums of its own, relative to a maximum of its own: within the loop no
+    thread waits for another.
+    """
     row = tl.program_id(0)
     DTYPE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     y = tl.load(target + row).to(tl.int64)
@@ -102,41 +112,51 @@ def row_stats_kernel(
         return
 
     start = logits + row_offset(row, T, stride_b, stride_t)
-    row_max = tl.full((), float("-inf"), DTYPE)
-    exp_sum = tl.zeros((BLOCK_V,), DTYPE)
-    weighted_sum = tl.zeros((BLOCK_V,), DTYPE)  # sum_j exp(z_j - max) (z_j - max)
-    best = tl.full((), 0, tl.int64)
-    logit_sum = tl.zeros((BLOCK_V,), DTYPE)
-    weight_sum = tl.zeros((BLOCK_V,), DTYPE)
-    num_finite = tl.zeros((BLOCK_V,), DTYPE)
-    for first in range(0, V, BLOCK_V):
-        columns = first + tl.arange(0, BLOCK_V)
-        inside = columns < V
-        pointers = start + columns.to(tl.int64) * stride_v
-        z = load_logits(pointers, inside, softcap, scale, SOFTCAP, SCALED, DOUBLE)
-        old_max = row_max
-        row_max, base, rescale, exp_z, exp_sum_new = online_softmax(z, row_max, exp_sum)
-        if ENTROPY:
-            shift = tl.where(old_max == float("-inf"), 0.0, old_max - base)
-            weighted_sum = (weighted_sum + exp_sum * shift) * rescale
-            # the floor makes p log p = 0 at p = 0
-            weighted_sum += exp_z * tl.maximum(z - base, -1e4)
-        exp_sum = exp_sum_new
-        if ARGMAX:
-            here = tl.min(tl.where(z == row_max, columns, V), axis=0)
-            best = tl.where((row_max > old_max) & (here < V), here.to(tl.int64), best)
-        if COLUMN_SUMS:
-            finite = z > float("-inf")
-            if WEIGHTED:
-                w = tl.load(column_weight + columns, mask=inside, other=0.0).to(DTYPE)
-                logit_sum += tl.where(finite, w * z, 0.0)
-                weight_sum += tl.where(finite, w, 0.0)
-            else:
-                logit_sum += tl.where(finite, z, 0.0)
-            num_finite += tl.where(finite, 1.0, 0.0)
+    if ALIGNED:
+        start = tl.multiple_of(start, 16)
+    LINES: tl.constexpr = BLOCK_V // GROUP
+    line_max = tl.full((LINES,), float("-inf"), DTYPE)
+    exp_sum = tl.zeros((LINES,), DTYPE)
+    weighted_sum = tl.zeros((LINES,), DTYPE)  # sum_j exp(z_j - max) (z_j - max)
+    best = tl.zeros((LINES,), tl.int32)
+    logit_sum = tl.zeros((LINES,), DTYPE)
+    weight_sum = tl.zeros((LINES,), DTYPE)
+    num_finite = tl.zeros((LINES,), DTYPE)
+    tile = tile_columns(ALIGNED, GROUP, BLOCK_V)
+    # whole tiles, which need no mask, then the rest of the row; in float64 all in one loop, whose
+    # code is long enough
+    ONE_LOOP: tl.constexpr = 1 if DOUBLE else 0
+    whole = 0 if DOUBLE else V // BLOCK_V * BLOCK_V
+    for REST in tl.static_range(ONE_LOOP, 2):
+        for first in range(whole if REST else 0, V if REST else whole, BLOCK_V):
+            columns = first + tile
+            inside = columns < V if REST else None
+            pointers = start + columns.to(tl.int64) * stride_v
+            z = load_logits(pointers, inside, softcap, scale, SOFTCAP, SCALED, DOUBLE)
+            old_max = line_max
+            line_max, base, rescale, exp_z, exp_sum_new = online_softmax(z, line_max, exp_sum)
+            if ENTROPY:
+                shift = tl.where(old_max == float("-inf"), 0.0, old_max - base)
+                # the floor makes p log p = 0 at p = 0
+                terms = exp_z * tl.maximum(z - base[:, None], -1e4)
+                weighted_sum = (weighted_sum + exp_sum * shift) * rescale + tl.sum(terms, axis=1)
+            exp_sum = exp_sum_new
+            if ARGMAX:
+                here = tl.min(tl.where(z == line_max[:, None], columns, V), axis=1)
+                best = tl.where((line_max > old_max) & (here < V), here, best)
+            if COLUMN_SUMS:
+                finite = z > float("-inf")
+                w = 1.0
+                if WEIGHTED:
+                    w = tl.load(column_weight + columns, mask=inside).to(DTYPE)
+                    weight_sum += tl.sum(tl.where(finite, w, 0.0), axis=1)
+                logit_sum += tl.sum(tl.where(finite, w * z, 0.0), axis=1)
+                num_finite += tl.sum(tl.where(finite, 1.0, 0.0), axis=1)
 
+    row_max = tl.max(line_max, axis=0)
     base = tl.where(row_max == float("-inf"), 0.0, row_max)
-    total = tl.sum(exp_sum, axis=0)
+    rescale = tl.exp2((line_max - base) * LOG2E)
+    total = tl.sum(exp_sum * rescale, axis=0)
     log_sum = tl.log(total)
     # never a stray read: a target outside the classes makes the row's log-probability NaN
     known = (y >= 0) & (y < V)
@@ -146,9 +166,12 @@ def row_stats_kernel(
     tl.store(log_sum_out + row, log_sum)
     tl.store(log_prob_out + row, log_prob)
     if ENTROPY:
-        tl.store(entropy_out + row, log_sum - tl.sum(weighted_sum, axis=0) / total)
+        shift = tl.where(line_max == float("-inf"), 0.0, line_max - base)
+        weighted_total = tl.sum((weighted_sum + exp_sum * shift) * rescale, axis=0)
+        tl.store(entropy_out + row, log_sum - weighted_total / total)
     if ARGMAX:
-        tl.store(argmax_out + row, best)
+        first_best = tl.min(tl.where(line_max == row_max, best, V), axis=0)
+        tl.store(argmax_out + row, first_best.to(tl.int64))
     if COLUMN_SUMS:
         count = tl.sum(num_finite, axis=0)
         tl.store(logit_sum_out + row, tl.sum(logit_sum, axis=0))
@@ -183,7 +206,9 @@ def row_stats_triton(
         ARGMAX=stats.argmax is not None,
         COLUMN_SUMS=stats.logit_sum is not None,
         WEIGHTED=column_weight is not None,
-        **row_tile(rows, 8 if stats.entropy is not None else 16),
+        ALIGNED=rows.aligned,
+        GROUP=16 // rows.data.element_size(),
+        **row_tile(rows),
     )
 
 
@@ -222,7 +247,7 @@ def row_stats_torch(
             out.masked_fill_(~valid, -1 if out is stats.argmax else 0)
     if exp_out is not None:
         exp_out[every_row, y] = 0
-        exp_out[~valid] = 0
+        exp_out[(~valid).nonzero()[:, 0]] = 0  # by index: a mask would pass over the whole
 
 
 def block_stats(
@@ -255,7 +280,7 @@ def block_stats(
     shifted = torch.sub(z, row_max[:, None], out=buffer[: z.shape[0]])
     # the floor makes p log p = 0 at p = 0
     floored = shifted.clamp(min=-1e4) if stats.entropy is not None else None
-    exp_z = shifted.exp_()
+    exp_z = exp_(shifted)
     torch.sum(exp_z, -1, out=stats.log_sum[here])
     if floored is not None:
         torch.sum(floored.mul_(exp_z), -1, out=stats.entropy[here])

@@ -26,7 +26,7 @@ class Tokens:
         """`sample` (N,) is each token's sample, negative for none."""
         order = torch.argsort(sample, stable=True)
         ids = torch.arange(num_samples + 1, device=sample.device, dtype=sample.dtype)
-        return cls(log_prob, order, torch.searchsorted(sample[order], ids))
+        return cls(log_prob.contiguous(), order, torch.searchsorted(sample[order], ids))
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,25 @@ class Scheme:
 
 
 @jit
-def rank_band(l, there, losses, n, B, fraction, band, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr):
+def rank_band(
+    own,  # (BLOCK_B,)
+    there,  # (BLOCK_B,)
+    losses,  # (B,)
+    n,
+    B,
+    fraction,
+    band,
+    BLOCK_B: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
     """The share of a sample's rank that lies in the band, equal losses sharing their ranks."""
     above = tl.zeros((BLOCK_B,), tl.float64)
     equal = tl.zeros((BLOCK_B,), tl.float64)
     for first in range(0, B, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
         other = tl.load(losses + j, mask=j < B, other=float("nan"))[None, :]
-        above += tl.sum(tl.where(other > l[:, None], 1.0, 0.0).to(tl.float64), axis=1)
-        equal += tl.sum(tl.where(other == l[:, None], 1.0, 0.0).to(tl.float64), axis=1)
+        above += tl.sum(tl.where(other > own[:, None], 1.0, 0.0).to(tl.float64), axis=1)
+        equal += tl.sum(tl.where(other == own[:, None], 1.0, 0.0).to(tl.float64), axis=1)
     capacity = tl.minimum(tl.maximum(tl.floor(fraction * n), 1.0), n)
     low = tl.minimum(tl.floor(band * capacity), n - capacity)
     overlap = tl.minimum(above + equal, low + capacity) - tl.maximum(above, low)
@@ -102,8 +112,8 @@ def sample_weights_kernel(
         n = tl.sum(tl.where(there, 1.0, 0.0).to(tl.float64), axis=0)
         # an infinite loss is a very large one: differences stay numbers
         bound = 1e300 if DOUBLE else 1e37
-        l = tl.minimum(tl.maximum(tl.where(there, raw, 0.0), -bound), bound)
-        most = tl.max(tl.where(there, l, -bound), axis=0)
+        loss = tl.minimum(tl.maximum(tl.where(there, raw, 0.0), -bound), bound)
+        most = tl.max(tl.where(there, loss, -bound), axis=0)
         heat = tl.full((), temperature, DTYPE)
         if SCHEME == "rank":
             w = rank_band(
@@ -112,13 +122,13 @@ def sample_weights_kernel(
             ).to(DTYPE)  # fmt: skip
         else:
             if SCHEME == "irdro":
-                f = (l - most) / heat
+                f = (loss - most) / heat
             elif SCHEME == "uniform":
-                f = tl.zeros_like(l)
+                f = tl.zeros_like(loss)
             else:
-                least = tl.min(tl.where(there, l, bound), axis=0)
+                least = tl.min(tl.where(there, loss, bound), axis=0)
                 span = most - least
-                h = 2.0 * ((l - least) / tl.where(span > 0.0, span, 1.0)) - 1.0
+                h = 2.0 * ((loss - least) / tl.where(span > 0.0, span, 1.0)) - 1.0
                 if SCHEME == "linupper":
                     f = tl.minimum(h, 0.0)
                 elif SCHEME == "quadratic":

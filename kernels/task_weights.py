@@ -47,7 +47,7 @@ class TaskHistory:
 
 
 class TaskWeights(NamedTuple):
-    """What one update gives, all detached; during the warm-up everything but the slopes is uniform."""
+    """What one update gives, all detached; uniform during the warm-up, the slopes apart."""
 
     weights: Tensor  # (K,) sum 1
     relative: Tensor  # (K,) relative convergence scores, sum 1
@@ -450,5 +450,5 @@ def task_weights(
     vectors = [new(num_tasks) for _ in range(4)]
     out = TaskWeights(*vectors[:3], new(()), vectors[3])
     launch = task_weights_triton if use_triton(losses) else task_weights_torch
-    launch(history, losses, moment, out, tau, published)
+    launch(history, losses.contiguous(), moment, out, tau, published)
     return out

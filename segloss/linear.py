@@ -136,7 +136,9 @@ class Gradients:
         self.accumulate = torch.float64 if double else torch.float32
         self.threshold: Tensor | float = 0.0
         self.sums: dict[str, Tensor] = {}
-        self.mass = self.dropped = 0.0
+        self.mass: Tensor | float = 0.0
+        self.dropped: Tensor | float = 0.0
+        self.rank_one: list[tuple[Tensor, Tensor]] = []  # of dweight, added once at the end
 
     def add(self, name: str, value: Tensor, at: slice, size: int, whole: bool) -> None:
         """Add the gradient at a slice of the first dimension, `size` long.
@@ -156,25 +158,32 @@ class Gradients:
             self.sums[name] = self.sums[name].to(self.accumulate)
         self.sums[name][at] += value
 
+    def sum_of(self, name: str, shape: torch.Size) -> Tensor:
+        """What the gradient of a whole tensor is added to, in float32."""
+        if name not in self.sums:
+            zeros = functools.partial(torch.zeros, device=self.scale.device)
+            self.sums[name] = zeros(shape, dtype=self.accumulate)
+        return self.sums[name]
+
     def block(self, block: GradBlock, rows: slice, classes: slice, filtering: bool) -> None:
         """Contract the gradient of a block of logits (R, C) at `rows` x `classes`."""
         head, scale, needed = self.head.take(rows).columns(classes), self.scale, self.needed
         num_rows, num_classes = self.head.hidden.shape[0], self.head.weight.shape[0]
         hidden_grad = weight_grad = None
+        several = not self.disjoint and (filtering or rows.stop - rows.start < num_rows)
+        into = None
+        if needed["weight"] and several:
+            into = self.sum_of("weight", head.weight.shape)
         if filtering:
-            hidden_grad, weight_grad, mass, dropped = filtered_products(
-                block.values, head.hidden, head.full_weight(), scale, self.threshold,
-                needed["weight"],
-            )  # fmt: skip
-            self.mass, self.dropped = self.mass + mass, self.dropped + dropped
+            hidden_grad, weight_grad = self.filtered(block, head, into)
         else:
             if needed["hidden"]:
                 hidden_grad = head.times_weight(block) * scale
             if needed["weight"]:
-                weight_grad = block.contract(head.hidden, scale)
+                weight_grad = block.contract(head.hidden, scale, into)
         if needed["hidden"]:
             self.add("hidden", hidden_grad, rows, num_rows, False)
-        if needed["weight"]:
+        if needed["weight"] and not several:
             self.add("weight", weight_grad, classes, num_classes, self.disjoint)
         if needed.get("bias"):
             self.add("bias", block.column_sums() * scale, classes, num_classes, self.disjoint)
@@ -188,10 +197,28 @@ class Gradients:
             rank = slice(0, head.lora_a.shape[0])
             self.add("lora's A", grad, rank, rank.stop, False)
 
+    def filtered(self, block: GradBlock, head: Head, into: Tensor | None) -> tuple:
+        """(dhidden, dweight) of a block with its small columns merged; dweight goes to `into`."""
+        weight_grad = into
+        if into is None and self.needed["weight"]:
+            weight_grad = torch.zeros_like(head.weight, dtype=self.accumulate)
+        done = filtered_products(
+            block.values, head.hidden, head.full_weight(), self.scale, self.threshold, weight_grad
+        )
+        self.mass, self.dropped = self.mass + done.mass, self.dropped + done.merged
+        if into is not None:
+            self.rank_one.append((done.share, done.moment))
+        elif weight_grad is not None:
+            weight_grad.addmm_(done.share.T, done.moment)
+        return done.hidden_grad, weight_grad
+
     def result(self, source: LinearLogits, tensors: tuple, rows: Tensor | None) -> tuple:
         """Gradients in the tensors' order, dtypes and shapes."""
         if self.mass:
-            source.report["dropped_mass"] = self.dropped / self.mass
+            source.report["dropped_mass"] = float(self.dropped / self.mass)
+        if self.rank_one:
+            share, moment = (torch.cat(part) for part in zip(*self.rank_one, strict=True))
+            self.sums["weight"].addmm_(share.T, moment)
         grads: list[Tensor | None] = []
         for (name, _), tensor in zip(source.named_tensors(), tensors, strict=True):
             total = self.sums.get(name)

@@ -95,9 +95,10 @@ class DenseLogits:
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Logits of one row chunk, in bytes, where the caller gives none (measured: bench/NOTES.md)
-CPU_CHUNK_BYTES = 256 << 20
+CPU_CHUNK_BYTES = 64 << 20
 GPU_CHUNK_BYTES = 512 << 20
-# fewer rows than this leave a GPU's matrix units waiting for the weight to be read again
+# with fewer rows than these the matrix units wait for the weight to be read again
+CPU_CHUNK_ROWS = 256
 GPU_CHUNK_ROWS = 1024
 
 
@@ -242,8 +243,8 @@ class LinearLogits:
         on_gpu = self.device.type == "cuda"
         budget = self.chunk_bytes or (GPU_CHUNK_BYTES if on_gpu else CPU_CHUNK_BYTES)
         rows = budget // (self.num_classes * self.product_dtype.itemsize)
-        if on_gpu and self.chunk_bytes is None:
-            rows = max(GPU_CHUNK_ROWS, rows)
+        if self.chunk_bytes is None:
+            rows = max(GPU_CHUNK_ROWS if on_gpu else CPU_CHUNK_ROWS, rows)
         if rows >= num_rows:
             return max(1, num_rows)
         # equal chunks: a small last one would reread the weight for little

@@ -390,7 +390,7 @@ def make_sweep(source, batch: Batch, request: Request) -> Sweep:
 
 
 def logit_statistics(
-    logits: Tensor | DenseLogits,
+    logits: Tensor | DenseLogits | LinearLogits,
     target: Tensor,
     *,
     ignore_index: int = -100,

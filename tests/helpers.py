@@ -83,7 +83,7 @@ def upstream_like(value: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     size = torch.randint(1, 17, value.shape, generator=generator)
     sign = 1 - 2 * torch.randint(2, value.shape, generator=generator)
-    return (size * sign / 8).to(value.dtype)
+    return (size * sign / 8).to(value)
 
 
 def value_and_grad(loss, logits: Tensor, target: Tensor, source=None, **options):

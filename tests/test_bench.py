@@ -1,9 +1,11 @@
-"""The measurements measure what they say, at sizes that cost nothing."""
+"""The measurements measure what they say, at sizes that cost nothing, and the report says what was
+not measured and what was wrong."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,9 @@ def report(bench, tmp_path):
     return bench("common").Report("test", options)
 
 
+# ----------------------------------------------------------------------------------- measurements
+
+
 def test_saturated_input_is_saturated(bench):
     inputs = bench("inputs")
     for logits, target in (
@@ -38,14 +43,20 @@ def test_saturated_input_is_saturated(bench):
         assert 30 <= (p == 1).sum() <= 32  # beside 30 % by design, the strongest of the others
 
 
+def test_flat_input_is_flat(bench):
+    logits, target = bench("inputs").zipf("flat", 50, 1000)
+    p = segloss.logit_statistics(logits, target).log_prob.exp()
+    assert p.max() < 2 / 1000
+
+
 def linear_logits(hidden, weight, target):
     return hidden @ weight.T, target
 
 
 def test_loops_are_lovasz(bench):
-    core = bench("core")
+    peers = bench("peers")
     logits, target = bench("inputs").zipf("zipf", 30, 200)
-    for loop in (core.berman_loop, core.gathered_loop):
+    for loop in (peers.berman_loop, peers.gathered_loop):
         logits.grad = None
         logits.requires_grad_()
         (grad,) = torch.autograd.grad(loop(logits, target), logits)
@@ -53,45 +64,93 @@ def test_loops_are_lovasz(bench):
         torch.testing.assert_close(grad, expected)
 
 
-def test_core_measures_every_implementation(bench, report):
+def test_core_measures_every_implementation(bench, report, monkeypatch):
     core = bench("core")
+    monkeypatch.delitem(core.IMPLEMENTATIONS, core.COMPILED)  # seconds of a compiler
     core.measure("zipf", torch.bfloat16, (40, 300), report)
     assert not report.wrong
     (section,) = report.sections
-    assert set(section["seconds"]) == set(core.IMPLEMENTATIONS)
-    assert len(section["lines"]) == len(core.LIMITS)
+    assert set(section.seconds) == {*core.IMPLEMENTATIONS, core.PASS}
+    assert len(section.lines) == len(core.LIMITS)
+
+
+def test_core_takes_directions_and_ignored_tokens_apart(bench, report):
+    core = bench("core")
+    core.directions((40, 300), report)
+    core.ignored((40, 300), report)
+    directions, ignored = report.sections
+    assert len(directions.seconds) == len(core.APART) * len(core.DIRECTIONS)
+    assert set(ignored.seconds) == set(ignored.errors) and len(ignored.seconds) == 9
 
 
 def test_head_measures_every_implementation(bench, report):
-    head = bench("head")
-    tensors = head.head_of("zipf", 150, 16, 300)
-    others = {head.EAGER: head.eager}
-    head.time_shape("zipf", tensors, report, others)
+    head, peers = bench("head"), bench("peers")
+    tensors = bench("inputs").head_of("zipf", 150, 16, 300)
+    others = {peers.EAGER: peers.eager}
+    head.time_shape("zipf", tensors, report, others, {"QuACK": peers.NEEDS_GPU}, [peers.EAGER])
     assert not report.wrong
     (section,) = report.sections
-    assert {head.T3, head.MASKED, head.EAGER, head.FROZEN.format(head.DICE)} <= set(
-        section["seconds"]
+    frozen = head.FROZEN.format
+    assert {head.T3, head.MASKED, peers.EAGER, frozen(head.DICE), frozen(peers.EAGER)} <= set(
+        section.seconds
     )
+    assert section.missing == {"QuACK": "needs a GPU"}
+    assert peers.EAGER not in section.bounds and section.bounds[frozen(head.CE)][0] == head.T2
 
 
-def test_a_wrong_result_is_reported_and_not_timed(bench, report):
+def test_a_wrong_peer_is_shown_and_not_timed(bench, report):
     head = bench("head")
-    tensors = head.head_of("zipf", 20, 16, 300)
+    tensors = bench("inputs").head_of("zipf", 20, 16, 300)
 
-    def wrong(hidden, weight, target, share):
-        return 1.1 * head.eager(hidden, weight, target)
+    def wrong(hidden, weight, target):
+        return 1.1 * bench("peers").eager(hidden, weight, target)
 
     head.time_shape("zipf", tensors, report, {"wrong": wrong})
-    assert len(report.wrong) == 1 and report.finish() == 1
-    assert "wrong" not in report.sections[0]["seconds"]
+    (section,) = report.sections
+    assert "relative error" in section.wrong["wrong"]
+    assert "wrong" not in section.seconds
+    assert report.finish() == 0  # it is a finding about the peer
 
 
-def test_what_is_too_slow_is_named_and_left_out(bench, report, monkeypatch, capsys):
+def test_a_wrong_result_of_ours_fails_the_run(bench, report, monkeypatch):
+    core = bench("core")
+    name = core.CE
+    _, truth = core.IMPLEMENTATIONS[name]
+    wrong = {name: (lambda z, y: 1.1 * truth(z, y), truth)}
+    monkeypatch.setattr(core, "IMPLEMENTATIONS", wrong)
+    core.measure("zipf", torch.float32, (20, 300), report)
+    (section,) = report.sections
+    assert name not in section.seconds and report.finish() == 1
+    assert {line.verdict for line in section.lines} == {"not measured"}
+
+
+def test_what_is_too_slow_is_named_and_left_out(bench, report, monkeypatch):
     head = bench("head")
-    monkeypatch.setattr(head, "SLOW_SECONDS", -1.0)
-    head.time_shape("zipf", head.head_of("zipf", 20, 16, 300), report, {})
-    assert set(report.sections[0]["seconds"]) == {head.T3, head.T2}
-    assert "CE left out: 0 s for 20 rows alone" in capsys.readouterr().out
+    monkeypatch.setattr(bench("common"), "MOST_SECONDS", -1.0)
+    head.time_shape("zipf", bench("inputs").head_of("zipf", 20, 16, 300), report, {})
+    (section,) = report.sections
+    assert set(section.seconds) == {head.T3, head.T2, head.PASS}
+    assert section.missing[head.CE].startswith("not run, predicted")
+    assert {line.verdict for line in section.lines} == {"not measured"}
+
+
+def test_segmentation_names_what_is_wrong_and_what_is_missing(bench, report, monkeypatch):
+    segmentation, peers = bench("segmentation"), bench("peers")
+    ours, truth = segloss.DiceLoss(), reference.dice_loss
+    rivals = {
+        name: peers.Rival(make, ours, truth)
+        for name, make in {
+            "right": lambda: lambda z, y: truth(z, y),
+            "other formula": lambda: lambda z, y: truth(z, y, smooth=1.0),
+            "absent": lambda: importlib.import_module("no_such_library"),
+        }.items()
+    }
+    monkeypatch.setattr(peers, "LOGITS", rivals)
+    segmentation.measure((30, 100), *peers.logits(), report)
+    (section,) = report.sections
+    assert set(section.seconds) == {"DiceLoss()", "right"}
+    assert "relative error" in section.wrong["other formula"]
+    assert section.missing["absent"].startswith("ModuleNotFoundError")
 
 
 def test_plain_dropping_drops_nothing_below_nothing(bench, monkeypatch):
@@ -103,3 +162,163 @@ def test_plain_dropping_drops_nothing_below_nothing(bench, monkeypatch):
     )
     for grad, expected in zip(head.plain_dropping(hidden, weight, target), exact[1:], strict=True):
         torch.testing.assert_close(grad, expected)
+
+
+def test_candidates_are_counted_where_they_are_made(bench, monkeypatch):
+    module = bench("candidates")
+    counter = module.Counter(module.statistics.candidates)
+    monkeypatch.setattr(module.statistics, "candidates", counter)
+    logits, target = bench("inputs").zipf("zipf", 40, 100)
+    target[:5] = -100
+    module.LOSS(logits, target)
+    p, y = logits[5:].softmax(-1), target[5:]
+    expected = 0
+    for c in y.unique():
+        least = 1 - p[y == c, c].max()
+        expected += int((p[y != c, c] > least).sum())
+    assert counter.calls == [(35, y.unique().numel(), expected)]
+
+
+# ------------------------------------------------------------------------------- fits, predictions
+
+
+def test_fit_of_a_line(bench):
+    x = [256, 512, 1024, 2048]
+    fit = bench("growth").linear_fit(x, [0.5 + 0.01 * n for n in x])
+    assert fit.start == pytest.approx(0.5) and fit.slope == pytest.approx(0.01)
+    assert fit.residual < 1e-9
+    bent = bench("growth").linear_fit(x, [1e-6 * n**2 for n in x])
+    assert bent.exponent == pytest.approx(2) and bent.residual > 0.2
+
+
+def test_prediction_goes_through_the_last_two_sizes(bench):
+    predicted = bench("growth").predicted
+    assert predicted([], 100) == 0
+    assert predicted([(10, 2.0)], 40) == 8
+    assert predicted([(10, 2.0), (20, 3.0)], 40) == 5
+    assert predicted([(10, 2.0), (20, 1.0)], 40) == 1  # noise; it does not get faster
+
+
+def test_a_cell_predicted_too_large_is_not_run(bench, report, monkeypatch):
+    growth = bench("growth")
+    small = growth.Axis("N", "hidden states", (8, 16, 32), 100, growth.hidden_cell)
+    monkeypatch.setattr(growth, "predicted", lambda points, size: 99.0 if points else 0.0)
+    growth.grow(small, report)
+    (section,) = report.sections
+    assert {name.rpartition(" ")[2] for name in section.seconds} == {"8"}
+    assert section.missing["CE, N 16"].startswith("not run, predicted 198 s and ")
+    assert section.missing["CE, N 32"].endswith("above 60 s")
+    assert section.data["fits"] == {}
+
+
+def test_both_limits_of_a_cell(bench):
+    too_large = bench("common").too_large
+    assert too_large(59, 15e9) == ""
+    assert too_large(61, 1e9) == "predicted 61 s and 1 GB: above 60 s"
+    assert too_large(1, 17e9) == "predicted 1 s and 17 GB: above 16 GB"
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+@pytest.fixture
+def measured(bench, report):
+    """Files of a run: a table with a wrong and a missing peer, one of growth, one of memory."""
+    common = bench("common")
+    report.add(
+        common.Section(
+            "zipf, bfloat16, N 8, D 2, V 9",
+            "head",
+            {"CE": [2.0, 2.0, 4.0], "fast": [1.0, 1.0, 1.0], "slow": [5.0], "t3": [1.0]},
+            errors={"CE": "1e-3"},
+            lines=[
+                common.Line("CE / fast", 2.0, 1.1),
+                common.Line("Dice / CE", 1.5, 1.7),
+                common.Line("focal / CE", None, 1.05, note="focal was not timed"),
+            ],
+            wrong={"broken": "relative error 1"},
+            missing={"QuACK": "needs a GPU"},
+            rivals={"CE": ["broken", "fast", "slow", "QuACK"]},
+            bounds={"CE": ["t3"]},
+        )
+    )
+    cells = [(n, 0.1 * n, 0.11 * n, 0.12 * n) for n in (4, 8)]
+    fit = {"start": 0.0, "slope": 0.11, "residual": 0.0, "exponent": 1.0}
+    report.add(
+        common.Section(
+            "growth with N, logits",
+            "growth",
+            {},
+            missing={"CE, N 16": "not run, predicted 99 s and 1 GB: above 60 s"},
+            data={"axis": "N", "level": "logits", "points": {"CE": cells}, "fits": {"CE": fit}},
+        )
+    )
+    lines = [common.Line("eager", 100.0, None), common.Line("DiceLoss", 5.0, 10.0, " MiB")]
+    report.add(common.Section("memory, N 8", "memory", {}, lines=lines))
+    return report.options.output
+
+
+def test_results_say_what_was_wrong_missed_and_not_measured(bench, measured, tmp_path):
+    output = tmp_path / "RESULTS.md"
+    bench("report").main([measured, "--output", str(output)])
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in output.read_text().splitlines()
+        if line.startswith("|")
+    ]
+    # beside the fastest that is right, not the wrong one and not the one without a time
+    assert ["Losses on hidden states", "CE", "fast", "2", "loses 1", "2"] in rows
+    assert ["broken", "WRONG", "", "", "relative error 1", ""] in rows
+    assert ["QuACK", "not measured", "", "", "needs a GPU", ""] in rows
+    verdicts = {row[1]: row[5] for row in rows if len(row) == 7 and row[0].startswith("zipf")}
+    assert verdicts == {"CE / fast": "MISS", "Dice / CE": "pass", "focal / CE": "not measured"}
+    text = output.read_text()
+    assert "Targets: 2 passed, 1 missed, 1 not measured" in text
+    assert "Not run: CE, N 16: not run, predicted 99 s" in text
+    assert "ours takes 5.0% of eager's 100 MiB" in text
+    # whole topics without a file
+    assert "Not measured: `python -m bench.segmentation` measures it." in text
+    assert "Not measured: `make gpu` measures it." in text
+    for name in ("ratios", "head", "growth", "memory"):
+        assert f"plots/{name}.png" in text
+        assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 1000
+
+
+def test_machine_stands_beside_the_figures(bench, measured, tmp_path):
+    output = tmp_path / "RESULTS.md"
+    bench("report").main([measured, "--output", str(output)])
+    machine = json.loads(Path(measured).read_text())["machine"]
+    sections = output.read_text().split("## Losses on hidden states")[1]
+    for name in ("processor", "AMX", "AVX-512", "torch", "date"):
+        assert machine[name] in sections.split("|")[0]
+
+
+def test_tables_of_other_files_are_shown(bench, measured, tmp_path):
+    other = tmp_path / "kernels.json"
+    table = {"title": "sm_90", "header": ["kernel", "spills"], "rows": [["row_stats", "0"]]}
+    other.write_text(json.dumps({"kind": "kernels", "machine": {}, "tables": [table]}))
+    output = tmp_path / "RESULTS.md"
+    bench("report").main([measured, str(other), "--output", str(output)])
+    assert "| row_stats | 0 |" in output.read_text()
+    assert "`make kernels` measures it" not in output.read_text()
+
+
+def test_a_file_that_is_none_of_ours_is_refused(bench, tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    with pytest.raises(SystemExit, match="not a file of ours"):
+        bench("report").read([str(path)])
+    with pytest.raises(SystemExit, match="cannot be read"):
+        bench("report").read([str(tmp_path / "missing.json")])
+
+
+def test_files_are_also_pytest_benchmarks(measured):
+    content = json.loads(Path(measured).read_text())
+    found = {b["name"]: b["stats"] for b in content["benchmarks"]}
+    assert found["CE"]["median"] == 2.0 and found["CE"]["rounds"] == 3
+    assert {"machine_info", "commit_info", "datetime", "version"} <= set(content)
+
+
+def test_ratio_of_what_ran_once(bench):
+    line = bench("common").ratio_line("a / b", {"a": [1.0, 2.0, 3.0], "b": [4.0]}, "a", "b", 1.0)
+    assert (line.low, line.value, line.high) == (0.375, 0.5, 0.625)

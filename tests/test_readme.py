@@ -60,13 +60,13 @@ def test_code_runs(heading):
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("fused", [False, True], ids=["compute_loss_func", "FusedTrainer"])
+@pytest.mark.parametrize("fused", [False, True], ids=["compute_loss_func", "LossTrainer"])
 def test_hugging_face_loop_trains_like_the_model_itself(fused, tmp_path):
     """Both ways, with accumulation and micro-batches of unequal length, step like transformers'."""
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
     namespace = run("Replace one line")
-    namespace["criterion"] = segloss.CrossEntropyLoss()
+    criterion = segloss.CrossEntropyLoss()
 
     def weights(trainer_class, **options):
         torch.manual_seed(0)
@@ -88,9 +88,9 @@ def test_hugging_face_loop_trains_like_the_model_itself(fused, tmp_path):
         return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
     if fused:
-        ours = weights(namespace["FusedTrainer"])
+        ours = weights(namespace["LossTrainer"], loss=criterion)
     else:
-        ours = weights(Trainer, compute_loss_func=namespace["compute_loss"])
+        ours = weights(Trainer, compute_loss_func=namespace["compute_loss_func"](criterion))
     torch.testing.assert_close(ours, weights(Trainer), rtol=1e-5, atol=1e-6)
 
 

@@ -1,22 +1,56 @@
-"""A transformers causal language model's logits, never made: its hidden states and its head.
+"""Segloss losses in transformers: for `Trainer`, for a model's own loss, for a loop of your own.
 
-    source = head_logits(model, input_ids=..., attention_mask=...)
-    loss = segloss.CrossEntropyLoss()(source, next_tokens)
+    class LossTrainer(LossMixin, Trainer): ...                     # without logits
+    Trainer(..., compute_loss_func=compute_loss_func(loss))        # from the model's logits
+    set_loss_function(model, loss)                                 # model(..., labels=...).loss
+    loss(head_logits(model, input_ids=...), next_tokens(labels))   # a loop of your own
 
-B sequences of T tokens, D hidden size, V vocabulary.
+B sequences of T tokens, D hidden size, V vocabulary, K tasks.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
+from segloss.integrations.window import (
+    IGNORE,
+    LOSS_COLUMNS,
+    Samples,
+    Weighed,
+    next_tokens,
+    packed_index,
+    target_of,
+    weigh,
+)
 from segloss.linear import Head
 from segloss.logits import LinearLogits
+from segloss.losses import CrossEntropyLoss, Loss
+from segloss.statistics import logit_statistics
+from segloss.weighting import CoBa, SampleWeighting
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object
+
+__all__ = [
+    "CoBaCallback",
+    "LossMixin",
+    "compute_loss_func",
+    "head_logits",
+    "next_tokens",
+    "set_loss_function",
+]
+
+# ------------------------------------------------------------------------- logits never made
 
 
 def head_logits(model: nn.Module, **inputs) -> LinearLogits:
@@ -31,6 +65,11 @@ def head_logits(model: nn.Module, **inputs) -> LinearLogits:
     Errors: TypeError for a model without a head or a decoder; ValueError for adapter dropout on the
     head, several active adapters, or logits that are not the head's.
     """
+    return head_outputs(model, **inputs)[0]
+
+
+def head_outputs(model: nn.Module, **inputs) -> tuple[LinearLogits, Any]:
+    """`head_logits`, and what the model returned, with the last position's logits."""
     inner = unwrapped(model)
     decoder, head = decoder_of(inner), inner.get_output_embeddings()
     if head is None:
@@ -51,7 +90,7 @@ def head_logits(model: nn.Module, **inputs) -> LinearLogits:
     softcap, scale = logit_transform(inner.config)
     source = LinearLogits(captured[0], weight, bias, softcap=softcap, scale=scale, lora=lora)
     check_once(inner, source, outputs.logits)
-    return source
+    return source, outputs
 
 
 def unwrapped(model: Any) -> Any:
@@ -137,3 +176,388 @@ def check_once(model: Any, source: LinearLogits, logits: Tensor) -> None:
             "it does more than soft-cap and scale; give the loss model(...).logits instead"
         )
     model._segloss_head_checked = True
+
+
+# ------------------------------------------------------------ from logits that the model makes
+
+
+def compute_loss_func(loss: Loss) -> Callable:
+    """For `Trainer(..., compute_loss_func=...)`, from the model's logits (B, T, V)::
+
+        loss(outputs.logits, next_tokens(labels), normalizer=num_items_in_batch)
+
+    The mean runs over the tokens of the whole accumulated batch. `LossMixin` does without logits.
+    """
+
+    def compute_loss(outputs, labels, num_items_in_batch=None) -> Tensor:
+        return loss(outputs.logits, next_tokens(labels), normalizer=num_items_in_batch)
+
+    return compute_loss
+
+
+def set_loss_function(model: nn.Module, loss: Loss) -> None:
+    """Make `loss` the one that `model(..., labels=labels).loss` is, under any trainer.
+
+    `num_items_in_batch` and `shift_labels` are honoured; `token_weight` (B, T), of the labels, and
+    `sample_ids` (B, T) reach the loss as further arguments of the model's forward.
+    """
+
+    def loss_function(
+        logits,
+        labels,
+        vocab_size=None,
+        num_items_in_batch=None,
+        ignore_index=IGNORE,
+        shift_labels=None,
+        token_weight=None,
+        sample_ids=None,
+        **kwargs,
+    ) -> Tensor:
+        target = next_tokens(labels, ignore_index) if shift_labels is None else shift_labels
+        return loss(
+            logits,
+            target.to(logits.device),
+            token_weight=None if token_weight is None else next_tokens(token_weight, 0),
+            sample_ids=sample_ids,
+            normalizer=num_items_in_batch,
+        )
+
+    unwrapped(model).loss_function = loss_function
+
+
+# --------------------------------------------------------------------------------- the Trainer
+
+
+class LossMixin(Trainer):
+    """Put before a `Trainer` class: its loss is a segloss loss, from hidden states::
+
+        class LossTrainer(LossMixin, Trainer):
+            pass
+
+        LossTrainer(model, arguments, train_dataset=..., loss=FocalLoss(), ...)
+
+    Every micro-batch is divided by the tokens of the whole accumulated batch over all processes
+    (`num_items_in_batch`), so that a token loss has the value and gradient of that one large batch.
+    A region or ranking loss is a value of a set of tokens and does not add up: micro-batches count
+    with their share of the tokens. Evaluation gives the same loss of each batch, without weights.
+
+    Columns of the data set that reach the loss and not the model, with a number per row or, in
+    packed rows, per token; a collator has to keep them (transformers' own do):
+
+        task_ids        integers 0 to K - 1, for `task_weights`
+        sample_weights  floats; the loss is then the mean of the samples' losses, so weighed
+        token_weight    floats of the labels' shape: weight 2 is the token listed twice
+        sample_ids      integers that tell packed sequences apart; default: where position_ids
+                        start again, or one per row
+
+    Args:
+        loss: a segloss loss; default cross-entropy, with `label_smoothing_factor`.
+        head: "fused" never makes the logits; "logits" takes the model's own, for a model that
+            `head_logits` refuses.
+        task_weights: (K,) constants, or a `CoBa`, which `CoBaCallback` keeps up to date. The loss
+            is the sum of weight x loss per token of each task, wherever its tokens are.
+        sample_weights: a `SampleWeighting`, of the samples of the whole accumulated batch: with
+            several micro-batches it costs a forward pass without gradients over them. On several
+            processes it needs `group=`.
+        log_statistics: log mean_token_accuracy and entropy (nats per token), from the same pass.
+
+    A mixture-of-experts model whose config has `output_router_logits` gets its router loss added.
+    """
+
+    loss_is_scaled_for_ga = True
+    _signature_columns: Any
+
+    def __init__(
+        self,
+        *args,
+        loss: Loss | None = None,
+        head: str = "fused",
+        task_weights: CoBa | Tensor | None = None,
+        sample_weights: SampleWeighting | None = None,
+        log_statistics: bool = True,
+        **kwargs,
+    ):
+        if head not in ("fused", "logits"):
+            raise ValueError(f"head is {head!r}; it takes 'fused' or 'logits'")
+        super().__init__(*args, **kwargs)
+        smoothing = self.args.label_smoothing_factor
+        if loss is not None and smoothing:
+            raise ValueError(
+                f"label_smoothing_factor is {smoothing} and loss is given; "
+                "give the loss its label_smoothing"
+            )
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func is given to a LossMixin; it takes loss")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"n_gpu is {self.args.n_gpu}: one process with several GPUs wraps the model in "
+                "DataParallel, which LossMixin does not take; start one process per GPU"
+            )
+        group = getattr(sample_weights, "group", None)
+        if sample_weights is not None and self.accelerator.num_processes > 1 and group is None:
+            raise ValueError(
+                "sample_weights has group=None, but the batch is spread over "
+                f"{self.accelerator.num_processes} processes; give it torch.distributed.group.WORLD"
+            )
+        loss = CrossEntropyLoss(label_smoothing=smoothing) if loss is None else loss
+        self.loss = loss.to(self.args.device)
+        self.head = head
+        self.task_weights = task_weights
+        self.sample_weights = sample_weights
+        self.log_statistics = log_statistics
+        self._sums: dict[str, Tensor] = {}
+        if sample_weights is not None:
+            self.add_callback(SavedState("sample_weighting", sample_weights))
+        # the Trainer counts the tokens of a batch only for models said to use the count
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        weighed = inputs.pop("weighed", None)
+        columns = {name: inputs.pop(name) for name in LOSS_COLUMNS if name in inputs}
+        batch = {**inputs, **columns}
+        target = target_of(batch)
+        for name in ("labels", "shift_labels"):
+            inputs.pop(name, None)
+        source, outputs = self._logits(model, inputs, self.head == "logits" or return_outputs)
+        if weighed is None and model.training:
+            weighed = self._weigh_single(batch, source)
+        normalizer, token_weight = num_items_in_batch, None
+        scale = 1
+        if self.args.average_tokens_across_devices:
+            scale = self.accelerator.num_processes // self.get_tp_size()
+        if weighed is not None:
+            token_weight, normalizer = weighed.token_weight, weighed.normalizer
+            scale = self.accelerator.num_processes
+        loss = self.loss(
+            source,
+            target,
+            token_weight=token_weight,
+            sample_ids=packed_index(batch, target),
+            normalizer=normalizer,
+            return_statistics=self.log_statistics,
+        )
+        if self.log_statistics:
+            loss, statistics = loss
+            self._record("train" if model.training else "eval", statistics, target)
+        if normalizer is not None:
+            # processes average their gradients, but the normaliser spans all of them
+            loss = loss * scale
+        loss = loss + self._router_loss(model, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _logits(self, model, inputs: Mapping[str, Any], make_logits: bool) -> tuple[Any, Any]:
+        """(logits or what stands for them (B, T, V), the model's outputs)."""
+        with self.accelerator.autocast():
+            if not make_logits:
+                return head_outputs(model, **inputs, use_cache=False)
+            outputs = model(**inputs, use_cache=False)
+            return outputs.logits, outputs
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        # the Trainer's own asks for outputs, and so for logits, even here
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    # weights
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        columns = [*self._signature_columns, *LOSS_COLUMNS]
+        self._signature_columns = list(dict.fromkeys(columns))
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batches) > 1:
+            batches = self._weigh_window([self._prepare_inputs(batch) for batch in batches])
+        return batches, num_items
+
+    def _weigh_window(self, batches: list[dict]) -> list[dict]:
+        """The micro-batches, each with its tokens' weights where they have any."""
+        window = [Samples.of(batch) for batch in batches]
+        losses = None
+        if self.sample_weights is not None:
+            self.model.train()
+            devices = [self.args.device] if self.args.device.type == "cuda" else []
+            # the same dropout as in the pass that is trained on
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                losses = torch.cat(
+                    [
+                        samples.losses(
+                            self._logits(
+                                self.model_wrapped, model_inputs(batch), self.head == "logits"
+                            )[0]
+                        )
+                        for samples, batch in zip(window, batches, strict=True)
+                    ]
+                )
+        weighed = self._weigh(window, losses)
+        if weighed is None:
+            return batches
+        return [{**batch, "weighed": w} for batch, w in zip(batches, weighed, strict=True)]
+
+    def _weigh_single(self, batch: Mapping[str, Tensor], source) -> Weighed | None:
+        """Of a step's only micro-batch: the pass that sample weights read is the trained one."""
+        samples, losses = Samples.of(batch), None
+        if self.sample_weights is not None:
+            with torch.no_grad():
+                losses = samples.losses(source)
+        weighed = self._weigh([samples], losses)
+        return None if weighed is None else weighed[0]
+
+    def _weigh(self, window: list[Samples], losses: Tensor | None) -> list[Weighed] | None:
+        given = any(samples.are_weighed for samples in window)
+        if self.task_weights is None and self.sample_weights is None and not given:
+            return None
+        weights = self.task_weights
+        if isinstance(weights, CoBa):
+            if weights.step is None and self.state.global_step:
+                raise RuntimeError("task_weights was never updated; add a CoBaCallback")
+            weights = weights.weights()
+        if weights is not None:
+            weights = weights.to(self.args.device)
+        group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
+        return weigh(
+            window,
+            losses=losses,
+            sample_weighting=self.sample_weights,
+            task_weights=weights,
+            group=group,
+        )
+
+    def _router_loss(self, model, outputs) -> Tensor | float:
+        """Of a mixture of experts: a mean per micro-batch, so averaged over those of a step."""
+        router_loss = getattr(outputs, "aux_loss", None)
+        if router_loss is None:
+            return 0.0
+        share = getattr(unwrapped(model).config.get_text_config(), "router_aux_loss_coef", 0.0)
+        steps = getattr(self, "current_gradient_accumulation_steps", 1) if model.training else 1
+        return share / steps * router_loss
+
+    # what is logged
+
+    def _record(self, mode: str, statistics: Any, target: Tensor) -> None:
+        hits = (statistics.argmax == target) & statistics.valid
+        sums = torch.stack([hits.sum(), statistics.entropy.sum(), statistics.valid.sum()]).double()
+        self._sums[mode] = self._sums.get(mode, 0) + sums
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        if mode in self._sums:
+            hits, entropy, number = self.accelerator.reduce(self._sums.pop(mode)).tolist()
+            prefix = "" if mode == "train" else "eval_"
+            logs[f"{prefix}mean_token_accuracy"] = hits / max(number, 1)
+            logs[f"{prefix}entropy"] = entropy / max(number, 1)
+        if mode == "train" and isinstance(self.task_weights, CoBa):
+            weights = self.task_weights.weights().tolist()
+            logs |= {f"task_weight_{i}": weight for i, weight in enumerate(weights)}
+        size = getattr(self.sample_weights, "effective_sample_size", None)
+        if mode == "train" and size is not None:
+            logs["effective_sample_size"] = size.item()
+        super().log(logs, start_time)
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model's forward takes of a batch: without labels it computes no loss of its own."""
+    not_for_it = (*LOSS_COLUMNS, "labels", "shift_labels", "weighed")
+    return {name: value for name, value in batch.items() if name not in not_for_it}
+
+
+# ----------------------------------------------------------------------------------- callbacks
+
+
+class SavedState(TrainerCallback):
+    """Keeps what a run depends on beside its checkpoints and reads it when one is resumed."""
+
+    def __init__(self, name: str, stateful: Any):
+        self.name = name
+        self.stateful = stateful
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step:
+            path = self._path(args, state)
+            self.stateful.load_state_dict(torch.load(path, map_location=args.device))
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.should_save:
+            torch.save(self.stateful.state_dict(), self._path(args, state))
+
+    def _path(self, args, state) -> str:
+        folder = f"checkpoint-{state.global_step}"
+        return os.path.join(args.output_dir, folder, f"{self.name}.pt")
+
+
+class CoBaCallback(SavedState):
+    """Measures the tasks' validation losses and tells them to CoBa: all of them before training,
+    then one batch after each step.
+
+    CoBa's state is saved with checkpoints, as coba.pt, and read when training resumes from one.
+
+    Args:
+        coba: as given to the trainer as `task_weights`. On several processes, with `group=` each
+            measures a part of the batches, and without it each measures all of them.
+        batches: with input_ids, labels and task_ids, such as a DataLoader that shuffles the tasks'
+            validation items; kept in memory and taken in turn.
+        every: steps between two updates.
+    """
+
+    def __init__(self, coba: CoBa, batches: Iterable[Mapping[str, Tensor]], every: int = 1):
+        super().__init__("coba", coba)
+        self.coba = coba
+        self.batches = [dict(batch) for batch in batches]
+        self.every = every
+        if not self.batches:
+            raise ValueError("batches is empty; it takes at least one batch of validation items")
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        super().on_train_begin(args, state, control)
+        if self.coba.step is None:
+            self._update(args, model, self._own(args), step=0)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every:
+            return
+        batches = self._own(args)
+        number = state.global_step // self.every - 1
+        self._update(args, model, [batches[number % len(batches)]], step=state.global_step)
+
+    def _own(self, args) -> list[dict]:
+        if self.coba.group is None:
+            return self.batches
+        if len(self.batches) < args.world_size:
+            raise ValueError(
+                f"batches has {len(self.batches)} batches; it takes at least one for each of the "
+                f"{args.world_size} processes"
+            )
+        return self.batches[args.process_index :: args.world_size]
+
+    def _update(self, args, model, batches: list[dict], step: int) -> None:
+        dtype = torch.bfloat16 if args.bf16 else torch.float16
+        with torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16):
+            losses, counts = task_losses(model, batches, self.coba.num_tasks, args.device)
+        self.coba.update(losses, step=step, counts=counts)
+
+
+@torch.no_grad()
+def task_losses(model, batches: Iterable[Mapping], num_tasks: int, device) -> tuple[Tensor, Tensor]:
+    """(cross-entropy per token of each task (K,), NaN without tokens; tokens (K,))."""
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(2, num_tasks, dtype=torch.float64, device=device)
+    for batch in batches:
+        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        samples = Samples.of(batch)
+        if samples.task is None:
+            raise ValueError(f"a batch has the columns {', '.join(batch)}; CoBa needs task_ids")
+        source = head_logits(model, **model_inputs(batch), use_cache=False)
+        log_prob = logit_statistics(source, samples.target).log_prob
+        sums = torch.zeros(2, samples.num_samples, dtype=torch.float64, device=device)
+        index = samples.index.reshape(-1)
+        sums[0].index_add_(0, index, -log_prob.reshape(-1).double())
+        sums[1] = samples.num_tokens(weighed=False)
+        totals.index_add_(1, samples.task, sums)
+    model.train(was_training)
+    return totals[0] / totals[1], totals[1]

@@ -99,6 +99,14 @@ def read(folder: Path, step: int) -> Checkpoint:
         raise Damaged(f"{MANIFEST} cannot be read") from None
 
 
+def peek(folder: Path, step: int) -> dict[str, Any]:
+    """The numbers of a checkpoint, unchecked; empty where they cannot be read."""
+    try:
+        return json.loads((folder / f"step-{step:08d}" / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def prune(folder: Path, keep: Iterable[int]) -> None:
     """Remove every checkpoint but those of these steps, and what a kill left half-written."""
     kept = {f"step-{step:08d}" for step in keep}

@@ -196,7 +196,7 @@ class TrainConfig:
     def resolved(self) -> TrainConfig:
         """The same settings with every default that depends on others filled in."""
         built_in = not self.data
-        if self.data and self.tasks != TrainConfig.tasks:
+        if self.data and self.tasks not in ((), TrainConfig.tasks):
             raise UserError("--tasks chooses built-in tasks; it does not go with --data")
         validation = self.validation_items
         warmup = self.coba_warmup or max(2, self.steps // 10)
@@ -384,6 +384,6 @@ def _number(value, kind: type):
     try:
         if isinstance(value, bool) or (kind is int and float(value) != int(float(value))):
             raise ValueError(takes)
-        return kind(float(value)) if kind is float else int(value)
+        return kind(float(value))
     except (TypeError, ValueError, OverflowError):
         raise ValueError(takes) from None

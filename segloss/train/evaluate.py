@@ -47,7 +47,10 @@ def evaluate(target: str, settings: dict[str, Any], json_path: str = "") -> None
     """
     if json_path and os.path.lexists(json_path):
         raise UserError(f"--json {json_path} exists already; remove it or give another name")
-    config = TrainConfig(**(_base(target) | settings)).resolved()
+    base = _base(target)
+    if {"data", "tasks"} & set(settings):  # other examples than the run's
+        base = {name: value for name, value in base.items() if name not in ("data", "tasks")}
+    config = TrainConfig(**(base | settings)).resolved()
     run = prepare(config, to_train=False)
     rows = []
     for task, result in evaluations(run, "evaluating"):

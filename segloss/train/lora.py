@@ -31,13 +31,15 @@ def attach(model: Any, config: TrainConfig) -> Any:
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=names,
     )
     with warnings.catch_warnings():
         # a head that shares the embedding's weight is given its own in `merge`
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+        # peft asks transformers by a name that is going out of use
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         try:
             adapted = get_peft_model(model, settings)
         except ValueError as error:

@@ -173,7 +173,8 @@ class Run:
         sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in self.model.parameters()]
         trained = sum(size for size, trains in sizes if trains)
         states = (self.config.keep + 1) * 3 * trained if self.config.save_every else 0
-        best = 2 * trained if self.config.patience else 0
+        bests = (self.config.keep if self.config.save_every else 0) + 2
+        best = bests * trained if self.config.patience else 0
         return int(1.1 * (sum(size for size, _ in sizes) + states + best))
 
     @property
@@ -491,6 +492,7 @@ class Fit:
                 if name.startswith("model.")
             }
             self._write(BEST, weights, {"step": step})
+            self._prune_best()
         if self.patience.exhausted:
             self.stopped = "patience"
 
@@ -515,6 +517,17 @@ class Fit:
         self._write(RESUME, self.trainer.tensors(), state)
         kept = checkpoint.steps(self.folder.path / RESUME)[-self.config.keep :]
         checkpoint.prune(self.folder.path / RESUME, kept)
+        self._prune_best()
+
+    def _prune_best(self) -> None:
+        """Keep the best weights so far, and those that were it at a checkpoint."""
+        from . import checkpoint
+
+        states = self.folder.path / RESUME
+        kept = {self.patience.best_step}
+        for step in checkpoint.steps(states):
+            kept.add(checkpoint.peek(states, step).get("patience", {}).get("best_step", 0))
+        checkpoint.prune(self.folder.path / BEST, kept)
 
     def _write(self, name: str, tensors: dict, state: dict) -> None:
         from . import checkpoint

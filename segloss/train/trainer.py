@@ -25,9 +25,7 @@ from .config import TrainConfig
 from .data import IGNORE, Encoded, TaskData, next_tokens, training_batch, training_order
 from .errors import UserError
 from .forward import logits_of, token_sums
-
-# how a histogram sorts sample weights, as multiples of an equal weight; see `Trainer._weight_row`
-WEIGHT_EDGES = [2.0 ** (k / 2) for k in range(-12, 13)]
+from .record import WEIGHT_EDGES
 
 
 @dataclass

@@ -35,19 +35,19 @@ class CoBa:
         DF       = min(1, n * softmax_s(-tau * n * A(s) / sum_s |A(s)|) at s = t),  A = max_i a_i
         weights  = DF * relative + (1 - DF) * absolute           # sum 1
 
-    Slopes count from step `warmup` on; before it all weights are 1 / K. The sum over s of `absolute`
-    is over a task's `n_i` slopes in the last `history` updates, that of DF over the `n` of the last
-    `divergence_window` updates, which for any shorter run is all of them, as in the paper: the
-    exponents change with n, so that no running sum would be exact. With constant losses the scores
-    are uniform. A task with fewer than two values in the window has no slope and weighs 1 / K; the
-    others share the rest by the formula for them alone.
+    Slopes count from step `warmup` on; before it all weights are 1 / K. The sum over s in
+    `absolute` runs over a task's `n_i` slopes in the last `history` updates. That in DF runs over
+    the `n` of the last `divergence_window` updates, in any shorter run over all of them, as in the
+    paper: the exponents change with n, so that no running sum would be exact. Constant losses give
+    uniform scores. A task with fewer than two values in the window has no slope and weighs 1 / K;
+    the others share the rest by the formula for them alone.
 
     `mode="published"` computes what the authors' code (MFTCoder) does with an update interval of 1:
     A is the slope of the largest ratio, DF is not capped, `absolute` looks at the last
-    `history - warmup + 1` slopes, missing values close ranks on the time axis, fewer than two values
-    are a slope of 0, and the weights are `softmax(K * weights)`, of which, if any is below
-    1 / (10 K), 0.9 parts are kept and 1 / (10 K) added. Where that code divides 0 by 0 or fails, the
-    scores are uniform, and at least one slope is looked at.
+    `history - warmup + 1` slopes, missing values close ranks on the time axis, fewer than two
+    values are a slope of 0, and the weights are `softmax(K * weights)`, or, if any of these is
+    below 1 / (10 K), 0.9 times that plus 1 / (10 K). Where that code divides 0 by 0, scores are
+    uniform; where it is left without a slope, it gets the last one.
 
     Everything stays on the losses' device and nothing is read back: no synchronisation.
 
@@ -182,9 +182,8 @@ class CoBa:
     # checkpoints
 
     def state_dict(self) -> dict:
-        """Copies of everything a run needs to go on as if it had not stopped: tensors and numbers."""
-        state = {name: value for name, value in self._settings().items()}
-        state |= {
+        """Copies of all that a run needs to go on as if it had not stopped: tensors, numbers."""
+        state = self._settings() | {
             "updates": self._updates,
             "step": self._step,
             "float64": self._dtype == torch.float64,
@@ -208,7 +207,10 @@ class CoBa:
         dtype = widest(device)
         if self._updates:
             self._last = TaskWeights(
-                *(state[f"last_{name}"].to(device, dtype, copy=True) for name in TaskWeights._fields)
+                *(
+                    state[f"last_{name}"].to(device, dtype, copy=True)
+                    for name in TaskWeights._fields
+                )
             )
         else:
             self._last = None

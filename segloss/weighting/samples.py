@@ -146,8 +146,8 @@ class SampleWeighting:
     | `rank` | | no softmax: one band of the ranks, uniform in it |
 
     `rank` sorts by falling loss, takes bands of `fraction` of the samples and keeps number `band`:
-    0 the hardest, 1 the next and so on. Samples of equal loss share their ranks, so that the weights
-    do not depend on the order.
+    0 the hardest, 1 the next and so on. Samples of equal loss share their ranks, so that their
+    order does not matter.
 
     The batch is whatever is passed: pass the losses of the whole accumulated batch, from a first
     pass without gradients; with `group` those of all ranks count.
@@ -223,7 +223,7 @@ class SampleWeighting:
         valid: Tensor | None = None,
         num_samples: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`losses = sample_losses(...)` and their weights, both (B,) and detached, in one launch."""
+        """`sample_losses(...)` and the weights of these, both (B,) and detached, in one launch."""
         if self.group is not None:
             losses = sample_losses(log_prob, sample_ids, valid=valid, num_samples=num_samples)
             return losses.detach(), self(losses)
@@ -289,7 +289,7 @@ def token_weights(
     | nothing | mean over tokens | 1 / sum n |
     | `sample_weights` | sum_b w_b l_b | w_b / n_b |
     | `task_weights` | sum_i omega_i (mean over task i's tokens) | omega_i / (sum of n in i) |
-    | both | sum_i omega_i (sum of w_b l_b in i) / (sum of w_b in i) | omega_i w_b / (n_b sum of w) |
+    | both | sum_i omega_i (sum of w_b l_b in i) / (sum of w_b in i) | omega_i w_b / n_b / sum w |
 
     The denominators run over all samples passed, and with `group` over those of all ranks, whatever
     micro-batch they end up in: micro-batches' losses add up, and one that holds a single task is

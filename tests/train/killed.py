@@ -7,6 +7,7 @@ resumed: at POINTS moments spread evenly over all of a run's file operations and
 Every run is a fork of this process, so that the imports are paid for once.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -60,10 +61,9 @@ def run(arguments, log, prepare=lambda: None):
 
 def main():
     import torch
-    import transformers  # noqa: F401
 
-    import segloss.train.run
-    import segloss.train.trainer  # noqa: F401
+    for name in ("matplotlib.backends.backend_agg", "peft", "transformers.models.llama", "run"):
+        importlib.import_module(f"segloss.train.{name}" if name == "run" else name)
 
     torch.set_num_threads(1)
     root, points, arguments = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]

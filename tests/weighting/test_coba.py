@@ -1,4 +1,4 @@
-"""CoBa against formulas written out naively from its docstring, and what must hold of any weights."""
+"""CoBa against its formulas written out naively, and what must hold of any weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def ratios_of(losses):
         for i, loss in enumerate(row):
             if not math.isnan(loss):
                 first.setdefault(i, loss)
-        rows.append([loss / first[i] if not math.isnan(loss) else None for i, loss in enumerate(row)])
+        rows.append(
+            [loss / first[i] if not math.isnan(loss) else None for i, loss in enumerate(row)]
+        )
     return rows
 
 
@@ -64,8 +66,10 @@ def paper_weights(steps, losses, warmup, history, tau, window):
             known = [i for i in range(num_tasks) if now[i] is not None]
             largest.append(max((now[i] for i in known), default=None))
             if known:
-                weights[known] = len(known) / num_tasks * np.array(
-                    paper_step(slopes[-history:], largest[-window:], known, tau)
+                weights[known] = (
+                    len(known)
+                    / num_tasks
+                    * np.array(paper_step(slopes[-history:], largest[-window:], known, tau))
                 )
         every.append(weights)
     return every
@@ -223,9 +227,14 @@ def test_the_first_weights_are_the_relative_scores():
 @both_modes
 def test_equal_slopes_and_constant_losses_are_uniform(mode):
     line = 1 - 0.01 * torch.arange(30, dtype=torch.float64)
-    for column in (line, torch.full_like(line, 0.87), torch.full_like(line, 1 / 3)):
-        coba = trained(column[:, None] * torch.tensor([1.0, 2.0, 0.3]).double(), mode=mode)
-        assert_near(coba.weights(), torch.full((3,), 1 / 3, dtype=torch.float64))
+    coba = trained(line[:, None] * torch.tensor([1.0, 2.0, 0.3]).double(), mode=mode)
+    assert_near(coba.weights(), torch.full((3,), 1 / 3, dtype=torch.float64))
+    # constants at uneven times: no slope may come of rounding
+    constant = torch.tensor([0.87, 1 / 3, 2.1], dtype=torch.float64).expand(30, 3)
+    steps = [t * t * t for t in range(1, 31)]
+    coba = trained(constant, steps, history=13, mode=mode, baseline=torch.tensor([3.0, 7.0, 0.9]))
+    assert torch.equal(coba.slopes, torch.zeros(3).double())
+    assert_near(coba.weights(), torch.full((3,), 1 / 3, dtype=torch.float64))
 
 
 def test_slow_tasks_gain_and_diverging_ones_lose():
@@ -321,6 +330,17 @@ def test_state_survives_a_file(tmp_path):
     assert resumed.divergence_factor == whole.divergence_factor
 
 
+@both_modes
+def test_nothing_is_read_back_from_the_device(mode, no_synchronisation):
+    losses = smooth()
+    with no_synchronisation:
+        coba = trained(losses, mode=mode)
+        coba.update(losses[-1], counts=torch.ones(3))
+        assert coba.weights().shape == (3,)
+    with pytest.raises(AssertionError, match="reads a value back"), no_synchronisation:
+        float(coba.weights()[0])
+
+
 def test_a_state_is_a_copy():
     losses = smooth()
     coba = trained(losses[:20])
@@ -349,7 +369,7 @@ def test_wrong_arguments_are_named():
         with pytest.raises(error, match=text):
             make_one(**options)
     coba = make_one()
-    with pytest.raises(TypeError, match="losses is a torch.int64"):
+    with pytest.raises(TypeError, match=r"losses is a torch\.int64"):
         coba.update(torch.ones(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"losses has shape \(3,\); it takes \(2,\)"):
         coba.update(torch.ones(3))

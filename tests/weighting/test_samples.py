@@ -26,14 +26,14 @@ def naive_weights(losses, scheme, temperature, fraction, band):
     weights = np.zeros(len(losses))
     if not there:
         return weights
-    l = np.array([losses[i] for i in there])
+    own = np.array([losses[i] for i in there])
     if scheme == "rank":
-        weights[there] = naive_band(l, fraction, band)
+        weights[there] = naive_band(own, fraction, band)
         return weights
-    span = l.max() - l.min()
-    h = (2 * l - l.max() - l.min()) / span if span else np.zeros(len(l))
+    span = own.max() - own.min()
+    h = (2 * own - own.max() - own.min()) / span if span else np.zeros(len(own))
     f = {
-        "irdro": l - l.max(),
+        "irdro": own - own.max(),
         "linupper": np.minimum(h + 1, 1),
         "quadratic": 1 - h**2,
         "extremes": np.abs(h),
@@ -43,14 +43,14 @@ def naive_weights(losses, scheme, temperature, fraction, band):
     return weights
 
 
-def naive_band(l, fraction, band):
+def naive_band(own, fraction, band):
     """Sort, cut out the band, and share it among equal losses."""
-    order = np.argsort(-l, kind="stable")
-    capacity = min(max(1, int(fraction * len(l))), len(l))
-    low = min(int(band * capacity), len(l) - capacity)
-    in_band = np.zeros(len(l))
+    order = np.argsort(-own, kind="stable")
+    capacity = min(max(1, int(fraction * len(own))), len(own))
+    low = min(int(band * capacity), len(own) - capacity)
+    in_band = np.zeros(len(own))
     in_band[order[low : low + capacity]] = 1 / capacity
-    return np.array([in_band[l == value].mean() for value in l])
+    return np.array([in_band[own == value].mean() for value in own])
 
 
 def random_losses(seed):
@@ -189,6 +189,15 @@ def test_bounded_schemes_bound_the_ratio_of_weights(scheme):
         assert weights.max() / weights.min() <= math.exp(1 / temperature) * (1 + 1e-12)
 
 
+def test_nothing_is_read_back_from_the_device(no_synchronisation):
+    weighting = segloss.SampleWeighting()
+    log_prob, valid = -torch.rand(8, 5), torch.rand(8, 5) < 0.8
+    with no_synchronisation:
+        weighting(segloss.sample_losses(log_prob, valid=valid))
+        weighting.from_tokens(log_prob, valid=valid)
+        assert weighting.effective_sample_size.shape == ()
+
+
 # -------------------------------------------------------------------------------- the object
 
 
@@ -269,7 +278,9 @@ def test_losses_of_rows_and_of_packed_tokens_are_the_same():
     ids = torch.arange(4)[:, None].expand(4, 9)
     ids = torch.where(valid, ids, -1)  # of no sample
     assert torch.equal(rows, segloss.sample_losses(log_prob.flatten(), ids.flatten()))
-    assert_near(rows, naive_losses(log_prob.flatten(), ids.flatten(), valid.flatten(), range(4)), 1e-6)
+    assert_near(
+        rows, naive_losses(log_prob.flatten(), ids.flatten(), valid.flatten(), range(4)), 1e-6
+    )
 
 
 def test_gradient_of_the_losses():

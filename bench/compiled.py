@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
+from unittest.mock import patch
 
-import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -60,16 +60,18 @@ def compiling_for(target: str) -> Iterator[dict[JITFunction, list[CompiledKernel
         with one_at_a_time:  # CPython 3.11 fails when two threads build a syntax tree
             return parse(function)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, pytest.MonkeyPatch.context() as patch:
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
         # what users of a GPU get by default today; Triton 3.10 changes its default
-        patch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-        patch.setattr(triton.runtime.driver, "_active", AbsentDevice(target))
-        patch.setattr(JITFunction, "run", compile_only)
-        patch.setattr(JITCallable, "parse", parse_alone)
-        with triton.AsyncCompileMode(pool):
-            yield compiled
+        patch.dict(os.environ, TRITON_DEFAULT_FP_FUSION="1"),
+        patch.object(triton.runtime.driver, "_active", AbsentDevice(target)),
+        patch.object(JITFunction, "run", compile_only),
+        patch.object(JITCallable, "parse", parse_alone),
+        triton.AsyncCompileMode(pool),
+    ):
+        yield compiled
     for versions in compiled.values():
-        versions[:] = [getattr(version, "kernel", version) for version in versions]
+        versions[:] = [v if isinstance(v, CompiledKernel) else v.kernel for v in versions]
 
 
 @dataclass(frozen=True)
@@ -109,23 +111,68 @@ def _cubin_tool(tool: str, *options: str, kernel: CompiledKernel) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+# ------------------------------------------------------------------------------------- loops
+
+
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop of a kernel's NVIDIA machine code: what one thread does in one pass."""
+    """An innermost loop of a kernel's machine code: what one thread does in one pass."""
 
     instructions: int
+    special: int  # of them exponentials, reciprocals and the like, which have a slower unit
     bytes_read: int  # from global memory
     bytes_written: int
 
 
 def loops(kernel: CompiledKernel) -> list[Loop]:
+    assembly = kernel.asm.get("amdgcn")
+    if assembly is None:
+        return _loops(_cubin_tool("nvdisasm", "-c", kernel=kernel).splitlines(), NVIDIA)
+    return _loops(assembly.splitlines(), AMD)
+
+
+@dataclass(frozen=True)
+class Syntax:
+    """How to read one vendor's assembly."""
+
+    label: str
+    instruction: str
+    jump: str  # group 1 the label
+    special: str
+    read: str
+    write: str
+    widths: dict[str, int]  # bytes by part of the mnemonic; 4 without any
+
+
+NVIDIA = Syntax(
+    label=r"\s*(\.L_x_\d+):",
+    instruction=r"\s*/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?(.*?)\s*;",
+    jump=r"BRA.*`\((\.L_x_\d+)\)",
+    special=r"MUFU",
+    read=r"LDG",
+    write=r"STG",
+    widths={"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16},
+)
+AMD = Syntax(
+    label=r"(\.LBB\d+_\d+):",
+    instruction=r"\t([a-z]\w+(?:\s.*)?)$",
+    jump=r"s_c?branch\w*\s+(\.LBB\d+_\d+)",
+    special=r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_",
+    read=r"(global|buffer|flat)_load",
+    write=r"(global|buffer|flat)_store",
+    widths={"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2}
+    | {"dwordx2": 8, "dwordx3": 12, "dwordx4": 16},
+)
+
+
+def _loops(lines: list[str], syntax: Syntax) -> list[Loop]:
     code, first_of, spans = [], {}, []
-    for line in _cubin_tool("nvdisasm", "-c", kernel=kernel).splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
+    for line in lines:
+        if label := re.match(syntax.label, line):
             first_of[label.group(1)] = len(code)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?(.*?)\s*;", line):
+        elif instruction := re.match(syntax.instruction, line):
             code.append(instruction.group(1))
-            jump = re.match(r"BRA.*`\((\.L_x_\d+)\)", code[-1])
+            jump = re.match(syntax.jump, code[-1])
             if jump and jump.group(1) in first_of:  # backwards
                 spans.append((first_of[jump.group(1)], len(code)))
     # a jump to itself pads the end of the code
@@ -135,13 +182,41 @@ def loops(kernel: CompiledKernel) -> list[Loop]:
         for first, last in spans
         if not any((a, b) != (first, last) and first <= a and b <= last for a, b in spans)
     ]
-    return [
-        Loop(last - first, _bytes("LDG", code[first:last]), _bytes("STG", code[first:last]))
-        for first, last in innermost
-    ]
+    return [_loop(code[a:b], syntax) for a, b in innermost]
 
 
-def _bytes(operation: str, code: list[str]) -> int:
-    width = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
-    operands = [line.split()[0].split(".") for line in code if line.startswith(operation)]
-    return sum(next((width[part] for part in parts if part in width), 4) for parts in operands)
+def _loop(code: list[str], syntax: Syntax) -> Loop:
+    def bytes_of(operation: str) -> int:
+        names = [re.split(r"[._]", op.split()[0]) for op in code if re.match(operation, op)]
+        widths = syntax.widths
+        return sum(next((widths[part] for part in name if part in widths), 4) for name in names)
+
+    return Loop(
+        len(code),
+        sum(re.match(syntax.special, op) is not None for op in code),
+        bytes_of(syntax.read),
+        bytes_of(syntax.write),
+    )
+
+
+def main_loop(kernel: CompiledKernel) -> Loop | None:
+    """The loop over the logits, None if there is none.
+
+    Of a kernel with one for whole tiles and one for the rest of a row, the former: it does as much
+    in fewer instructions, and is where time goes.
+    """
+    reading = [loop for loop in loops(kernel) if loop.bytes_read]
+    most = max((loop.bytes_read for loop in reading), default=0)
+    longest = [loop for loop in reading if loop.bytes_read == most]
+    return min(longest, key=lambda loop: loop.instructions, default=None)
+
+
+def options(kernel: CompiledKernel) -> dict:
+    """The dtype of the logits and the constants that a kernel was compiled with."""
+    names = list(kernel.src.signature)
+    constants = {names[place]: value for (place, *_), value in kernel.src.constants.items()}
+    return {"logits": kernel.src.signature.get("logits", "")} | constants
+
+
+def threads(kernel: CompiledKernel) -> int:
+    return kernel.metadata.num_warps * kernel.metadata.target.warp_size

@@ -1,0 +1,144 @@
+"""A tiny model, a few sequences, and what training on full logits in plain PyTorch does to it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+import segloss
+from segloss import reference
+
+V = 61
+LR = 0.5
+
+
+def tiny_model(**options):
+    """A Llama in float64, the same each time: accumulation then differs by rounding only."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **options)).double()
+
+
+def tiny_rows(count: int = 8) -> list[dict]:
+    """Sequences of one length, their prompts of several: micro-batches with unequal tokens."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(1, V, (count, 9), generator=generator)
+    prompt = torch.tensor([[1], [6], [3], [4], [7], [2], [5], [5]])[:count]
+    labels = rows.masked_fill(torch.arange(9) < prompt, -100)
+    return [
+        {"input_ids": x.tolist(), "labels": y.tolist(), "task_ids": i % 3}
+        for i, (x, y) in enumerate(zip(rows, labels, strict=True))
+    ]
+
+
+def plain_batch(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input ids, next tokens), both (B, T)."""
+    ids, labels = (torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels"))
+    return ids, F.pad(labels, (0, 1), value=-100)[:, 1:]
+
+
+def token_nll(logits, target):
+    """(B, T) cross-entropy, 0 where there is none."""
+    return F.cross_entropy(logits.transpose(1, 2), target, reduction="none", ignore_index=-100)
+
+
+def plain_cross_entropy(logits, target):
+    return token_nll(logits, target).sum() / (target != -100).sum()
+
+
+def plain_focal(logits, target):
+    nll = token_nll(logits, target)
+    return ((1 - torch.exp(-nll)) ** 2 * nll).sum() / (target != -100).sum()
+
+
+def plain_with_lovasz(logits, target):
+    """0.6 cross-entropy + 0.4 Lovász-Softmax, the latter by sorting every column."""
+    lovasz = reference.lovasz_softmax(logits, target)
+    return 0.6 * plain_cross_entropy(logits, target) + 0.4 * lovasz
+
+
+# ours, and the same on full logits
+PAIRS = {
+    "cross-entropy": (segloss.CrossEntropyLoss(), plain_cross_entropy),
+    "focal": (segloss.FocalLoss(), plain_focal),
+    "0.6 ce + 0.4 lovasz": (
+        0.6 * segloss.CrossEntropyLoss() + 0.4 * segloss.LovaszSoftmaxLoss(),
+        plain_with_lovasz,
+    ),
+}
+
+
+def gradients(model) -> torch.Tensor:
+    parts = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+    return torch.cat(parts).clone()
+
+
+def plain_training(model, rows: list[dict], loss, steps: int = 2, before_step=None):
+    """[(loss, gradients)] of steps of SGD over consecutive parts of the rows."""
+    found = []
+    size = len(rows) // steps
+    for step in range(steps):
+        model.zero_grad()
+        ids, target = plain_batch(rows[step * size : (step + 1) * size])
+        value = loss(model(input_ids=ids).logits, target)
+        value.backward()
+        found.append((value.item(), gradients(model)))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter -= LR * parameter.grad
+    return found
+
+
+def training_arguments(folder, accumulation: int = 1, arguments_class=None, **options):
+    """Two steps of plain SGD over eight rows, in their order."""
+    from transformers import TrainingArguments
+
+    settings = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "per_device_eval_batch_size": 4,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": LR,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    return (arguments_class or TrainingArguments)(str(folder), **(settings | options))
+
+
+def watch(trainer) -> list:
+    """Train; [(loss, gradients)] of every step."""
+    from transformers import TrainerCallback
+
+    found: list = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            found.append([None, gradients(model)])
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                found[-1][0] = logs["loss"]
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    return found
+
+
+def assert_same_steps(ours, theirs, tolerance: float = 1e-9):
+    """The losses too, which a Trainer sums up in float32."""
+    assert len(ours) == len(theirs) == 2
+    for (value, grad), (expected, expected_grad) in zip(ours, theirs, strict=True):
+        assert abs(value - expected) <= 1e-6 * abs(expected)
+        error = (grad - expected_grad).norm() / expected_grad.norm()
+        assert error <= tolerance

@@ -1,0 +1,475 @@
+"""Losses in transformers' own `Trainer`, against plain PyTorch on full logits."""
+
+import pytest
+import torch
+from integration_helpers import (
+    PAIRS,
+    V,
+    assert_same_steps,
+    gradients,
+    plain_batch,
+    plain_cross_entropy,
+    plain_training,
+    tiny_model,
+    tiny_rows,
+    token_nll,
+    training_arguments,
+    watch,
+)
+
+import segloss
+
+transformers = pytest.importorskip("transformers")
+from segloss.integrations.transformers import (  # noqa: E402  (needs transformers)
+    CoBaCallback,
+    LossMixin,
+    compute_loss_func,
+    set_loss_function,
+)
+
+# of the libraries, on a machine without an accelerator
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+
+
+class LossTrainer(LossMixin, transformers.Trainer):
+    pass
+
+
+def trainer(tmp_path, model=None, accumulation=1, trainer_class=LossTrainer, rows=None, **options):
+    names = {"remove_unused_columns", "save_strategy", "save_steps", "max_steps", "bf16"}
+    arguments = {key: options.pop(key) for key in names & options.keys()}
+    return trainer_class(
+        model=tiny_model() if model is None else model,
+        args=training_arguments(tmp_path, accumulation, **arguments),
+        train_dataset=tiny_rows() if rows is None else rows,
+        **options,
+    )
+
+
+# -------------------------------------------------------------------- loss and gradients
+
+
+@pytest.mark.parametrize("head", ["fused", "logits"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_mixin(name, head, tmp_path):
+    ours, plain = PAIRS[name]
+    found = watch(trainer(tmp_path, loss=ours, head=head))
+    assert_same_steps(found, plain_training(tiny_model(), tiny_rows(), plain))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_compute_loss_func(name, tmp_path):
+    ours, plain = PAIRS[name]
+    options = {"trainer_class": transformers.Trainer, "compute_loss_func": compute_loss_func(ours)}
+    found = watch(trainer(tmp_path, rows=without_tasks(), **options))
+    assert_same_steps(found, plain_training(tiny_model(), tiny_rows(), plain))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_set_loss_function(name, tmp_path):
+    ours, plain = PAIRS[name]
+    model = tiny_model()
+    set_loss_function(model, ours)
+    options = {"trainer_class": transformers.Trainer, "rows": without_tasks()}
+    found = watch(trainer(tmp_path, model=model, **options))
+    assert_same_steps(found, plain_training(tiny_model(), tiny_rows(), plain))
+
+
+def without_tasks():
+    return [{key: row[key] for key in ("input_ids", "labels")} for row in tiny_rows()]
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "focal"])
+@pytest.mark.parametrize("way", ["mixin", "compute_loss_func", "set_loss_function"])
+def test_accumulation_changes_nothing(name, way, tmp_path):
+    """The label counts of the micro-batches differ, so a mean of means would show."""
+    ours, plain = PAIRS[name]
+    model, options = tiny_model(), {"rows": without_tasks(), "trainer_class": transformers.Trainer}
+    if way == "mixin":
+        options |= {"trainer_class": LossTrainer, "loss": ours}
+    elif way == "compute_loss_func":
+        options["compute_loss_func"] = compute_loss_func(ours)
+    else:
+        set_loss_function(model, ours)
+    found = watch(trainer(tmp_path, model=model, accumulation=4, **options))
+    assert_same_steps(found, plain_training(tiny_model(), tiny_rows(), plain))
+
+
+def test_default_is_cross_entropy_with_the_arguments_smoothing(tmp_path):
+    arguments = training_arguments(tmp_path, label_smoothing_factor=0.1)
+    ours = LossTrainer(model=tiny_model(), args=arguments, train_dataset=tiny_rows())
+
+    def smoothed(logits, target):
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), target.flatten(), label_smoothing=0.1
+        )
+
+    assert_same_steps(watch(ours), plain_training(tiny_model(), tiny_rows(), smoothed))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # from peft
+def test_lora_on_the_head(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def model():
+        config = peft.LoraConfig(
+            r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "lm_head"]
+        )
+        torch.manual_seed(0)
+        model = peft.get_peft_model(tiny_model(), config).double()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero at first, which would leave A without a gradient
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model
+
+    found = watch(trainer(tmp_path, model=model(), loss=segloss.FocalLoss()))
+    assert_same_steps(found, plain_training(model(), tiny_rows(), PAIRS["focal"][1]))
+
+
+def test_router_loss_is_added(tmp_path):
+    """A mixture of experts trains as transformers trains it; accumulated, the router losses of the
+    micro-batches are averaged."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2,
+        output_router_logits=True, router_aux_loss_coef=0.5, pad_token_id=0,
+        experts_implementation="eager",  # the grouped one takes no float64
+    )  # fmt: skip
+    state = transformers.MixtralForCausalLM(config).double().state_dict()
+
+    def model():
+        model = transformers.MixtralForCausalLM(config).double()
+        model.load_state_dict(state)
+        return model
+
+    rows = tiny_rows()
+    ours = watch(trainer(tmp_path, model=model()))
+    plain = model()
+    own = watch(trainer(tmp_path, plain, trainer_class=transformers.Trainer, rows=without_tasks()))
+    for (value, grad), (expected, expected_grad) in zip(ours, own, strict=True):
+        assert value == pytest.approx(expected, rel=1e-6)
+        # transformers' own loss is of float32 logits
+        assert (grad - expected_grad).norm() <= 1e-6 * expected_grad.norm()
+
+    plain = model()
+    ids, target = plain_batch(rows[:4])
+    value = plain_cross_entropy(plain(input_ids=ids).logits, target)
+    value += sum(0.5 * plain(input_ids=ids[i : i + 1]).aux_loss for i in range(4)) / 4
+    found = watch(trainer(tmp_path, model=model(), accumulation=4))
+    assert found[0][0] == pytest.approx(value.item(), rel=1e-6)
+
+
+# --------------------------------------------------------------- weights of tasks and samples
+
+
+def weighed(weights):
+    """The plain loss under token weights (B, T) of each step, which makes them from its nll."""
+
+    def loss(logits, target):
+        nll = token_nll(logits, target)
+        return (weights(nll.detach(), target != -100) * nll).sum()
+
+    return loss
+
+
+def sample_means(nll, valid):
+    return (nll * valid).sum(1) / valid.sum(1)
+
+
+def irdro(temperature):
+    def weights(nll, valid):
+        share = torch.softmax(sample_means(nll, valid) / temperature, 0) / valid.sum(1)
+        return share[:, None] * valid
+
+    return weights
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_sample_weighting(accumulation, tmp_path):
+    """IR-DRO over the samples of the whole accumulated batch."""
+    weighting = segloss.SampleWeighting("irdro", temperature=0.05)
+    ours = trainer(tmp_path, accumulation=accumulation, sample_weights=weighting)
+    found = watch(ours)
+    assert_same_steps(found, plain_training(tiny_model(), tiny_rows(), weighed(irdro(0.05))))
+    assert 1 < ours.state.log_history[0]["effective_sample_size"] < 4
+
+
+def test_first_pass_has_the_dropout_of_the_second(tmp_path, monkeypatch):
+    """Else a sample's weight would be of another network than its gradient."""
+    read, trained = [], []
+    call = segloss.SampleWeighting.__call__
+    monkeypatch.setattr(
+        segloss.SampleWeighting,
+        "__call__",
+        lambda self, losses: call(self, read.append(losses) or losses),
+    )
+    model = tiny_model(attention_dropout=0.5)
+    ours = trainer(tmp_path, model, 2, max_steps=1, sample_weights=segloss.SampleWeighting())
+
+    def record(mode, statistics, target):
+        valid = target != -100
+        trained.append(-(statistics.log_prob * valid).sum(1) / valid.sum(1))
+
+    ours._record = record
+    ours.train()
+    torch.testing.assert_close(read[0], torch.cat(trained))
+
+
+TASK_WEIGHTS = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+
+
+def by_task(step_rows, omega, share=None):
+    """Token weights omega_i / (tokens of task i), or samples' shares within their task."""
+    task = torch.tensor([row["task_ids"] for row in step_rows])
+
+    def weights(nll, valid):
+        n = valid.sum(1).double()
+        per_sample = n if share is None else torch.softmax(sample_means(nll, valid) / share, 0)
+        total = torch.stack([per_sample[task == i].sum() for i in range(3)])
+        return (omega[task] * per_sample / (n * total[task]))[:, None] * valid
+
+    return weights
+
+
+@pytest.mark.parametrize("share", [None, 0.05], ids=["tasks", "tasks and samples"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_task_weights(accumulation, share, tmp_path):
+    """With accumulation 4 a micro-batch holds a single task and is still scaled by its weight."""
+    weighting = None if share is None else segloss.SampleWeighting("irdro", temperature=share)
+    ours = trainer(
+        tmp_path, accumulation=accumulation, task_weights=TASK_WEIGHTS, sample_weights=weighting
+    )
+    found = watch(ours)
+    model, expected = tiny_model(), []
+    for start in (0, 4):
+        rows = tiny_rows()[start : start + 4]
+        loss = weighed(by_task(rows, TASK_WEIGHTS, share))
+        expected += plain_training(model, rows, loss, steps=1)
+    assert_same_steps(found, expected)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_columns_of_weights(accumulation, tmp_path):
+    """sample_weights weigh the samples' means, token_weight the tokens' one mean."""
+    generator = torch.Generator().manual_seed(3)
+    per_sample = torch.rand(8, generator=generator, dtype=torch.float64) + 0.1
+    per_token = torch.rand(8, 9, generator=generator, dtype=torch.float64)
+
+    def rows(name, values):
+        return [row | {name: values[i].tolist()} for i, row in enumerate(tiny_rows())]
+
+    found = watch(trainer(tmp_path, None, accumulation, rows=rows("sample_weights", per_sample)))
+    model, expected = tiny_model(), []
+    for part in (slice(0, 4), slice(4, 8)):
+        share = per_sample[part] / per_sample[part].sum()
+        loss = weighed(lambda nll, valid, w=share: (w / valid.sum(1))[:, None] * valid)
+        expected += plain_training(model, tiny_rows()[part], loss, steps=1)
+    assert_same_steps(found, expected, 1e-6)  # default_data_collator makes float32 of floats
+
+    found = watch(trainer(tmp_path, None, accumulation, rows=rows("token_weight", per_token)))
+    model, expected = tiny_model(), []
+    for part in (slice(0, 4), slice(4, 8)):
+        # a token's weight stands where the token does, its prediction one place before
+        shifted = torch.cat([per_token[part, 1:], torch.zeros(4, 1)], 1)
+        loss = weighed(lambda nll, valid, w=shifted: w * valid / (w * valid).sum())
+        expected += plain_training(model, tiny_rows()[part], loss, steps=1)
+    assert_same_steps(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("told_by", ["sample_ids", "position_ids"])
+def test_packed_rows(told_by, tmp_path):
+    """Two sequences in one row weigh as they do in two, whatever tells them apart."""
+    rows = tiny_rows()
+    packed = []
+    for i, (one, two) in enumerate(zip(rows[::2], rows[1::2], strict=True)):
+        row = {key: one[key] + two[key] for key in ("input_ids", "labels")}
+        row["labels"][9] = -100  # across the seam
+        row["position_ids"] = [*range(9), *range(9)]
+        if told_by == "sample_ids":
+            row["sample_ids"] = [40 - i] * 9 + [i] * 9
+        packed.append(row)
+    weighting = segloss.SampleWeighting("irdro", temperature=0.05)
+    model = tiny_model(attn_implementation="eager")
+    ours = trainer(tmp_path, model, 2, rows=packed, sample_weights=weighting, max_steps=1)
+    found = watch(ours)
+
+    plain = tiny_model(attn_implementation="eager")
+    ids, target = plain_batch(packed)
+    positions = torch.tensor([row["position_ids"] for row in packed])
+    logits = plain(input_ids=ids, position_ids=positions, use_cache=False).logits
+    split = [x.unflatten(1, (2, 9)).flatten(0, 1) for x in (logits, target)]
+    value = weighed(irdro(0.05))(*split)
+    value.backward()
+    assert found[0][0] == pytest.approx(value.item(), rel=1e-6)
+    assert (found[0][1] - gradients(plain)).norm() <= 1e-9 * gradients(plain).norm()
+
+
+# ----------------------------------------------------------------------------------- callbacks
+
+
+def validation_batches():
+    rows = tiny_rows()[2:8]
+    for part in (rows[:2], rows[2:4], rows[4:]):
+        yield {key: torch.tensor([row[key] for row in part]) for key in part[0]}
+
+
+def coba():
+    return segloss.CoBa(3, warmup=1, history=3)
+
+
+def test_coba_callback(tmp_path):
+    """The losses it is told are those of full logits; the weights reach the next step."""
+    ours = trainer(tmp_path, task_weights=(balancer := coba()), loss=segloss.CrossEntropyLoss())
+    told, used = [], []
+    update = balancer.update
+
+    def keep(losses, step, counts):
+        told.append((step, losses, counts))
+        update(losses, step=step, counts=counts)
+
+    balancer.update = keep
+    own = ours._weigh
+
+    def watch_weights(window, losses):
+        used.append(balancer.weights())
+        return own(window, losses)
+
+    ours._weigh = watch_weights
+    ours.add_callback(CoBaCallback(balancer, validation_batches()))
+    found = watch(ours)
+
+    def losses_of(model, batches):
+        totals = torch.zeros(2, 3, dtype=torch.float64)
+        for batch in batches:
+            ids, labels = batch["input_ids"], batch["labels"]
+            target = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+            nll = token_nll(model(input_ids=ids).logits, target).detach()
+            for i, task in enumerate(batch["task_ids"]):
+                totals[:, task] += torch.stack([nll[i].sum(), (target[i] != -100).sum()])
+        return totals[0] / totals[1], totals[1]
+
+    model, expected, batches = tiny_model(), [], list(validation_batches())
+    mirror = coba()
+    for step in range(3):
+        losses, counts = losses_of(model, batches if step == 0 else batches[step - 1 : step])
+        assert told[step][0] == step
+        torch.testing.assert_close(told[step][1], losses, equal_nan=True)
+        torch.testing.assert_close(told[step][2], counts)
+        mirror.update(losses, step=step, counts=counts)
+        if step < 2:
+            torch.testing.assert_close(used[step], mirror.weights())
+            rows = tiny_rows()[4 * step : 4 * step + 4]
+            loss = weighed(by_task(rows, mirror.weights().double()))
+            expected += plain_training(model, rows, loss, steps=1)
+    assert_same_steps(found, expected)
+    assert not torch.allclose(balancer.weights(), torch.full((3,), 1 / 3, dtype=torch.float64))
+    logged = [ours.state.log_history[1][f"task_weight_{i}"] for i in range(3)]
+    assert logged == pytest.approx(balancer.weights().tolist())
+
+
+def test_resume(tmp_path):
+    """CoBa and the burn-in of sample weights go on from the checkpoint."""
+
+    def run(folder, resume=None, **options):
+        balancer, weighting = coba(), segloss.SampleWeighting("irdro", burn_in=1)
+        ours = trainer(
+            folder, task_weights=balancer, sample_weights=weighting,
+            callbacks=[CoBaCallback(balancer, validation_batches())], **options,
+        )  # fmt: skip
+        ours.train(resume_from_checkpoint=resume)
+        return ours.model.lm_head.weight.detach(), balancer.state_dict(), weighting.state_dict()
+
+    whole = run(tmp_path / "whole", save_strategy="steps", save_steps=1)
+    again = run(tmp_path / "whole", resume=str(tmp_path / "whole" / "checkpoint-1"))
+    torch.testing.assert_close(again[0], whole[0], rtol=0, atol=0)
+    assert again[2] == whole[2]
+    assert again[1].keys() == whole[1].keys()
+    for name, value in whole[1].items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(again[1][name], value, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert again[1][name] == value
+
+
+# ---------------------------------------------------------------- statistics and evaluation
+
+
+def plain_statistics(model, rows):
+    """(accuracy, entropy) per token, on full logits."""
+    ids, target = plain_batch(rows)
+    log_p = torch.log_softmax(model(input_ids=ids).logits.detach(), -1)
+    valid = target != -100
+    hits = (log_p.argmax(-1) == target)[valid].double().mean()
+    entropy = -(log_p.exp() * log_p).sum(-1)[valid].mean()
+    return hits.item(), entropy.item()
+
+
+def test_logged_statistics(tmp_path):
+    """Of all tokens since the last line, over micro-batches with unequal tokens."""
+    rows = tiny_rows()
+    ours = trainer(tmp_path, accumulation=4, max_steps=1)
+    hits, entropy = plain_statistics(ours.model, rows[:4])
+    ours.train()
+    assert ours.state.log_history[0]["mean_token_accuracy"] == pytest.approx(hits)
+    assert ours.state.log_history[0]["entropy"] == pytest.approx(entropy)
+    ours = trainer(tmp_path, log_statistics=False, max_steps=1)
+    ours.train()
+    assert "entropy" not in ours.state.log_history[0]
+
+
+def test_evaluation(tmp_path):
+    """The unweighted loss, without logits unless they are asked for."""
+    rows = tiny_rows()[:4]
+    weighting = segloss.SampleWeighting("irdro", temperature=0.05)
+    ours = trainer(tmp_path, sample_weights=weighting, eval_dataset=rows)
+    made = []
+    ours.model.lm_head.register_forward_hook(lambda m, i, o: made.append(o.shape[1]))
+    metrics = ours.evaluate()
+    assert made == [1]
+    ids, target = plain_batch(rows)
+    logits = ours.model(input_ids=ids).logits
+    assert metrics["eval_loss"] == pytest.approx(plain_cross_entropy(logits, target).item())
+    hits, entropy = plain_statistics(ours.model, rows)
+    assert metrics["eval_entropy"] == pytest.approx(entropy)
+    assert metrics["eval_mean_token_accuracy"] == pytest.approx(hits)
+    output = ours.predict(rows)
+    torch.testing.assert_close(torch.tensor(output.predictions), logits.detach())
+    assert output.metrics["test_loss"] == pytest.approx(metrics["eval_loss"])
+
+
+def test_bfloat16(tmp_path):
+    """Hidden states in bfloat16 and a float32 head: the head's products follow autocast."""
+    model = tiny_model().float()
+    ours = trainer(tmp_path, model, bf16=True, max_steps=1, callbacks=[
+        CoBaCallback(balancer := coba(), validation_batches())
+    ])  # fmt: skip
+    found = watch(ours)
+    plain = plain_training(tiny_model(), tiny_rows(), plain_cross_entropy)
+    assert found[0][0] == pytest.approx(plain[0][0], rel=1e-2)
+    assert (found[0][1] - plain[0][1]).norm() <= 2e-2 * plain[0][1].norm()
+    assert balancer.step == 1
+
+
+# -------------------------------------------------------------------------------------- errors
+
+
+def test_errors(tmp_path):
+    with pytest.raises(ValueError, match="head is 'dense'; it takes 'fused' or 'logits'"):
+        trainer(tmp_path, head="dense")
+    with pytest.raises(ValueError, match="compute_loss_func is given"):
+        trainer(tmp_path, compute_loss_func=compute_loss_func(segloss.FocalLoss()))
+    with pytest.raises(ValueError, match="task_weights needs the column task_ids"):
+        trainer(tmp_path, rows=without_tasks(), task_weights=TASK_WEIGHTS).train()
+    with pytest.raises(RuntimeError, match="never updated; add a CoBaCallback"):
+        trainer(tmp_path, task_weights=coba()).train()
+    with pytest.raises(ValueError, match="batches is empty"):
+        CoBaCallback(coba(), [])
+    arguments = training_arguments(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1 and loss is given"):
+        LossTrainer(
+            model=tiny_model(), args=arguments, train_dataset=tiny_rows(), loss=segloss.DFTLoss()
+        )
+    rows = [row | {"task_ids": [0, 1]} for row in tiny_rows()]
+    with pytest.raises(ValueError, match=r"task_ids is .*\(4, 2\).*; it takes one number per row"):
+        trainer(tmp_path, rows=rows, task_weights=TASK_WEIGHTS).train()
