@@ -528,7 +528,7 @@ def grad_linear(tensors, saved, grads, needed, *, options: dict) -> tuple:
     if "qw" in saved and plain and not covers_all:
         total.sums["hidden"] = frozen_grad(source, head, terms, saved) * scale
     else:
-        total.threshold = source.grad_filter
+        total.threshold = source.filter_limit
         recompute_grad(source, head, terms, total, saved.get("logits"))
     return total.result(source, tensors, rows)
 
@@ -720,7 +720,7 @@ def fused_forward(source: LinearLogits, batch: Batch, plan: FusedPlan, needed: d
     weights = inner.weights()
     scale = power_of_two(plan, weights)
     total = Gradients(head, needed, scale, disjoint=False)
-    total.threshold = source.grad_filter / (plan.denominator * scale)
+    total.threshold = source.filter_limit / (plan.denominator * scale)
     num_rows = head.hidden.shape[0]
     loss = torch.zeros((), dtype=source.dtype, device=source.device)
     request = plan.request

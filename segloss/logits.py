@@ -100,6 +100,9 @@ GPU_CHUNK_BYTES = 512 << 20
 # with fewer rows than these the matrix units wait for the weight to be read again
 CPU_CHUNK_ROWS = 256
 GPU_CHUNK_ROWS = 1024
+# up to this many classes grad_filter is taken as it is; small columns add up, so more of them are
+# held to a lower limit (measured: bench/NOTES.md)
+FILTER_CLASSES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ class LinearLogits:
             otherwise be computed again.
         grad_filter: columns of a block of 256 rows in which every |dlogits| (before the mean and
             the upstream gradient) is below this are multiplied as one rank-1 term; 0 for none.
+            With more than 65,536 classes the limit falls as 65,536 / V.
 
     Errors: TypeError or ValueError naming the argument.
     Memory and matrix products: `explain(loss, target)`.
@@ -234,6 +238,11 @@ class LinearLogits:
     def dtype(self) -> torch.dtype:
         """Of statistics and losses."""
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+    @property
+    def filter_limit(self) -> float:
+        """`grad_filter` as each column is held to it."""
+        return self.grad_filter * min(1.0, FILTER_CLASSES / self.num_classes)
 
     def needs_grad(self) -> bool:
         return torch.is_grad_enabled() and any(t.requires_grad for _, t in self.named_tensors())

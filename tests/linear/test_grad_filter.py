@@ -249,3 +249,20 @@ def test_off_by_default_and_value_untouched(name):
     value, _ = value_and_grads(loss, lambda t: of(t, grad_filter=0.1), tensors, target)
     assert torch.equal(value, default[0])
     assert 0 < made[-1].report["dropped_mass"] < 1
+
+
+def test_more_classes_are_held_to_a_lower_limit():
+    n, v, d = 40, 1 << 17, 4
+    draw = torch.Generator().manual_seed(0)
+    tensors = {
+        "hidden": torch.randn(n, d, generator=draw, dtype=torch.float64),
+        "weight": 3 * torch.randn(v, d, generator=draw, dtype=torch.float64),
+    }
+    target = torch.randint(v, (n,), generator=draw)
+    dlogits = dlogits_of(tensors, target)
+    small = small_columns(dlogits, EPSILON / 2)
+    assert (small != small_columns(dlogits, EPSILON)).any()
+    _, grads, _ = filtered(tensors, target)
+    expected = merged_by_hand(tensors, dlogits, small)
+    for name in NAMES:
+        assert relative_error(grads[name], expected[name]) < 1e-10
