@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from segloss.integrations.window import IGNORE
+
 from .errors import UserError, first_line
 from .tasks import Example
-
-IGNORE = -100
-
 
 # --------------------------------------------------------------------------------- JSON lines
 
@@ -247,11 +246,3 @@ def _pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
         padding_value=value,
         padding_side=side,
     )
-
-
-def next_tokens(labels: Tensor) -> Tensor:
-    """Targets (B, T) of logits (B, T, V) from labels (B, T): `target[:, t] = labels[:, t + 1]`.
-
-    The labels move, not the logits: slicing `logits[:, :-1]` would make later steps copy them.
-    """
-    return torch.nn.functional.pad(labels, (0, 1), value=IGNORE)[:, 1:].contiguous()

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import segloss
+from segloss.integrations.window import next_tokens
 
-from .data import Encoded, TaskData, next_tokens, prompt_batch, training_batch
+from .data import Encoded, TaskData, prompt_batch, training_batch
 from .forward import autocast, logits_of, token_sums
 from .tasks import Example
 

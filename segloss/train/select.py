@@ -206,7 +206,9 @@ class Selecting:
 
     def _outputs(self, model: Any, items: Sequence[Encoded]) -> tuple[Any, torch.Tensor]:
         """In float32 whatever the training's precision: a gradient's small part is what counts."""
-        from .data import next_tokens, training_batch
+        from segloss.integrations.window import next_tokens
+
+        from .data import training_batch
         from .forward import logits_of
 
         batch = training_batch(items, self.run.tokenizer.pad_token_id)

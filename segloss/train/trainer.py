@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 import segloss
+from segloss.integrations.window import next_tokens
 
 from .checkpoint import Checkpoint
 from .config import TrainConfig
-from .data import IGNORE, Encoded, TaskData, next_tokens, training_batch, training_order
+from .data import IGNORE, Encoded, TaskData, training_batch, training_order
 from .errors import UserError
 from .forward import logits_of, token_sums
 from .record import WEIGHT_EDGES

@@ -8,6 +8,7 @@ import pytest
 import torch
 from train.tiny import examples, write_jsonl
 
+from segloss.integrations.window import next_tokens
 from segloss.train import data
 from segloss.train.data import IGNORE, Encoded
 from segloss.train.errors import UserError
@@ -134,7 +135,7 @@ def test_batches():
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     X = IGNORE
     assert batch["labels"].tolist() == [[X, X, X, 8, 0], [X, 0, X, X, X]]
-    assert data.next_tokens(batch["labels"]).tolist() == [[X, X, 8, 0, X], [0, X, X, X, X]]
+    assert next_tokens(batch["labels"]).tolist() == [[X, X, 8, 0, X], [0, X, X, X, X]]
     batch = data.prompt_batch(items, pad_id=1)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [1, 1, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
@@ -142,4 +143,4 @@ def test_batches():
 
 def test_next_tokens_keeps_the_shape():
     labels = torch.arange(6).view(2, 3)
-    assert data.next_tokens(labels).tolist() == [[1, 2, IGNORE], [4, 5, IGNORE]]
+    assert next_tokens(labels).tolist() == [[1, 2, IGNORE], [4, 5, IGNORE]]
