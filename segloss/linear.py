@@ -874,8 +874,9 @@ def plan_of(source, loss, needed: dict, num_rows: int, chunks: int) -> tuple[str
         return "no gradient: statistics only", 1, extra
     if fusible(loss):
         if needed["weight"] and (chunks > 1 or source.grad_filter):
-            # the sum, and what one chunk adds to it
-            extra.append(("dweight", (max(4, itemsize) + itemsize) * num_classes * width))
+            # the sum; a GPU makes what a chunk adds to it as large again
+            tensors = 2 if source.device.type == "cuda" else 1
+            extra.append(("dweight", tensors * max(4, itemsize) * num_classes * width))
         products = 1 + needed["hidden"] + needed["weight"]
         return "fused: gradients formed in forward", products, extra
     if is_frozen(needed):
