@@ -74,8 +74,10 @@ def test_weights_of_many_samples(scheme):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_means(dtype, memory):
+    alive = []  # what is forbidden must not be given to the next tensors
     for b in NUMS:
         tokens = tokens_of(b, dtype)
+        alive.append(tokens)
         for index in range(int(tokens.first[0])):  # tokens of no sample are not read
             memory.forbid(tokens.log_prob[tokens.order[index]])
         ours, theirs = on_both(sample_means, tokens)
