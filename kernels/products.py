@@ -217,5 +217,7 @@ def filtered_products(
     common = product(share.to(weight.dtype), weight).to(dtype)
     for here, rest, direction in zip(blocks, rests, common, strict=True):
         hidden_grad[here].addr_(rest, direction)
-    mass, kept_mass = (sum(part) for part in zip(*found, strict=True))
+    nothing = dlogits.new_zeros((), dtype=torch.float64)
+    mass = sum((m for m, _ in found), nothing)
+    kept_mass = sum((k for _, k in found), nothing)
     return Filtered(hidden_grad * scale, share, moment, mass, mass - kept_mass)

@@ -63,8 +63,10 @@ class Samples:
         def per_sample(name: str) -> Tensor | None:
             if batch.get(name) is None:
                 return None
-            places = per_place(name, batch[name], target).reshape(-1)
-            return places.new_zeros(count).scatter_(0, index.reshape(-1), places)
+            places = per_place(name, batch[name], target)
+            # padding belongs to the row's last sample and says nothing of it
+            places = torch.where(target == IGNORE, 0, places).reshape(-1)
+            return places.new_zeros(count).scatter_reduce_(0, index.reshape(-1), places, "amax")
 
         task, weight = per_sample("task_ids"), per_sample("sample_weights")
         return cls(target, index, count, token_weight, task, weight)

@@ -166,7 +166,10 @@ def _train(arguments: argparse.Namespace) -> int:
 
         return _in_memory(resume, arguments.resume, settings.get("time_limit"))
     if arguments.config is not None:
-        settings = read_settings(arguments.config, TrainConfig) | settings
+        stored = read_settings(arguments.config, TrainConfig)
+        if {"tasks", "data"} & set(settings):  # the file's data give way to the command line's
+            stored = {k: v for k, v in stored.items() if k not in ("tasks", "data")}
+        settings = stored | settings
     from .run import train
 
     return _in_memory(train, TrainConfig(**settings))

@@ -164,9 +164,9 @@ class TrainConfig:
             *("validation_batch", "keep"),
         ):
             self._require(name, getattr(self, name) >= 1, "a whole number from 1 up")
-        for name in ("coba_warmup", "validate_every"):
-            self._require(name, (getattr(self, name) or 1) >= 1, "a whole number from 1 up")
-        self._require("coba_history", (self.coba_history or 2) >= 2, "a whole number from 2 up")
+        for name, least in (("coba_warmup", 1), ("validate_every", 1), ("coba_history", 2)):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= least, f"a whole number from {least} up")
         self._require("max_prompt_tokens", self.max_prompt_tokens >= 0, "a whole number from 1 up")
         for name in ("validation_items", "sample_burn_in", "patience", "lora_rank", "save_every"):
             self._require(name, (getattr(self, name) or 0) >= 0, "a whole number from 0 up")

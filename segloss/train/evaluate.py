@@ -12,7 +12,7 @@ from .config import TrainConfig, read_settings
 from .errors import UserError
 from .evaluation import bootstrap_interval, chance, majority
 from .report import NOTES, markdown
-from .run import FINAL, evaluations, prepare
+from .run import FINAL, evaluations, kind_of, prepare
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,18 @@ def evaluate(target: str, settings: dict[str, Any], json_path: str = "") -> None
                 majority=majority(train, held_out)[1] if train else None,
             )
         )
+    print(f"\n{markdown(HEADER, [_cells(row) for row in rows])}\n\n{NOTES}")
     if json_path:
         _write_json(json_path, {"model": config.model, "tasks": [asdict(row) for row in rows]})
-    print(f"\n{markdown(HEADER, [_cells(row) for row in rows])}\n\n{NOTES}")
 
 
 def _base(target: str) -> dict[str, Any]:
     """The settings to begin with."""
     file = Path(target) / "config.json"
-    if not _is_run(file):
+    kind = kind_of(file)
+    if kind == "select":
+        raise UserError(f"{target} is a run of segloss select, which leaves no model")
+    if not kind:
         return {"model": target}
     model = Path(target) / FINAL
     if not model.is_dir():
@@ -85,14 +88,6 @@ def _base(target: str) -> dict[str, Any]:
         )
     settings = read_settings(str(file), TrainConfig)
     return settings | {"model": str(model), "lora_rank": 0, "tensorboard": False}
-
-
-def _is_run(file: Path) -> bool:
-    """A model folder has a config.json, too."""
-    try:
-        return "settings" in json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
 
 
 def _write_json(path: str, value: dict) -> None:

@@ -381,7 +381,9 @@ def _tasks(records: Sequence[Record]) -> list[str]:
 
 
 def _curve(axis, steps, values, shade: str, label: str) -> None:
-    """Faint dots and their running mean."""
+    """Faint dots and their running mean; nothing of a run that has no such values."""
+    if not len(values):
+        return
     axis.plot(steps, values, ".", color=shade, alpha=0.35, ms=4)
     axis.plot(steps, _smooth(values), color=shade, lw=1.8, label=label)
 

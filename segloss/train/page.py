@@ -250,7 +250,7 @@ DECIDING = ("data", "tasks", "steps", "task_weights", "patience", "lora_rank")
 
 def _is_changed(name: str, settings: dict[str, Any]) -> bool:
     """Whether the setting is another than without being given, those others being as they are."""
-    if name == "output":
+    if name == "output" or name not in settings:
         return False
     deciding = {key: settings[key] for key in DECIDING if key in settings}
     if settings.get("data"):

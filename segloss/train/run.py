@@ -193,6 +193,9 @@ def prepare(config: TrainConfig, to_train: bool = True) -> Run:
     _require_packages(config)
     loss = parse_loss(config.loss)
     examples = _examples(config)
+    one_task = len({example.task for example in examples}) < 2
+    if to_train and config.task_weights == "coba" and one_task:
+        raise UserError("--task-weights coba weighs tasks against each other; there is only 1")
     _quiet_transformers()
 
     import torch
@@ -283,7 +286,7 @@ def _require_positions(network, tasks: Sequence[TaskData], config: TrainConfig) 
     from .evaluation import SLACK_TOKENS
 
     positions = getattr(network.config, "max_position_embeddings", None)
-    items = [item for task in tasks for item in task.train + task.held_out]
+    items = [item for task in tasks for item in task.train + task.held_out + task.validation]
     longest = max(len(item.prompt_ids) for item in items) + SLACK_TOKENS
     longest += max(len(item.completion_ids) for item in items)
     if positions is not None and longest > positions:
@@ -376,8 +379,19 @@ def _interrupted(path: str) -> tuple[TrainConfig, dict]:
         raise UserError(f"--resume {path}: there is no config.json, so it is no run's folder")
     if (Path(path) / "results.json").exists():
         raise UserError(f"--resume {path}: the run is finished, its results are in results.md")
+    if kind_of(file) != "train":
+        raise UserError(f"--resume {path}: its config.json is not that of a segloss train run")
     settings = read_settings(str(file), TrainConfig)
     return TrainConfig(**(settings | {"output": path})), json.loads(file.read_text("utf-8"))
+
+
+def kind_of(file: Path) -> str:
+    """Whose config.json it is: "train", "select", or "" for another's, such as a model's."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return "select" if "target" in settings else "train"
 
 
 def _require_same(then: dict, now: dict, path: str) -> None:
@@ -405,8 +419,11 @@ def _last_checkpoint(folder: RunFolder) -> Checkpoint | None:
             say(f"checkpoint {states}/step-{step:08d} is damaged: {damage}; trying the one before")
             continue
         say(f"resuming after step {step}")
+        # damaged ones would take the place of new ones among those that are kept
+        checkpoint.prune(states, [s for s in checkpoint.steps(states) if s <= step])
         return found
     say("there is no whole checkpoint: starting at the beginning")
+    checkpoint.prune(states, [])
     return None
 
 
@@ -434,7 +451,7 @@ class Fit:
     @property
     def kept_step(self) -> int:
         """The step whose weights the run ends with."""
-        return self.patience.best_step if self.patience.limit else self.trainer.num_steps
+        return self.patience.best_step or self.trainer.num_steps
 
     def train(self, deadline: float) -> None:
         from tqdm.auto import tqdm
@@ -469,11 +486,12 @@ class Fit:
             self.losses.append(row["loss"])
 
     def _require_finite(self, row: dict[str, Any]) -> None:
-        if not math.isfinite(row["loss"]):
-            raise UserError(
-                f"the training loss is {row['loss']} at step {row['step']}; a lower --lr may help; "
-                f"the steps before are in {self.folder.path}/metrics.jsonl"
-            )
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(row[name]):
+                raise UserError(
+                    f"the training's {name} is {row[name]} at step {row['step']}; a lower --lr may "
+                    f"help; the steps before are in {self.folder.path}/metrics.jsonl"
+                )
 
     def _validate(self, board) -> None:
         """Read the validation loss where it is due, and keep the weights of the lowest."""
@@ -546,7 +564,7 @@ class Fit:
         """End with the weights of the lowest validation loss."""
         from . import checkpoint
 
-        if not self.patience.limit or self.patience.best_step == self.trainer.num_steps:
+        if self.patience.best_step in (0, self.trainer.num_steps):  # 0: stopped before the first
             return
         try:
             best = checkpoint.read(self.folder.path / BEST, self.patience.best_step)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import random
 import shlex
@@ -184,6 +185,11 @@ class Selecting:
         for _ in tqdm(range(config.steps), desc=title, dynamic_ncols=True):
             row = trainer.step()
             self.folder.log("step", tasks=list(names), **row)
+            if not math.isfinite(row["loss"] + row["grad_norm"]):
+                raise UserError(
+                    f"{title} gave the loss {row['loss']} and the gradient norm "
+                    f"{row['grad_norm']} at step {row['step']}; a lower --lr may help"
+                )
 
     def _target_loss(self) -> float:
         """Cross-entropy per token of the target's validation items, averaged over its tasks."""
@@ -242,9 +248,12 @@ class Selecting:
             for name in self.target
             for i, item in enumerate(self.tasks[name].validation)
         ]
-        with tqdm(total=len(train) + len(target), desc="gradients", dynamic_ncols=True) as bar:
-            gradex.collect(train, progress=bar.update)
-            gradex.collect(target, role="target", progress=bar.update)
+        try:
+            with tqdm(total=len(train) + len(target), desc="gradients", dynamic_ncols=True) as bar:
+                gradex.collect(train, progress=bar.update)
+                gradex.collect(target, role="target", progress=bar.update)
+        except OSError as error:  # a full disk; what is stored is used by the next call
+            raise UserError(f"--gradients: {error}") from None
         return gradex
 
     def _samples(self, name: str) -> list[Sample]:

@@ -100,8 +100,6 @@ class Trainer:
         config = self.config
         if config.task_weights == "none":
             return None
-        if len(self.tasks) < 2:
-            raise UserError("--task-weights coba weighs tasks against each other; there is only 1")
         return segloss.CoBa(
             len(self.tasks),
             warmup=config.coba_warmup or 0,

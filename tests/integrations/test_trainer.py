@@ -473,3 +473,19 @@ def test_errors(tmp_path):
     rows = [row | {"task_ids": [0, 1]} for row in tiny_rows()]
     with pytest.raises(ValueError, match=r"task_ids is .*\(4, 2\).*; it takes one number per row"):
         trainer(tmp_path, rows=rows, task_weights=TASK_WEIGHTS).train()
+
+
+def test_padding_of_packed_rows_says_nothing_of_their_last_sample():
+    from segloss.integrations.window import Samples
+
+    labels = torch.tensor([[5, 6, 7, 8, -100, -100]])
+    columns = {"task_ids": [[1, 1, 2, 2, 0, 0]], "sample_weights": [[1.0, 1.0, 3.0, 3.0, 0.0, 0.0]]}
+    packed = {name: torch.tensor(value) for name, value in columns.items()}
+    position_ids = torch.tensor([[0, 1, 0, 1, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    samples = Samples.of(
+        {"labels": labels, "position_ids": position_ids, "attention_mask": mask, **packed}
+    )
+    carries = samples.num_tokens() > 0
+    assert samples.task[carries].tolist() == [1, 2]
+    assert samples.weight[carries].tolist() == [1.0, 3.0]

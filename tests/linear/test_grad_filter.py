@@ -266,3 +266,13 @@ def test_more_classes_are_held_to_a_lower_limit():
     expected = merged_by_hand(tensors, dlogits, small)
     for name in NAMES:
         assert relative_error(grads[name], expected[name]) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "lovasz_softmax"])
+def test_no_valid_token(peaked, name):
+    tensors, target = peaked
+    loss, ignored = CASES[name][0], torch.full_like(target, -100)
+    value, grads = value_and_grads(
+        loss, lambda t: source(t, grad_filter=EPSILON), tensors, ignored, NAMES
+    )
+    assert value == 0 and not any(grad.any() for grad in grads.values())

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -96,6 +97,8 @@ def test_what_cannot_be_evaluated(command, runs, tmp_path):
     assert fails(command("evaluate", tmp_path / "none"), "no such folder")
     (tmp_path / "config.json").write_text('{"settings": {}}')
     assert fails(command("evaluate", tmp_path), "has no checkpoint/: the run did not finish")
+    (tmp_path / "config.json").write_text('{"settings": {"target": ["a"]}}')
+    assert fails(command("evaluate", tmp_path), "is a run of segloss select")
 
 
 # ------------------------------------------------------------------------------------ report
@@ -218,6 +221,20 @@ def test_report_of_an_unfinished_run(command, runs, tmp_path):
     assert "Results on held-out items" not in page.headings
 
 
+def test_report_of_runs_of_different_tasks_and_settings(command, runs, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(runs / "plain", other)
+    for name in ("metrics.jsonl", "results.json", "config.json"):
+        path = other / name
+        path.write_text(path.read_text().replace("echo", "mirror"))
+    config = json.loads((other / "config.json").read_text())
+    config["settings"]["target"] = ["mirror"]  # a setting that the other run does not have
+    (other / "config.json").write_text(json.dumps(config))
+    code, _, err = command("report", runs / "plain", other, "--output", tmp_path / "r")
+    assert code == 0, err
+    assert "mirror" in " ".join(Page((tmp_path / "r" / "report.html").read_text()).words)
+
+
 def test_what_cannot_be_reported(command, runs, tmp_path):
     assert fails(command("report", tmp_path / "none"), "no such run folder")
     assert fails(command("report", tmp_path), "is no run's folder")
@@ -250,6 +267,16 @@ def test_patience_stops_and_keeps_the_best(train, command, tmp_path):
     after = rows(metrics, "evaluation")[2:]
     mean = sum(row["loss"] for row in after) / 2
     assert abs(mean - losses[best - 1]) < abs(mean - losses[-1])
+
+
+def test_stopped_before_the_first_validation(train, tmp_path):
+    options = ("--patience", 3, "--validation-items", 3, "--steps", 90, "--time-limit", 0.001)
+    code, out, err = train(*options)
+    assert code == 0, err
+    steps = len(rows(tmp_path / "run" / "metrics.jsonl", "step"))
+    assert 0 < steps < 9 and "The weights are those of step" not in " ".join(out.split())
+    timing = json.loads((tmp_path / "run" / "results.json").read_text())["timing"]
+    assert timing["kept_step"] == steps
 
 
 def test_tensorboard_has_the_metrics(train, tmp_path):

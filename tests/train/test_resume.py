@@ -135,9 +135,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
 def test_without_a_whole_checkpoint_it_starts_again(weighted, command, tmp_path):
     for path in (weighted / "resume").glob("step-*/state.json"):
         truncate(path)
+    damaged = {path.name: path.stat().st_ino for path in (weighted / "resume").iterdir()}
     code, _, err = command("train", "--resume", weighted)
     assert code == 0 and err.count("is damaged") == 3
     assert "starting at the beginning" in err
+    # the damaged ones made room: those that are there now were all written anew
+    for path in (weighted / "resume").iterdir():
+        assert damaged.get(path.name) != path.stat().st_ino
     assert_same(weighted, tmp_path / "whole")
 
 
@@ -169,6 +173,8 @@ def fails(result, message):
 def test_what_cannot_be_resumed(weighted, command, tmp_path, data_file):
     assert fails(command("train", "--resume", tmp_path / "none"), "no such run folder")
     assert fails(command("train", "--resume", tmp_path), "there is no config.json")
+    model = tmp_path / "whole" / "checkpoint"
+    assert fails(command("train", "--resume", model), "is not that of a segloss train run")
     assert fails(command("train", "--resume", tmp_path / "whole"), "the run is finished")
     assert fails(
         command("train", "--resume", weighted, "--lr", 1), "only --time-limit goes with it"
