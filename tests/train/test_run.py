@@ -104,7 +104,7 @@ def test_time_limit_stops_training_and_says_so(train, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run(train, tmp_path):
     code, _, err = train("--lr", 1e30, "--steps", 20)
     assert code == 2
-    assert "the training loss is nan at step" in err and "Traceback" not in err
+    assert "the training's loss is nan at step" in err and "Traceback" not in err
     assert rows(tmp_path / "run" / "metrics.jsonl")[-1]["loss"] is None
 
 
