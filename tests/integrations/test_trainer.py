@@ -340,6 +340,40 @@ def test_resume(tmp_path):
             assert again[1][name] == value
 
 
+def test_resume_from_a_folder_elsewhere(tmp_path):
+    """What is read is what lies in the folder given; a checkpoint without it is refused."""
+
+    def run(folder, resume=None, balanced=True, **options):
+        balancer = coba() if balanced else TASK_WEIGHTS
+        callbacks = [CoBaCallback(balancer, validation_batches())] if balanced else []
+        options |= {"save_strategy": "steps", "save_steps": 1}
+        ours = trainer(folder, task_weights=balancer, callbacks=callbacks, **options)
+        ours.train(resume_from_checkpoint=resume)
+        return ours.model.lm_head.weight.detach()
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "other", max_steps=1)  # its own checkpoint-1 must not be read
+    torch.save({}, tmp_path / "other" / "checkpoint-1" / "coba.pt")
+    moved = (tmp_path / "whole" / "checkpoint-1").rename(tmp_path / "moved")
+    assert torch.equal(run(tmp_path / "other", moved), whole)
+
+    run(tmp_path / "plain", balanced=False, max_steps=1)
+    for place in (True, str(tmp_path / "plain" / "checkpoint-1")):
+        with pytest.raises(FileNotFoundError, match=r"checkpoint-1.coba\.pt is missing: the check"):
+            run(tmp_path / "plain", place)
+    ours = trainer(tmp_path / "new", task_weights=coba(), trainer_class=Forgetful)
+    ours.add_callback(CoBaCallback(ours.task_weights, validation_batches()))
+    with pytest.raises(FileNotFoundError, match=r"new.checkpoint-1.coba\.pt is missing"):
+        ours.train(str(moved))
+
+
+class Forgetful(LossTrainer):
+    """Calls the Trainer's own `train`, as a trainer does that overrides it for itself."""
+
+    def train(self, *args, **kwargs):
+        return transformers.Trainer.train(self, *args, **kwargs)
+
+
 # ---------------------------------------------------------------- statistics and evaluation
 
 
