@@ -13,9 +13,9 @@ import segloss
 from segloss.kernels import common
 
 pytest.importorskip("transformers")
-from integrations.test_trainer import trainer  # noqa: E402  (needs transformers)
+from integrations.test_trainer import trainer
 
-from segloss.integrations.transformers import CoBaCallback  # noqa: E402
+from segloss.integrations.transformers import CoBaCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 
