@@ -5,10 +5,8 @@ N rows (tokens), V columns (classes), B x T the two leading strides a row index 
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
-import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -36,8 +34,6 @@ LOG2E = 1.4426950408889634 if tl is None else tl.constexpr(1.4426950408889634)
 
 # float32 bytes of one row block of the torch twins: what stays in a core's L2 next to its input
 BLOCK_BYTES = 1 << 20
-# from this many bytes on a buffer on a CPU asks for huge pages
-HUGE_BYTES = 1 << 22
 # below this many elements a second thread costs more than it gains
 PARALLEL_ELEMENTS = 1 << 20
 
@@ -81,30 +77,6 @@ def parallel(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Resu
     if threads < 2 or len(items) < 2:
         return [run(item) for item in items]
     return list(workers(threads, os.getpid()).map(run, items))
-
-
-@functools.cache
-def advise() -> Callable[[int, int, int], int] | None:
-    """The C library's `madvise(address, bytes, advice)` where the system has huge pages."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
-
-
-def fresh(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """`like.new_empty(shape, dtype=dtype)`, on a CPU in huge pages if it is large.
-
-    The first touch of 500 MiB in pages of 4 KiB takes as long as three passes over them.
-    """
-    buffer = like.new_empty(shape, dtype=dtype)
-    function = None if buffer.is_cuda or buffer.nbytes < HUGE_BYTES else advise()
-    if function is not None and buffer.device.type == "cpu":
-        first = -(-buffer.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = buffer.data_ptr() + buffer.nbytes - first
-        function(first, length, mmap.MADV_HUGEPAGE)  # only advice: a refusal changes nothing
-    return buffer
 
 
 def exp_(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import fresh, parallel
+from .common import parallel
 
 # rows whose largest |dlogits| decides whether a column is multiplied by itself
 FILTER_ROWS = 256
@@ -65,7 +65,7 @@ def contract_rows(
         return result if plus is None else added(plus, result, out)
     hidden = (hidden * scale).to(dlogits.dtype)
     turned = hidden.T.contiguous() if multiplies_tiles() else None
-    result = fresh(hidden, num_columns, hidden.shape[1]) if out is None else out
+    result = hidden.new_empty(num_columns, hidden.shape[1]) if out is None else out
 
     def work(first: int) -> None:
         columns = slice(first, first + CONTRACT_COLUMNS)

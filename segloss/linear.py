@@ -21,7 +21,7 @@ from segloss.batch import Batch
 from segloss.distributed import reduce_over
 from segloss.kernels.candidates import candidates
 from segloss.kernels.class_stats import class_peaks, class_sums, row_dots
-from segloss.kernels.common import Rows, cdiv, fresh
+from segloss.kernels.common import Rows, cdiv
 from segloss.kernels.logit_grad import GradTerms, logit_grad
 from segloss.kernels.products import GradBlock, filtered_products, product
 from segloss.kernels.row_stats import row_stats
@@ -160,7 +160,7 @@ class Gradients:
             return
         if name not in self.sums:
             dtype = self.head.weight.dtype if whole else self.accumulate
-            self.sums[name] = fresh(value, size, *value.shape[1:], dtype=dtype).zero_()
+            self.sums[name] = value.new_zeros((size, *value.shape[1:]), dtype=dtype)
         if whole:
             self.sums[name][at] = value
             return
@@ -171,7 +171,7 @@ class Gradients:
     def sum_of(self, name: str, shape: torch.Size) -> Tensor:
         """What the gradient of a whole tensor is added to, in float32."""
         if name not in self.sums:
-            self.sums[name] = fresh(self.scale, *shape, dtype=self.accumulate).zero_()
+            self.sums[name] = self.scale.new_zeros(shape, dtype=self.accumulate)
         return self.sums[name]
 
     def add_weight(self, block: GradBlock, hidden: Tensor, last: bool) -> None:
@@ -184,7 +184,7 @@ class Gradients:
         if plus is not None and plus.dtype == self.dtype:
             self.final = plus
         if plus is not None and plus.dtype != self.accumulate:
-            out = fresh(plus, *plus.shape, dtype=self.accumulate)
+            out = torch.empty_like(plus, dtype=self.accumulate)
         if last and self.final is not None:
             out = self.final
         self.sums["weight"] = block.contract(hidden, self.scale, plus, out)
@@ -251,8 +251,7 @@ class Gradients:
             elif total is None:  # no valid token: nothing was ever added
                 grads.append(torch.zeros_like(tensor))
             else:
-                if total.dtype != tensor.dtype:
-                    total = fresh(total, *total.shape, dtype=tensor.dtype).copy_(total)
+                total = total.to(tensor.dtype)
                 if name == "hidden" and rows is not None:
                     full = total.new_zeros(tensor.numel() // tensor.shape[-1], tensor.shape[-1])
                     total = full.index_copy_(0, rows, total)
@@ -330,7 +329,7 @@ def sweep_linear(source: LinearLogits, batch: Batch, request: Request) -> Sweep:
         slices = chunk_slices(source, num_rows)
         keeps = any(needed.values()) and not frozen
         num_kept = rows_within_budget(source, slices) if keeps else 0
-        kept = fresh(head.hidden, num_kept, source.num_classes)
+        kept = head.hidden.new_empty(num_kept, source.num_classes)
         out = chunk_buffer(head, [s for s in slices if s.stop > num_kept])
         for here in slices:
             keep = here.stop <= num_kept
@@ -431,7 +430,7 @@ def with_data(options: dict, tensors: tuple) -> LinearLogits:
 def chunk_buffer(head: Head, slices: list[slice]) -> Tensor:
     """One flat buffer for every chunk's logits: fresh pages cost more than the products spare."""
     size = max((s.stop - s.start for s in slices), default=0) * head.weight.shape[0]
-    return fresh(head.hidden, size)
+    return head.hidden.new_empty(size)
 
 
 def probabilities_off_target(z: Rows, stats, batch: Batch, here: slice) -> Tensor:
@@ -692,7 +691,7 @@ def recompute_grad(
     num_rows, num_classes = head.hidden.shape[0], head.weight.shape[0]
     width = max(1, source.chunk_rows(num_rows) * num_classes // max(1, num_rows))
     width = num_classes if width >= num_classes else max(1, width // 128 * 128 or width)
-    out = fresh(head.hidden, num_rows * min(width, num_classes))
+    out = head.hidden.new_empty(num_rows * min(width, num_classes))
     every = slice(0, num_rows)
     rewrites = terms.class_grad is not None or terms.entry_grad is not None
     for first in range(0, num_classes, width):

@@ -9,7 +9,6 @@ from helpers import relative_error
 from linear_helpers import problem, source, value_and_grads
 
 import segloss
-from segloss.kernels.common import HUGE_BYTES, fresh
 from segloss.kernels.products import CONTRACT_COLUMNS, GradBlock, contract_rows
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -79,12 +78,3 @@ def test_dweight_of_any_number_of_chunks(chunks, weight_dtype):
     assert grads["weight"].dtype == weight_dtype
     # bfloat16 logits and a bfloat16 product per chunk, whatever the number of chunks
     assert relative_error(grads["weight"], true["weight"]) <= 2 * 2.0**-8
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (5,), (HUGE_BYTES // 1024, 512), (3, 1 << 21)])
-def test_fresh_memory_is_a_tensor_like_any_other(shape):
-    like = torch.zeros((), dtype=BF16)
-    buffer = fresh(like, *shape, dtype=FP32)
-    assert buffer.shape == shape and buffer.dtype == FP32 and buffer.is_contiguous()
-    assert fresh(like, *shape).dtype == BF16
-    assert buffer.fill_(3).double().sum() == 3 * buffer.numel()
