@@ -98,12 +98,14 @@ def elapsed(run: Callable | Prepared) -> float:
 
 
 def interleaved(
-    runs: dict[str, Callable | Prepared], rounds: dict[str, int]
+    runs: dict[str, Callable | Prepared], rounds: dict[str, int], twice: bool = False
 ) -> dict[str, list[float]]:
     """Seconds of each run, `rounds[name]` of them: every round runs all that still have some left.
 
     What else the machine does then hits all of them alike. The order is drawn anew in every round,
     the same in every process: a run is slower after one that has just given its memory back.
+    `twice`: each follows itself, as a loss in training does, and only the second run counts; for
+    what takes so little that the memory left by others would decide.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()
@@ -112,6 +114,8 @@ def interleaved(
         for turn in range(max(rounds.values(), default=0)):
             for name in random.Random(turn).sample(list(runs), len(runs)):
                 if turn < rounds[name]:
+                    if twice:
+                        elapsed(runs[name])
                     seconds[name].append(elapsed(runs[name]))
     finally:
         gc.enable()

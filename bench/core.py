@@ -156,8 +156,8 @@ def measure(name: str, dtype: torch.dtype, size: tuple[int, int], report: Report
     }
     runs[PASS] = one_pass(logits)
     most = report.options.rounds
-    rounds = {name: max(2, most // 3) if name in SLOWER else most for name in runs}
-    section.seconds = {**interleaved(runs, rounds), **section.seconds}
+    rounds = {name: max(2, most // 8) if name in SLOWER else most for name in runs}
+    section.seconds = {**interleaved(runs, rounds, twice=True), **section.seconds}
     section.lines = [
         ratio_line(f"{a} / {b}", section.seconds, a, b, limit)
         for a, b, limit in LIMITS
@@ -196,7 +196,9 @@ def directions(size: tuple[int, int], report: Report) -> None:
             runs[f"{name}: {part}"] = step
             section.errors[f"{name}: {part}"] = error
     section.wrong = whole.wrong
-    section.seconds = interleaved(runs, dict.fromkeys(runs, max(2, report.options.rounds // 3)))
+    section.seconds = interleaved(
+        runs, dict.fromkeys(runs, max(2, report.options.rounds // 8)), twice=True
+    )
     section.rivals = {f"{CE}: {part}": [f"{TORCH}: {part}"] for part in DIRECTIONS}
     report.add(section)
 
@@ -217,7 +219,9 @@ def ignored(size: tuple[int, int], report: Report) -> None:
             todo[f"{name}, {percent} %"] = (*IMPLEMENTATIONS[name], some[percent])
     checked(todo, logits, section)
     runs = {name: forward_backward(todo[name][0], logits, todo[name][2]) for name in section.errors}
-    section.seconds = interleaved(runs, dict.fromkeys(runs, max(2, report.options.rounds // 3)))
+    section.seconds = interleaved(
+        runs, dict.fromkeys(runs, max(2, report.options.rounds // 8)), twice=True
+    )
     section.rivals = {f"{CE}, {p} %": [f"{TORCH}, {p} %"] for p in IGNORED}
     section.lines = [
         ratio_line(f"{n}, {p} % / 0 %", section.seconds, f"{n}, {p} %", f"{n}, 0 %", None)
@@ -228,7 +232,7 @@ def ignored(size: tuple[int, int], report: Report) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = options("core", "Time the losses on logits against PyTorch's, interleaved.", rounds=15)
+    parser = options("core", "Time the losses on logits against PyTorch's, interleaved.", rounds=40)
     parts = ("limits", "directions", "ignored")
     parser.add_argument("--parts", nargs="+", default=list(parts), choices=parts)
     parser.add_argument(
