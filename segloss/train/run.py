@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import shutil
@@ -26,6 +25,8 @@ from .tasks import Example, built_in_examples
 
 if TYPE_CHECKING:
     import torch
+
+    from segloss.losses import Loss
 
     from .checkpoint import Checkpoint
     from .data import Encoded, TaskData
@@ -145,7 +146,7 @@ class Run:
     """Everything a run needs, checked."""
 
     config: TrainConfig
-    loss: torch.nn.Module
+    loss: Loss
     model: Any
     """On its device, in float32; with LoRA, peft's model around it."""
     tokenizer: Any

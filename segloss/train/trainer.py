@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ from torch.utils.data import SequentialSampler
 
 import segloss
 from segloss.integrations.transformers import CoBaCallback, LossMixin, SavedState
+from segloss.losses import Loss
 
 from .checkpoint import TRAINER, Checkpoint
 from .config import TrainConfig
 from .data import Encoded, TaskData, training_batch, training_order
 from .errors import UserError
-from .evaluation import Evaluator
 from .forward import autocast, logits_of, token_sums
 from .record import WEIGHT_EDGES
 
@@ -42,19 +42,24 @@ class Trainer(LossMixin, transformers.Trainer):
         config: the resolved settings.
         pad_id: the token that fills rows up.
         dtype: of the forward pass, None for that of the weights.
-        evaluator: what `evaluate()` reads the loss of the validation items with.
+        evaluator: the `Evaluator` that `evaluate()` reads the loss of the validation items with.
         callbacks: of transformers.
     """
+
+    control: Any
+    lr_scheduler: Any
+    task_weights: Any  # a CoBa or None
+    sample_weights: Any  # a SampleWeighting or None
 
     def __init__(
         self,
         model: Any,
         tasks: Sequence[TaskData],
-        loss: torch.nn.Module,
+        loss: Loss,
         config: TrainConfig,
         pad_id: int,
         dtype: torch.dtype | None = None,
-        evaluator: Evaluator | None = None,
+        evaluator: Any = None,
         callbacks: Sequence[transformers.TrainerCallback] = (),
     ):
         self.config, self.tasks, self.pad_id, self.dtype = config, tasks, pad_id, dtype
@@ -79,13 +84,12 @@ class Trainer(LossMixin, transformers.Trainer):
         self.remove_callback(transformers.PrinterCallback)
         self.remove_callback(SavedState)
         if self.task_weights is not None:
-            first, turns = self._validation_batches()
-            self.validation = Validation(self, turns, first)
+            self.validation = Validation(self, self.task_weights)
             self.add_callback(self.validation)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.seconds = 0.0
         self._start = self.begun = 0.0
-        self._resumed: Checkpoint | None = None
+        self._resumed: Any = None  # the checkpoint, while it is read
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._tally = torch.zeros(len(tasks), 4, dtype=torch.float64, device=device)
 
@@ -121,7 +125,7 @@ class Trainer(LossMixin, transformers.Trainer):
     def floating_point_ops(self, inputs) -> int:
         return 0  # nobody reads it, and counting takes milliseconds
 
-    def _validation_batches(self) -> tuple[list, list]:
+    def validation_batches(self) -> tuple[list, list]:
         """What CoBa reads: all items, and what it takes in turn, some of each task."""
         items = [item for task in self.tasks for item in task.validation]
         items.sort(key=lambda item: len(item.prompt_ids))  # less padding
@@ -311,10 +315,10 @@ class Trainer(LossMixin, transformers.Trainer):
 class Validation(CoBaCallback):
     """Tells CoBa the losses of the trainer's validation items, in the trainer's arithmetic."""
 
-    def __init__(self, trainer: Trainer, turns: Iterable[Sequence[Encoded]], first: Iterable):
+    def __init__(self, trainer: Trainer, coba: segloss.CoBa):
         self.trainer = trainer
-        batches = map(trainer.batch, turns)
-        super().__init__(trainer.task_weights, batches, first=map(trainer.batch, first))
+        first, turns = trainer.validation_batches()
+        super().__init__(coba, map(trainer.batch, turns), first=map(trainer.batch, first))
 
     def _logits(self, args, model, inputs):
         return logits_of(model, inputs, self.trainer.head, self.trainer.dtype)

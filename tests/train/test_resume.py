@@ -24,6 +24,7 @@ WEIGHTED = (
 )
 LORA = (
     *("--lora-rank", "2", "--lora-dropout", "0.3", "--lora-targets", "all-linear", "head"),
+    *("--accumulation", "2", "--sample-weights", "irdro"),
     *("--patience", "2", "--validate-every", "1", "--lr", "0.3"),
 )
 
@@ -62,7 +63,7 @@ def assert_same(one, two):
 @pytest.mark.parametrize(
     ("options", "points"),
     [(WEIGHTED, 8), (LORA, 3)],
-    ids=["coba-irdro-lovasz-accumulated", "lora-dropout-patience"],
+    ids=["coba-irdro-lovasz-accumulated", "lora-dropout-irdro-accumulated-patience"],
 )
 def test_killed_at_any_point(tmp_path, model_folder, data_file, monkeypatch, options, points):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -86,9 +87,16 @@ def test_killed_at_any_point(tmp_path, model_folder, data_file, monkeypatch, opt
 # ----------------------------------------------------------------------- damaged checkpoints
 
 
+def pickled(*args, **kwargs):
+    raise AssertionError("a pickle")
+
+
 @pytest.fixture
-def weighted(train, tmp_path):
-    """A finished run, put back to before its results were there."""
+def weighted(train, tmp_path, monkeypatch):
+    """A finished run, put back to before its results were there; nothing is pickled in it, nor
+    unpickled in the test."""
+    monkeypatch.setattr("torch.save", pickled)
+    monkeypatch.setattr("torch.load", pickled)
     code, _, err = train(*SHORT, *WEIGHTED, "--keep", 3, "--output", tmp_path / "whole")
     assert code == 0, err
     copy = tmp_path / "run"
@@ -113,6 +121,7 @@ def flip(path):
         ("state.safetensors", truncate, "bytes, "),
         ("state.safetensors", flip, "state.safetensors differs from what was written (SHA-256)"),
         ("state.json", flip, "state.json differs"),
+        ("trainer_state.json", flip, "trainer_state.json differs"),
         ("manifest.json", truncate, ""),
         ("manifest.json", Path.unlink, "manifest.json is missing"),
     ],
