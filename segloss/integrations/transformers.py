@@ -522,24 +522,16 @@ class CoBaCallback(SavedState):
         batches: with input_ids, labels and task_ids, such as a DataLoader that shuffles the tasks'
             validation items; kept in memory and taken in turn.
         every: steps between two updates.
-        first: the batches that are measured before training, if not these.
 
     `losses` (K,) are those that CoBa was told last, NaN for a task without tokens.
     """
 
     losses: Tensor
 
-    def __init__(
-        self,
-        coba: CoBa,
-        batches: Iterable[Mapping[str, Tensor]],
-        every: int = 1,
-        first: Iterable[Mapping[str, Tensor]] | None = None,
-    ):
+    def __init__(self, coba: CoBa, batches: Iterable[Mapping[str, Tensor]], every: int = 1):
         super().__init__("coba", coba)
         self.coba = coba
         self.batches = [dict(batch) for batch in batches]
-        self.first = self.batches if first is None else [dict(batch) for batch in first]
         self.every = every
         if not self.batches:
             raise ValueError("batches is empty; it takes at least one batch of validation items")
@@ -547,24 +539,24 @@ class CoBaCallback(SavedState):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control)
         if self.coba.step is None:
-            self._update(args, model, self._own(args, self.first), step=0)
+            self._update(args, model, self._own(args), step=0)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every:
             return
-        batches = self._own(args, self.batches)
+        batches = self._own(args)
         number = state.global_step // self.every - 1
         self._update(args, model, [batches[number % len(batches)]], step=state.global_step)
 
-    def _own(self, args, batches: list[dict]) -> list[dict]:
+    def _own(self, args) -> list[dict]:
         if self.coba.group is None:
-            return batches
-        if len(batches) < args.world_size:
+            return self.batches
+        if len(self.batches) < args.world_size:
             raise ValueError(
-                f"batches has {len(batches)} batches; it takes at least one for each of the "
+                f"batches has {len(self.batches)} batches; it takes at least one for each of the "
                 f"{args.world_size} processes"
             )
-        return batches[args.process_index :: args.world_size]
+        return self.batches[args.process_index :: args.world_size]
 
     def _update(self, args, model, batches: list[dict], step: int) -> None:
         logits = partial(self._logits, args, model)

@@ -5,9 +5,8 @@ B samples of a step in all its micro-batches, K tasks.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +65,7 @@ class Trainer(LossMixin, transformers.Trainer):
         self.evaluator = evaluator
         self.names = [task.task for task in tasks]
         device = next(model.parameters()).device
-        use_cache = model.config.use_cache
+        use_cache = getattr(model.config, "use_cache", True)
         super().__init__(
             model,
             arguments(config, device),
@@ -87,15 +86,11 @@ class Trainer(LossMixin, transformers.Trainer):
             self.validation = Validation(self, self.task_weights)
             self.add_callback(self.validation)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.seconds = 0.0
-        self._start = self.begun = 0.0
+        self.seconds = 0.0  # of all steps
+        self.begun = 0.0  # the step that goes on
         self._resumed: Any = None  # the checkpoint, while it is read
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._tally = torch.zeros(len(tasks), 4, dtype=torch.float64, device=device)
-
-    def train(self, *args, **kwargs):
-        self._start = time.monotonic()
-        return super().train(*args, **kwargs)
 
     # ------------------------------------------------------------------------ what a step is of
 
@@ -107,7 +102,7 @@ class Trainer(LossMixin, transformers.Trainer):
         return SequentialSampler(self.train_dataset)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        self.begun, self._start = self._start or time.monotonic(), 0.0
+        self.begun = time.monotonic()
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -125,23 +120,11 @@ class Trainer(LossMixin, transformers.Trainer):
     def floating_point_ops(self, inputs) -> int:
         return 0  # nobody reads it, and counting takes milliseconds
 
-    def validation_batches(self) -> tuple[list, list]:
-        """What CoBa reads: all items, and what it takes in turn, some of each task."""
-        items = [item for task in self.tasks for item in task.validation]
-        items.sort(key=lambda item: len(item.prompt_ids))  # less padding
-        size, count = self.config.batch_size, self.config.validation_batch
-        first = [items[i : i + size] for i in range(0, len(items), size)]
-        counts = [len(task.validation) for task in self.tasks]
-        period = math.lcm(*(n // math.gcd(n, count) for n in counts))
-        turns = [
-            [
-                task.validation[i % n]
-                for task, n in zip(self.tasks, counts, strict=True)
-                for i in range(turn * count, turn * count + min(count, n))
-            ]
-            for turn in range(period)
-        ]
-        return first, turns
+    def validation_batches(self) -> Iterator[dict[str, Tensor]]:
+        """Of some items of each task, every item once."""
+        count = self.config.validation_batch
+        for i in range(0, max(len(task.validation) for task in self.tasks), count):
+            yield self.batch([item for t in self.tasks for item in t.validation[i : i + count]])
 
     # ---------------------------------------------------------------------------------- metrics
 
@@ -164,27 +147,20 @@ class Trainer(LossMixin, transformers.Trainer):
         if "loss" not in logs:  # the Trainer's summary at the end
             return
         self.seconds += time.monotonic() - self.begun
+        total = self._tally.sum(0)
         row = {
             "step": self.state.global_step,
             "seconds": round(self.seconds, 3),
-            **self._token_row(),
-            **self._weight_row(),
-            **{name: float(logs[name]) for name in ("grad_norm", "learning_rate")},
-        }
-        if self.task_weights is not None:
-            row["validation_loss"] = self._by_task(self.validation.losses)
-        self._loss.zero_()
-        self._tally.zero_()
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, row)
-
-    def _token_row(self) -> dict[str, Any]:
-        total = self._tally.sum(0)
-        return {
             "loss": self._loss.item(),
             "token_accuracy": (total[1] / total[3]).item(),
             "entropy": (total[2] / total[3]).item(),
             "task_loss": self._by_task(self._tally[:, 0] / self._tally[:, 3]),
+            **self._weight_row(),
+            **{name: float(logs[name]) for name in ("grad_norm", "learning_rate")},
         }
+        self._loss.zero_()
+        self._tally.zero_()
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, row)
 
     def _weight_row(self) -> dict[str, Any]:
         row: dict[str, Any] = {}
@@ -193,6 +169,7 @@ class Trainer(LossMixin, transformers.Trainer):
             row |= {
                 "task_weight": self._by_task(weights),
                 "divergence_factor": divergence.item(),
+                "validation_loss": self._by_task(self.validation.losses),
             }
         if self.sample_weights is not None:
             weights = self.sample_weights.weights
@@ -317,8 +294,7 @@ class Validation(CoBaCallback):
 
     def __init__(self, trainer: Trainer, coba: segloss.CoBa):
         self.trainer = trainer
-        first, turns = trainer.validation_batches()
-        super().__init__(coba, map(trainer.batch, turns), first=map(trainer.batch, first))
+        super().__init__(coba, trainer.validation_batches())
 
     def _logits(self, args, model, inputs):
         return logits_of(model, inputs, self.trainer.head, self.trainer.dtype)

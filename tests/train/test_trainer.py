@@ -246,20 +246,17 @@ def validation_losses(model, items):
 
 
 def test_coba_reads_the_validation_items_in_turn(two_tasks):
-    validation = {"a": [*two_tasks[:1] * 3, two_tasks[3]], "b": two_tasks[1:2]}
-    settings = {"task_weights": "coba", "validation_batch": 2}
-    loop = trainer(two_tasks, parse_loss("ce"), 4, validation=validation, **settings)
-    first, turns = loop.validation_batches()
-    assert [len(items) for items in first] == [4, 1]
-    every = [item for items in first for item in items]
-    assert every == [two_tasks[3], two_tasks[1], *two_tasks[:1] * 3]
-    assert turns[1] == [two_tasks[0], two_tasks[3], two_tasks[1]] and len(turns) == 2
+    """All of them before the first step, then `validation_batch` of each task after every step."""
+    a, b = [two_tasks[0], two_tasks[3], two_tasks[0]], [*two_tasks[1:3], two_tasks[1]]
+    settings = {"task_weights": "coba", "validation_batch": 2, "steps": 3, "lr": 1e-12}
+    loop = trainer(two_tasks, parse_loss("ce"), 4, validation={"a": a, "b": b}, **settings)
+    told, update = [], loop.task_weights.update
+    loop.task_weights.update = lambda losses, **more: (told.append(losses), update(losses, **more))
+    trained(loop)
     model = build_model().double()
-    measured = [(loop.validation.first, every), ([loop.validation.batches[1]], turns[1])]
-    for number, (batches, items) in enumerate(measured):
-        loop.validation._update(loop.args, loop.model, batches, step=number)
-        expected = validation_losses(model, items)
-        assert loop.validation.losses.tolist() == pytest.approx(expected, rel=1e-9)
+    parts = [(a, b), (a[:2], b[:2]), (a[2:], b[2:]), (a[:2], b[:2])]
+    for losses, (of_a, of_b) in zip(told, parts, strict=True):
+        assert losses.tolist() == pytest.approx(validation_losses(model, of_a + of_b), rel=1e-9)
 
 
 def test_coba_in_the_loop_equals_coba_by_hand(two_tasks):
