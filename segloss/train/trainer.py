@@ -139,8 +139,8 @@ class Trainer(LossMixin, transformers.Trainer):
 
     def _weigh(self, window, losses):
         if self.task_weights is not None:
-            coba = self.task_weights  # as it is now: it is updated before the step is logged
-            self._used = coba.weights(), coba.divergence_factor
+            # as they are now: CoBa is updated before the step is logged
+            self._used = self.task_weights.weights(), self.task_weights.divergence_factor
         return super()._weigh(window, losses)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:

@@ -162,6 +162,23 @@ def test_metrics_that_lost_lines(weighted, command, tmp_path):
     assert_same(weighted, tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [("--time-limit", "0.001"), ("--lr", "0.5", "--patience", "1", "--validate-every", "1")],
+    ids=["time-limit", "patience"],
+)
+def test_a_run_that_stopped_early_takes_no_further_step(train, command, tmp_path, options):
+    assert train(*SHORT, *options, "--output", tmp_path / "whole")[0] == 0
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", tmp_path / "whole", copy], check=True)
+    (copy / "results.json").unlink()
+    code, _, err = command("train", "--resume", copy)
+    assert code == 0, err
+    step = json.loads((copy / "results.json").read_text())["timing"]["steps"]
+    assert step < 7 and f"resuming after step {step}" in err
+    assert_same(tmp_path / "whole", copy)
+
+
 def test_nothing_is_unpickled(weighted):
     names = {path.name for path in weighted.rglob("*") if path.is_file()}
     kinds = {Path(name).suffix for name in names}
