@@ -104,8 +104,8 @@ def _run(run: Run, folder: RunFolder, clock: Clock, checkpoint: Checkpoint | Non
     timing |= {"stopped_by_time_limit": fit.stopped == "time limit"}
     timing |= {"stopped_by_patience": fit.stopped == "patience"}
     timing |= {"kept_step": fit.kept_step}
-    shutil.rmtree(folder.path / BEST, ignore_errors=True)
     _report(run, folder, fit.losses, before, after, timing)
+    shutil.rmtree(folder.path / BEST, ignore_errors=True)
 
 
 def say(text: str) -> None:
