@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -101,15 +102,15 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each run, `rounds[name]` of them: every round runs all that still have some left.
 
-    What else the machine does then hits all of them alike; every other round goes backwards, since
-    a run is slower after one that has just given its memory back.
+    What else the machine does then hits all of them alike. The order is drawn anew in every round,
+    the same in every process: a run is slower after one that has just given its memory back.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()
     gc.disable()
     try:
         for turn in range(max(rounds.values(), default=0)):
-            for name in list(runs) if turn % 2 == 0 else reversed(runs):
+            for name in random.Random(turn).sample(list(runs), len(runs)):
                 if turn < rounds[name]:
                     seconds[name].append(elapsed(runs[name]))
     finally:

@@ -20,7 +20,7 @@ import torch
 from bench import core, head, inputs, peers
 from bench.common import Report, Section, interleaved, options, quartiles, too_large
 from bench.memory import EAGER_BYTES_PER_LOGIT
-from segloss.logits import CPU_CHUNK_BYTES
+from segloss.logits import CPU_CHUNK_BYTES, CPU_CHUNK_ROWS
 
 TOKENS = (256, 512, 1024, 2048, 4096, 16384)
 CLASSES = (8192, 16384, 32768, 65536, 131072, 262144)
@@ -101,7 +101,7 @@ def cell_bytes(name: str, level: str, num_tokens: int, num_classes: int) -> floa
         return EAGER_BYTES_PER_LOGIT * logits + 4 * WIDTH * num_classes
     if level == "logits":
         return 4 * logits  # bfloat16 logits and their gradient
-    return 12 * WIDTH * num_classes + 2 * CPU_CHUNK_BYTES
+    return 12 * WIDTH * num_classes + 2 * max(CPU_CHUNK_BYTES, 2 * CPU_CHUNK_ROWS * num_classes)
 
 
 @dataclass

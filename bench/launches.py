@@ -154,6 +154,9 @@ LAUNCHES = {
     "sample_means-extremes": lambda rows: weigh_tokens(rows, "extremes", FEW),
     "sample_means-rank": lambda rows: weigh_tokens(rows, "rank"),
     "projection": lambda rows: projection.project(rows.data[0], 300),
+    "back_projection": lambda rows: projection.back_project(
+        torch.ones(300, dtype=torch.float64), rows.num_classes
+    ),
 }
 
 

@@ -22,6 +22,8 @@ import torch
 
 import segloss
 from bench import inputs, peers
+from segloss.kernels.common import cdiv
+from segloss.linear import dweight_bytes
 from segloss.train.expression import parse_loss
 
 # bfloat16 logits, their float32 copy, log-probabilities, two gradients
@@ -81,11 +83,11 @@ def child(name: str, size: Sequence[int], whole: bool) -> None:
 def accumulator_bytes(name: str, size: Sequence[int]) -> int:
     """The float32 sum of dweight: only where gradients of several chunks are added up."""
     num_tokens, width, num_classes = size
-    hidden = torch.zeros(num_tokens, 1, dtype=torch.bfloat16)
-    weight = torch.zeros(num_classes, 1, dtype=torch.bfloat16)
-    rows = segloss.LinearLogits(hidden, weight).chunk_rows(num_tokens)
-    several = rows < num_tokens and parse_loss(name).is_token_loss
-    return 4 * num_classes * width if several else 0
+    if not parse_loss(name).is_token_loss:
+        return 0
+    hidden = torch.empty(num_tokens, width, dtype=torch.bfloat16)
+    source = segloss.LinearLogits(hidden, torch.empty(num_classes, width, dtype=torch.bfloat16))
+    return dweight_bytes(source, cdiv(num_tokens, source.chunk_rows(num_tokens)))
 
 
 def measured(name: str, size: Sequence[int], whole: bool = False) -> int:

@@ -14,7 +14,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.common import LINE_HEADER, TIME_HEADER, Line, quartiles, round_ratios, time_rows
+from bench.common import (
+    LINE_HEADER,
+    TIME_HEADER,
+    Line,
+    Section,
+    quartiles,
+    round_ratios,
+    time_rows,
+)
 from segloss.train.expression import LOSSES
 
 # what begins so is a class of ours
@@ -85,22 +93,11 @@ ELSEWHERE = {
 
 
 @dataclass
-class Table:
+class Table(Section):
     """A section of a file, and the machine it was measured on."""
 
-    title: str
-    topic: str
-    machine: dict
-    quick: bool
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
-    lines: list[Line] = field(default_factory=list)
-    wrong: dict[str, str] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-    rivals: dict[str, list[str]] = field(default_factory=dict)
-    bounds: dict[str, list[str]] = field(default_factory=dict)
-    facts: dict[str, str] = field(default_factory=dict)
-    data: dict = field(default_factory=dict)
+    machine: dict = field(default_factory=dict)
+    quick: bool = False
 
     def median(self, name: str) -> float:
         return statistics.median(self.seconds[name])

@@ -49,34 +49,44 @@ def contract_rows(
     dlogits: Tensor,  # (R, C)
     hidden: Tensor,  # (R, D)
     scale: Tensor | float = 1.0,
-    into: Tensor | None = None,  # (C, D)
+    plus: Tensor | None = None,  # (C, D)
+    out: Tensor | None = None,  # (C, D)
 ) -> Tensor:
-    """`dlogits.T @ hidden * scale` (C, D), as `product`; or `into`, float32, with that added.
+    """`dlogits.T @ hidden * scale` (C, D), as `product`; or that and `plus`, added up in float32.
 
-    In bfloat16 on a CPU each thread takes columns of dlogits, so that what it adds to `into` is
-    still in its cache.
+    The sum lies in `out`, maybe `plus` itself, whose memory is spent. In bfloat16 on a CPU each
+    thread takes columns of dlogits, so that what it adds is still in its cache.
     """
-    if into is not None and into.dtype == dlogits.dtype:
-        return torch.addmm(into, dlogits.T, hidden * scale, out=into)
+    if plus is not None and plus.dtype == dlogits.dtype and dlogits.dtype.itemsize >= 4:
+        return torch.addmm(plus, dlogits.T, hidden * scale, out=out)
     num_columns = dlogits.shape[1]
     if dlogits.is_cuda or dlogits.dtype != torch.bfloat16 or num_columns <= CONTRACT_COLUMNS:
         result = product(dlogits.T, hidden, scale)
-        return result if into is None else into.add_(result)
+        return result if plus is None else added(plus, result, out)
     hidden = (hidden * scale).to(dlogits.dtype)
     turned = hidden.T.contiguous() if multiplies_tiles() else None
-    result = hidden.new_empty(num_columns, hidden.shape[1]) if into is None else into
+    result = hidden.new_empty(num_columns, hidden.shape[1]) if out is None else out
 
     def work(first: int) -> None:
         columns = slice(first, first + CONTRACT_COLUMNS)
         block = dlogits[:, columns]
         part = block.T @ hidden if turned is None else (turned @ block).T
-        if into is None:
+        if plus is None:
             result[columns] = part
         else:
-            result[columns] += part
+            added(plus[columns], part, result[columns])
 
     parallel(work, range(0, num_columns, CONTRACT_COLUMNS))
     return result
+
+
+def added(plus: Tensor, part: Tensor, out: Tensor) -> Tensor:
+    """`plus + part`, rounded to the dtype of `out` once; may spend `plus`."""
+    if plus.dtype == out.dtype:
+        return torch.add(plus, part, out=out)
+    if plus.dtype.itemsize < out.dtype.itemsize:
+        return out.copy_(plus).add_(part)
+    return out.copy_(plus.add_(part))
 
 
 @dataclass
@@ -102,13 +112,17 @@ class GradBlock:
         return torch.addcmul(result * self.row_scale, own, self.target_grad[:, None])
 
     def contract(
-        self, matrix: Tensor, scale: Tensor | float = 1.0, into: Tensor | None = None
+        self,
+        matrix: Tensor,  # (R, d)
+        scale: Tensor | float = 1.0,
+        plus: Tensor | None = None,  # (C, d)
+        out: Tensor | None = None,  # (C, d)
     ) -> Tensor:
-        """`dlogits.T @ matrix * scale` (C, d) for a matrix (R, d); or `into` with that added."""
+        """`dlogits.T @ matrix * scale + plus` (C, d), as `contract_rows`."""
         if self.row_scale is None:
-            return contract_rows(self.values, matrix, scale, into)
+            return contract_rows(self.values, matrix, scale, plus, out)
         scaled = matrix * self.row_scale
-        result = contract_rows(self.values, scaled.to(matrix.dtype), scale, into)
+        result = contract_rows(self.values, scaled.to(matrix.dtype), scale, plus, out)
         # added up before they are rounded: a frequent target stands in many rows
         classes, index = torch.unique(self.target, return_inverse=True)
         own = scaled.new_zeros(classes.numel(), matrix.shape[1])

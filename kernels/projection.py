@@ -1,4 +1,6 @@
-"""A seeded random-sign projection of gradients: `gradient @ P`, P never stored.
+"""A seeded random-sign projection of gradients, `gradient @ P`, and its way back, `P @ w`.
+
+P is never stored.
 
 Entry (c, r) of P is +-1 / sqrt(D): minus where bit r % 64 of word r // 64 % 4 of
 `numpy.random.Philox(key=seed)`'s block at counter (c, r // 256, 0, 0) is set. Nothing in that
@@ -8,7 +10,8 @@ Nor do the results. Within a tile of 4,096 columns a row is rounded to 24-bit in
 of two (the largest entry keeps its 24 bits), split into two 12-bit halves; sums of up to 4,096 of
 those stay below 2^24, so float32 adds them without rounding *in any order*. Tiles are added up in
 float64, in their order. Hence one result to the last bit for every chunking of rows and columns,
-every number of threads, every BLAS and every GPU.
+every number of threads, every BLAS and every GPU. On the way back w is rounded to integers whose
+sums float64 holds exactly.
 
 N rows (gradients), C columns (parameters), D dimensions, T tiles, R words of 32 signs.
 """
@@ -16,6 +19,7 @@ N rows (gradients), C columns (parameters), D dimensions, T tiles, R words of 32
 from __future__ import annotations
 
 import contextlib
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -23,6 +27,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .common import cdiv, jit, parallel, tl, use_triton
 
@@ -167,6 +172,55 @@ def add_tiles_kernel(
     tl.store(total + entries, running, mask=mask)
 
 
+@jit
+def signed_sum(word, w, first, D):
+    """Sums (K,) of w from dimension `first` on, with the signs of a word for each of K columns."""
+    total = (word * 0).to(tl.float64)
+    for dim in range(first, tl.minimum(first + 64, D)):
+        value = tl.load(w + dim)
+        total += tl.where(word & 1 == 1, -value, value)
+        word = word >> 1
+    return total
+
+
+@jit
+def back_project_kernel(
+    w,  # (D,) float64, whole numbers
+    out,  # (C,) float32
+    unit: tl.float64,
+    seed,
+    first_column,
+    C,
+    D,
+    BLOCK_C: tl.constexpr,
+):
+    """One program per block of columns."""
+    columns = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    counter = (first_column + columns).to(tl.uint64)
+    zero = counter * 0
+    total = tl.zeros((BLOCK_C,), tl.float64)
+    for first in range(0, D, 256):
+        word0, word1, word2, word3 = tl.philox(seed, counter, zero + first // 256, zero, zero)
+        total += signed_sum(word0, w, first, D)
+        total += signed_sum(word1, w, first + 64, D)
+        total += signed_sum(word2, w, first + 128, D)
+        total += signed_sum(word3, w, first + 192, D)
+    tl.store(out + columns, (total * unit).to(tl.float32), mask=columns < C)
+
+
+def back_project_triton(
+    w: Tensor,  # (D,) float64, whole numbers
+    unit: float,
+    first_column: int,
+    seed: int,
+    out: Tensor,  # (C,) float32
+) -> None:
+    c, d = out.numel(), w.numel()
+    back_project_kernel[(cdiv(c, 256),)](
+        w.to(out.device), out, unit, seed, first_column, c, d, BLOCK_C=256, num_warps=4
+    )
+
+
 def add_chunk_triton(
     chunk: Tensor,  # (N, C) whole tiles, but for the last of all
     first_column: int,
@@ -187,15 +241,22 @@ def add_chunk_triton(
 # ------------------------------------------------------------------------------------ torch twin
 
 
-def sign_words(first_column: int, num_columns: int, dim: int, seed: int) -> Tensor:
-    """The signs' bits (R, K) int32, R = ceil(D / 32): word r holds dimensions 32 r to 32 r + 31."""
+def sign_blocks(first_column: int, num_columns: int, dim: int, seed: int) -> list[np.ndarray]:
+    """The signs' bits (K, 32) uint8 of each group: byte b holds its dimensions 8 b to 8 b + 7."""
     groups = []
     for group in range(cdiv(dim, GROUP)):
         # numpy counts up before it draws
         counter = ((group << 64) + first_column - 1) % (1 << 256)
         raw = np.random.Philox(key=seed, counter=counter).random_raw(4 * num_columns)
-        groups.append(raw.astype("<u8", copy=False).view("<i4").reshape(num_columns, 8).T)
-    return torch.from_numpy(np.concatenate(groups)[: cdiv(dim, 32)]).contiguous()
+        groups.append(raw.astype("<u8", copy=False).view(np.uint8).reshape(num_columns, 32))
+    return groups
+
+
+def sign_words(first_column: int, num_columns: int, dim: int, seed: int) -> Tensor:
+    """The signs' bits (R, K) int32, R = ceil(D / 32): word r holds dimensions 32 r to 32 r + 31."""
+    blocks = sign_blocks(first_column, num_columns, dim, seed)
+    words = np.concatenate([block.view("<i4").T for block in blocks])
+    return torch.from_numpy(words[: cdiv(dim, 32)]).contiguous()
 
 
 # What a bit of a word is worth as float32 once it stands in the exponent's field, from bit 23 up:
@@ -254,6 +315,29 @@ def add_chunk_torch(
     for sums in parallel(work, [starts[i : i + size] for i in range(0, len(starts), size)]):
         for tile in sums:
             total += tile
+
+
+def back_project_torch(
+    w: Tensor,  # (D,) float64, whole numbers
+    unit: float,
+    first_column: int,
+    seed: int,
+    out: Tensor,  # (C,) float32
+) -> None:
+    """Eight signs at a time: a byte of them is an index into the 256 sums of eight weights."""
+    dim, num_bytes = w.numel(), cdiv(w.numel(), 8)
+    eights = F.pad(w.cpu(), (0, 8 * num_bytes - dim)).view(num_bytes, 8)
+    signs = 1 - 2 * (torch.arange(256)[:, None] >> torch.arange(8) & 1).double()
+    sums = (eights @ signs.T).flatten()  # (256 for each byte)
+    first_sum = 256 * torch.arange(num_bytes)
+
+    def work(start: int) -> None:
+        part = out[start : start + TILE]
+        blocks = sign_blocks(first_column + start, part.numel(), dim, seed)
+        index = torch.from_numpy(np.concatenate(blocks, 1))[:, :num_bytes] + first_sum
+        part.copy_(sums[index].sum(1).mul_(unit))
+
+    parallel(work, range(0, out.numel(), TILE))
 
 
 @contextlib.contextmanager
@@ -318,6 +402,47 @@ def project(
             add_chunk(chunk, first_column, seed, total)
             first_column += chunk.shape[1]
     return (total / dim**0.5).float()
+
+
+def back_project(
+    w: Tensor,
+    num_columns: int,
+    seed: int = 0,
+    *,
+    first_column: int = 0,
+    device: torch.device | None = None,
+) -> Tensor:
+    """`sign_matrix(C, D, seed, first_column) @ w`, the matrix never stored.
+
+    With `project(gradient, D, seed) = gradient @ P` this is `P @ w`, so that the product of a
+    gradient with it is `project(gradient, D, seed) @ w`.
+
+    Args:
+        w: (D,) of any float dtype.
+        num_columns: C, how many of P's rows there are from `first_column` on: one number for each
+            parameter.
+        seed: as for `project`.
+        device: of the result; None for that of w.
+
+    Returns (C,) float32, the same bits on every device and however the parameters are cut. The
+    error is that of rounding w to 2^-40 of its largest entry (D up to 4,096), and the sum to
+    float32.
+    """
+    out = torch.empty(num_columns, dtype=torch.float32, device=device or w.device)
+    if not num_columns or not w.numel():
+        return out.zero_()
+    integers, unit = whole_numbers(w.detach().double())
+    run = back_project_triton if use_triton(out) else back_project_torch
+    run(integers, unit / w.numel() ** 0.5, first_column, seed, out)
+    return out
+
+
+def whole_numbers(w: Tensor) -> tuple[Tensor, float]:
+    """float64 (D,) as whole numbers that any sum of +-w stays exact with, and what one is worth."""
+    bits = 52 - (w.numel() - 1).bit_length()
+    exponent = int(torch.frexp(w.abs().amax()).exponent)
+    unit = math.ldexp(1.0, exponent - bits)
+    return (w / unit).round_(), unit
 
 
 def sign_matrix(num_columns: int, dim: int, seed: int = 0, first_column: int = 0) -> Tensor:

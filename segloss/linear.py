@@ -128,14 +128,24 @@ class Gradients:
 
     `scale` (0-dim, a power of two) was taken out of the blocks. `disjoint` says that every class
     is met in one block only, so that its slice of dweight is final and needs no float32 sum.
+    `dtype` is the weight's own, which its gradient gets.
     """
 
-    def __init__(self, head: Head, needed: dict[str, bool], scale: Tensor, disjoint: bool):
+    def __init__(
+        self,
+        head: Head,
+        needed: dict[str, bool],
+        scale: Tensor,
+        disjoint: bool,
+        dtype: torch.dtype,
+    ):
         self.head, self.needed, self.scale, self.disjoint = head, needed, scale, disjoint
+        self.dtype = dtype
         double = head.hidden.dtype == torch.float64
         self.accumulate = torch.float64 if double else torch.float32
         self.threshold: Tensor | float = 0.0
         self.sums: dict[str, Tensor] = {}
+        self.final: Tensor | None = None  # what dweight is returned in
         self.mass: Tensor | float = 0.0
         self.dropped: Tensor | float = 0.0
         self.rank_one: list[tuple[Tensor, Tensor]] = []  # of dweight, added once at the end
@@ -161,30 +171,41 @@ class Gradients:
     def sum_of(self, name: str, shape: torch.Size) -> Tensor:
         """What the gradient of a whole tensor is added to, in float32."""
         if name not in self.sums:
-            zeros = functools.partial(torch.zeros, device=self.scale.device)
-            self.sums[name] = zeros(shape, dtype=self.accumulate)
+            self.sums[name] = self.scale.new_zeros(shape, dtype=self.accumulate)
         return self.sums[name]
+
+    def add_weight(self, block: GradBlock, hidden: Tensor, last: bool) -> None:
+        """Add what a chunk of rows adds to dweight.
+
+        Where a product is rounded to the gradient's own dtype (bfloat16 on a CPU), the first one is
+        put where the gradient will lie, and the last sum too: two chunks need no other memory.
+        """
+        plus = out = self.sums.get("weight")
+        if plus is not None and plus.dtype == self.dtype:
+            self.final = plus
+        if plus is not None and plus.dtype != self.accumulate:
+            out = torch.empty_like(plus, dtype=self.accumulate)
+        if last and self.final is not None:
+            out = self.final
+        self.sums["weight"] = block.contract(hidden, self.scale, plus, out)
 
     def block(self, block: GradBlock, rows: slice, classes: slice, filtering: bool) -> None:
         """Contract the gradient of a block of logits (R, C) at `rows` x `classes`."""
         head, scale, needed = self.head.take(rows).columns(classes), self.scale, self.needed
         num_rows, num_classes = self.head.hidden.shape[0], self.head.weight.shape[0]
-        hidden_grad = weight_grad = None
-        several = not self.disjoint and (filtering or rows.stop - rows.start < num_rows)
-        into = None
-        if needed["weight"] and several:
-            into = self.sum_of("weight", head.weight.shape)
+        hidden_grad = None
         if filtering:
-            hidden_grad, weight_grad = self.filtered(block, head, into)
-        else:
-            if needed["hidden"]:
-                hidden_grad = head.times_weight(block) * scale
-            if needed["weight"]:
-                weight_grad = block.contract(head.hidden, scale, into)
+            hidden_grad = self.filtered(block, head, classes)
+        elif needed["hidden"]:
+            hidden_grad = head.times_weight(block) * scale
         if needed["hidden"]:
             self.add("hidden", hidden_grad, rows, num_rows, False)
-        if needed["weight"] and not several:
-            self.add("weight", weight_grad, classes, num_classes, self.disjoint)
+        if needed["weight"] and not filtering:
+            if self.disjoint:
+                weight_grad = block.contract(head.hidden, scale)
+                self.add("weight", weight_grad, classes, num_classes, True)
+            else:
+                self.add_weight(block, head.hidden, rows.stop == num_rows)
         if needed.get("bias"):
             self.add("bias", block.column_sums() * scale, classes, num_classes, self.disjoint)
         if needed.get("lora's B"):
@@ -197,20 +218,23 @@ class Gradients:
             rank = slice(0, head.lora_a.shape[0])
             self.add("lora's A", grad, rank, rank.stop, False)
 
-    def filtered(self, block: GradBlock, head: Head, into: Tensor | None) -> tuple:
-        """(dhidden, dweight) of a block with its small columns merged; dweight goes to `into`."""
-        weight_grad = into
-        if into is None and self.needed["weight"]:
+    def filtered(self, block: GradBlock, head: Head, classes: slice) -> Tensor:
+        """dhidden (R, D) of a block with its small columns merged; dweight is added."""
+        weight_grad = None
+        if self.needed["weight"] and self.disjoint:
             weight_grad = torch.zeros_like(head.weight, dtype=self.accumulate)
+        elif self.needed["weight"]:
+            weight_grad = self.sum_of("weight", head.weight.shape)
         done = filtered_products(
             block.values, head.hidden, head.full_weight(), self.scale, self.threshold, weight_grad
         )
         self.mass, self.dropped = self.mass + done.mass, self.dropped + done.merged
-        if into is not None:
-            self.rank_one.append((done.share, done.moment))
-        elif weight_grad is not None:
+        if weight_grad is not None and self.disjoint:
             weight_grad.addmm_(done.share.T, done.moment)
-        return done.hidden_grad, weight_grad
+            self.add("weight", weight_grad, classes, self.head.weight.shape[0], True)
+        elif weight_grad is not None:
+            self.rank_one.append((done.share, done.moment))
+        return done.hidden_grad
 
     def result(self, source: LinearLogits, tensors: tuple, rows: Tensor | None) -> tuple:
         """Gradients in the tensors' order, dtypes and shapes."""
@@ -524,7 +548,7 @@ def grad_linear(tensors, saved, grads, needed, *, options: dict) -> tuple:
     scale = rescale(terms)
     plain = terms.entropy_grad is None and terms.sum_grad is None
     covers_all = terms.class_grad is not None and terms.columns is None
-    total = Gradients(head, needed, scale, disjoint=True)
+    total = Gradients(head, needed, scale, disjoint=True, dtype=source.weight.dtype)
     if "qw" in saved and plain and not covers_all:
         total.sums["hidden"] = frozen_grad(source, head, terms, saved) * scale
     else:
@@ -719,7 +743,7 @@ def fused_forward(source: LinearLogits, batch: Batch, plan: FusedPlan, needed: d
     head = Head.of(source, rows, inner.valid)
     weights = inner.weights()
     scale = power_of_two(plan, weights)
-    total = Gradients(head, needed, scale, disjoint=False)
+    total = Gradients(head, needed, scale, disjoint=False, dtype=source.weight.dtype)
     total.threshold = source.filter_limit / (plan.denominator * scale)
     num_rows = head.hidden.shape[0]
     loss = torch.zeros((), dtype=source.dtype, device=source.device)
@@ -873,10 +897,8 @@ def plan_of(source, loss, needed: dict, num_rows: int, chunks: int) -> tuple[str
     if not any(needed.values()):
         return "no gradient: statistics only", 1, extra
     if fusible(loss):
-        if needed["weight"] and (chunks > 1 or source.grad_filter):
-            # the sum; a GPU makes what a chunk adds to it as large again
-            tensors = 2 if source.device.type == "cuda" else 1
-            extra.append(("dweight", tensors * max(4, itemsize) * num_classes * width))
+        if needed["weight"] and (size := dweight_bytes(source, chunks)):
+            extra.append(("dweight", size))
         products = 1 + needed["hidden"] + needed["weight"]
         return "fused: gradients formed in forward", products, extra
     if is_frozen(needed):
@@ -888,6 +910,17 @@ def plan_of(source, loss, needed: dict, num_rows: int, chunks: int) -> tuple[str
         extra.append(("kept", num_kept * num_classes * itemsize))
     products = 2 + needed["hidden"] + needed["weight"] - num_kept / max(1, num_rows)
     return "recompute: logits made again in backward", products, extra
+
+
+def dweight_bytes(source: LinearLogits, chunks: int) -> int:
+    """What adding up dweight over chunks takes beside the gradient itself."""
+    on_gpu, product, own = source.weight.is_cuda, source.product_dtype, source.weight.dtype
+    two_fit = not on_gpu and product == own == torch.bfloat16
+    if not source.grad_filter and chunks <= (2 if two_fit else 1):
+        return 0
+    wide = max(4, product.itemsize)
+    # the sum, unless it is the gradient; a GPU makes what a chunk adds to it as large again
+    return ((own.itemsize < wide) + on_gpu) * wide * source.weight.numel()
 
 
 def megabytes(size: int) -> str:

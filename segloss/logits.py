@@ -98,7 +98,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CPU_CHUNK_BYTES = 64 << 20
 GPU_CHUNK_BYTES = 512 << 20
 # with fewer rows than these the matrix units wait for the weight to be read again
-CPU_CHUNK_ROWS = 256
+CPU_CHUNK_ROWS = 512
 GPU_CHUNK_ROWS = 1024
 # up to this many classes grad_filter is taken as it is; small columns add up, so more of them are
 # held to a lower limit (measured: bench/NOTES.md)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import segloss
@@ -94,12 +95,14 @@ def plain_training(model, rows: list[dict], loss, steps: int = 2, before_step=No
 
 
 def training_arguments(folder, accumulation: int = 1, arguments_class=None, **options):
-    """Two steps of plain SGD over eight rows, in their order."""
+    """Two steps of plain SGD over eight rows, in their order: four a step, over all processes."""
     from transformers import TrainingArguments
+
+    processes = dist.get_world_size() if dist.is_initialized() else 1
 
     settings = {
         "max_steps": 2,
-        "per_device_train_batch_size": 4 // accumulation,
+        "per_device_train_batch_size": 4 // accumulation // processes,
         "gradient_accumulation_steps": accumulation,
         "per_device_eval_batch_size": 4,
         "train_sampling_strategy": "sequential",
@@ -142,3 +145,66 @@ def assert_same_steps(ours, theirs, tolerance: float = 1e-9):
         assert abs(value - expected) <= 1e-6 * abs(expected)
         error = (grad - expected_grad).norm() / expected_grad.norm()
         assert error <= tolerance
+
+
+# --------------------------------------------------------------- weights of tasks and samples
+
+
+def weighed(weights):
+    """The plain loss under token weights (B, T) of each step, which makes them from its nll."""
+
+    def loss(logits, target):
+        nll = token_nll(logits, target)
+        return (weights(nll.detach(), target != -100) * nll).sum()
+
+    return loss
+
+
+def sample_means(nll, valid):
+    return (nll * valid).sum(1) / valid.sum(1)
+
+
+def irdro(temperature):
+    def weights(nll, valid):
+        share = torch.softmax(sample_means(nll, valid) / temperature, 0) / valid.sum(1)
+        return share[:, None] * valid
+
+    return weights
+
+
+TASK_WEIGHTS = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+
+
+def by_task(step_rows, omega, share=None):
+    """Token weights omega_i / (tokens of task i), or samples' shares within their task."""
+    task = torch.tensor([row["task_ids"] for row in step_rows])
+
+    def weights(nll, valid):
+        n = valid.sum(1).double()
+        per_sample = n if share is None else torch.softmax(sample_means(nll, valid) / share, 0)
+        total = torch.stack([per_sample[task == i].sum() for i in range(3)])
+        return (omega[task] * per_sample / (n * total[task]))[:, None] * valid
+
+    return weights
+
+
+def validation_batches():
+    rows = tiny_rows()[2:8]
+    for part in (rows[:2], rows[2:4], rows[4:]):
+        yield {key: torch.tensor([row[key] for row in part]) for key in part[0]}
+
+
+def coba(group=None):
+    return segloss.CoBa(3, warmup=1, history=3, group=group)
+
+
+def losses_of(model, batches):
+    """(cross-entropy per token of each task (3,), tokens (3,)), on full logits."""
+    totals = torch.zeros(2, 3, dtype=torch.float64)
+    for batch in batches:
+        ids, labels = batch["input_ids"], batch["labels"]
+        target = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        nll = token_nll(model(input_ids=ids).logits, target).detach()
+        for i, task in enumerate(batch["task_ids"]):
+            totals[:, task] += torch.stack([nll[i].sum(), (target[i] != -100).sum()])
+    return totals[0] / totals[1], totals[1]

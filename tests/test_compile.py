@@ -90,14 +90,6 @@ def recompiled(module, name: str, monkeypatch) -> None:
     monkeypatch.setattr(module, name, triton.jit(getattr(module, name).fn))
 
 
-def test_a_division_per_element_is_over_the_limit(monkeypatch):
-    recompiled(row_stats, "row_stats_kernel", monkeypatch)
-    monkeypatch.setattr(row_stats, "online_softmax", dividing_softmax)
-    rows = kernels.compile_ours("sm_90", "row_stats", COUNTED)
-    (line,) = kernels.cost_lines(rows)
-    assert line.verdict == "MISS" and line.value > limits.SM_90_BF16["row_stats"]["instructions"]
-
-
 @triton.jit
 def dividing_grad(z, is_target, row_max, log_sum, prob_coef, target_coef, target_rest, extra,
                   entropy, entropy_grad, sum_grad, column_weight, softcap, scale,
@@ -106,12 +98,21 @@ def dividing_grad(z, is_target, row_max, log_sum, prob_coef, target_coef, target
     return tl.exp2((z - row_max) * 1.4426950408889634) / tl.exp(log_sum) * prob_coef
 
 
-def test_a_division_per_element_of_the_gradient_is_over_the_limit(monkeypatch):
-    recompiled(logit_grad, "grad_rows_kernel", monkeypatch)
-    monkeypatch.setattr(logit_grad, "grad_tile", dividing_grad)
-    rows = kernels.compile_ours("sm_90", "logit_grad", COUNTED)
+@pytest.mark.parametrize(
+    "module, kernel, inner, dividing",
+    [
+        (row_stats, "row_stats_kernel", "online_softmax", dividing_softmax),
+        (logit_grad, "grad_rows_kernel", "grad_tile", dividing_grad),
+    ],
+    ids=["row_stats", "logit_grad"],
+)
+def test_a_division_per_element_is_over_the_limit(module, kernel, inner, dividing, monkeypatch):
+    recompiled(module, kernel, monkeypatch)
+    monkeypatch.setattr(module, inner, dividing)
+    launch = module.__name__.rpartition(".")[2]
+    rows = kernels.compile_ours("sm_90", launch, COUNTED)
     (line,) = kernels.cost_lines(rows)
-    assert line.verdict == "MISS" and line.value > limits.SM_90_BF16["logit_grad"]["instructions"]
+    assert line.verdict == "MISS" and line.value > limits.SM_90_BF16[launch]["instructions"]
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 import distributed_worker
 import pytest
+import ranks
 import torch
 from helpers import assert_near
 
@@ -15,11 +16,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def per_rank(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(
-        distributed_worker.run, args=(str(folder),), nprocs=distributed_worker.RANKS
-    )
-    return [torch.load(folder / f"{rank}.pt") for rank in range(distributed_worker.RANKS)]
+    return ranks.spawn(distributed_worker.results, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("batch, name", CASES)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 import torch
-import torch.distributed as dist
+from ranks import RANKS
 
 import segloss
 
-RANKS = 2
 SCHEMES = ("irdro", "linupper", "rank")
 FIRST = 3  # of 8 samples, how many rank 0 has
 
@@ -71,23 +68,3 @@ def results(rank: int, group) -> dict:
     out["tokens"] = segloss.token_weights(shard(num_tokens, rank), **own, group=group)
     out["tokens", "mean"] = segloss.token_weights(shard(num_tokens, rank), group=group)
     return out
-
-
-def run(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=60),  # a rank that waits for one that failed
-    )
-    torch.save(results(rank, dist.group.WORLD), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def spawn(folder) -> list[dict]:
-    """The results of every rank."""
-    torch.multiprocessing.spawn(run, args=(str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]

@@ -31,6 +31,7 @@ from segloss.integrations.window import (
     target_of,
     weigh,
 )
+from segloss.kernels.common import widest
 from segloss.linear import Head
 from segloss.logits import LinearLogits
 from segloss.losses import CrossEntropyLoss, Loss
@@ -317,6 +318,14 @@ class LossMixin(Trainer):
         # the Trainer counts the tokens of a batch only for models said to use the count
         self.model_accepts_loss_kwargs = True
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As the Trainer's; what callbacks saved is read from the checkpoint that is resumed."""
+        given = isinstance(resume_from_checkpoint, (str, os.PathLike))
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, SavedState):
+                callback.resumed_from = os.fspath(resume_from_checkpoint) if given else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         place = inputs.pop(PLACE, None)
@@ -455,7 +464,8 @@ class LossMixin(Trainer):
 
     def _record(self, mode: str, statistics: Any, target: Tensor) -> None:
         hits = (statistics.argmax == target) & statistics.valid
-        sums = torch.stack([hits.sum(), statistics.entropy.sum(), statistics.valid.sum()]).double()
+        sums = torch.stack([hits.sum(), statistics.entropy.sum(), statistics.valid.sum()])
+        sums = sums.to(widest(sums.device))
         self._sums[mode] = self._sums.get(mode, 0) + sums
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -484,7 +494,12 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class SavedState(TrainerCallback):
-    """Keeps what a run depends on beside its checkpoints and reads it when one is resumed."""
+    """Keeps what a run depends on beside its checkpoints and reads it when one is resumed.
+
+    From the folder that `LossMixin.train` is given, or the checkpoint in the output folder.
+    """
+
+    resumed_from: str | None = None
 
     def __init__(self, name: str, stateful: Any):
         self.name = name
@@ -500,6 +515,13 @@ class SavedState(TrainerCallback):
 
     def _read(self, args, state) -> None:
         path = self._path(args, state)
+        if self.resumed_from is not None:
+            path = os.path.join(self.resumed_from, f"{self.name}.pt")
+        if not os.path.exists(path):
+            raise FileNotFoundError(
+                f"{path} is missing: the checkpoint is of a run without {self.name}, or lies in "
+                "another folder; give LossMixin.train the folder, or begin from its model alone"
+            )
         self.stateful.load_state_dict(torch.load(path, map_location=args.device))
 
     def _write(self, args, state) -> None:
@@ -577,16 +599,16 @@ def task_losses(
     logits: Callable, batches: Iterable[Mapping], num_tasks: int, device
 ) -> tuple[Tensor, Tensor]:
     """(cross-entropy per token of each task (K,), NaN without tokens; tokens (K,))."""
-    totals = torch.zeros(2, num_tasks, dtype=torch.float64, device=device)
+    totals = torch.zeros(2, num_tasks, dtype=widest(torch.device(device)), device=device)
     for batch in batches:
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         samples = Samples.of(batch)
         if samples.task is None:
             raise ValueError(f"a batch has the columns {', '.join(batch)}; CoBa needs task_ids")
         log_prob = logit_statistics(logits(model_inputs(batch)), samples.target).log_prob
-        sums = torch.zeros(2, samples.num_samples, dtype=torch.float64, device=device)
+        sums = totals.new_zeros(2, samples.num_samples)
         index = samples.index.reshape(-1)
-        sums[0].index_add_(0, index, -log_prob.reshape(-1).double())
+        sums[0].index_add_(0, index, -log_prob.reshape(-1).to(sums.dtype))
         sums[1] = samples.num_tokens(weighed=False)
         totals.index_add_(1, samples.task, sums)
     return totals[0] / totals[1], totals[1]

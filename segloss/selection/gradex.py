@@ -9,6 +9,7 @@ S samples, R rows (a sample's margins), D dimensions, C trainable parameters.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segloss.kernels.projection import project
+from segloss.kernels.common import widest
+from segloss.kernels.projection import back_project, project
 from segloss.selection.margins import answer_margin, output_margin
 
 # gradients waiting for their projection: one pass over the signs serves all of them
@@ -289,6 +291,7 @@ class GradEx:
         gradex.collect(train_samples)               # Sample(id, task, inputs), once
         gradex.collect(held_out, role="target")     # whose loss is to be estimated
         gradex.estimate(["boolq", "siqa"])          # in well under a second, for any subset
+        gradex.measure(["boolq", "siqa"], held_out) # the model's own loss, its weights moved there
         gradex.select().chosen
 
     With f the margin of a sample at theta* (`answer_margin`) and g its gradient times a random sign
@@ -297,7 +300,8 @@ class GradEx:
         w = argmin_w mean_i ln(1 + exp(-(f_i + g_i.w))) + penalty ||w||^2       i in the subset
 
     and the estimate the cross-entropy `ln(1 + exp(-(f_j + g_j.w)))` of the target samples j, per
-    token, averaged over the target's tasks.
+    token, averaged over the target's tasks. `measure` is the published score: the loss of the model
+    itself at theta* + P w, P the sign matrix.
 
     Args:
         model: its parameters with `requires_grad` (the LoRA adapter, say) are what is fine-tuned.
@@ -350,9 +354,10 @@ class GradEx:
         self.model, self.dim, self.seed = model, dim, seed
         self.offset, self.penalty, self.radius = offset, penalty, radius
         self.unit, self.balance, self.outputs = unit, balance, outputs or causal_lm
-        self.parameters = [parameter for _, parameter in named]
+        self.named = dict(named)
+        self.parameters = list(self.named.values())
         self.num_parameters = sum(p.numel() for p in self.parameters)
-        self.norm = float(sum(p.detach().double().square().sum() for p in self.parameters)) ** 0.5
+        self.norm = norm_of(self.parameters)
         identity = {"version": 1, "dim": dim, "seed": seed, "unit": unit}
         self.store = Store(store, identity | {"weights": fingerprint(named)})
         self._rows: dict[str, Rows] = {}
@@ -473,7 +478,12 @@ class GradEx:
     # ------------------------------------------------------------------------------ estimating
 
     def fit(self, subset: Subset) -> Tensor:
-        """w (D,) of a subset of tasks: where fine-tuning on it would take the projected weights."""
+        """w (D,) of a subset of tasks: where fine-tuning on it would take the projected weights.
+
+        Nowhere for an empty one.
+        """
+        if not len(subset):
+            return torch.zeros(self.dim, dtype=torch.float64)
         names = self._checked(subset, "subset", "train")
         every = self.rows("train")
         rows = every.take(np.isin(every.task, names))
@@ -505,9 +515,8 @@ class GradEx:
         names = self._checked(
             self.tasks("target") if target is None else target, "target", "target"
         )
-        w = self.fit(subset) if len(subset) else torch.zeros(self.dim, dtype=torch.float64)
         rows = self.rows("target")
-        losses = F.softplus(-(rows.margin + rows.gradient @ w)).numpy()
+        losses = F.softplus(-(rows.margin + rows.gradient @ self.fit(subset))).numpy()
         return float(np.mean([losses[rows.task == t].sum() / self.tokens(t) for t in names]))
 
     def _weights(self, task: np.ndarray) -> Tensor:
@@ -526,6 +535,70 @@ class GradEx:
             raise ValueError(f"{argument} holds {what}; it takes some of {', '.join(known)}")
         return list(dict.fromkeys(names))
 
+    # ------------------------------------------------------------------------------- measuring
+
+    def shift(self, subset: Subset) -> dict[str, Tensor]:
+        """How fine-tuning on `subset` would move each parameter, by name, in float32::
+
+            P = sign_matrix(num_parameters, dim, seed)                      # never stored
+            torch.cat([m.flatten() for m in shift.values()]) == P @ fit(subset)
+
+        With `radius` the length of it all is exactly that share of the weights'.
+        """
+        w, first, moves = self.fit(subset), 0, {}
+        for name, p in self.named.items():
+            move = back_project(w, p.numel(), self.seed, first_column=first, device=p.device)
+            moves[name] = move.view(p.shape)
+            first += p.numel()
+        if self.radius is not None and w.norm() > 0:
+            length = math.hypot(*(float(move.norm()) for move in moves.values()))
+            moves = {n: move * (self.radius * self.norm / length) for n, move in moves.items()}
+        return moves
+
+    @contextlib.contextmanager
+    def moved(self, subset: Subset) -> Iterator[nn.Module]:
+        """The model, for the length of a `with`, with its weights moved by `shift(subset)`."""
+        if norm_of(self.parameters) != self.norm:
+            raise RuntimeError(
+                "the model's weights are not those that its gradients were taken at; load them "
+                "again first"
+            )
+        moves = self.shift(subset)
+        before = [p.detach().clone() for p in self.parameters]
+        try:
+            with torch.no_grad():
+                for name, p in self.named.items():
+                    p.add_(moves[name])
+            yield self.model
+        finally:
+            with torch.no_grad():
+                for p, value in zip(self.parameters, before, strict=True):
+                    p.copy_(value)
+
+    def measure(self, subset: Subset, samples: Iterable[Sample]) -> float:
+        """Cross-entropy per token of samples with the weights moved by `shift(subset)`, averaged
+        over their tasks: the published score.
+
+        Like `estimate`, but by the model itself, so without what a first order leaves out, at a
+        forward pass of every sample, in eval mode. Errors: RuntimeError if the model was trained
+        meanwhile.
+        """
+        nll: dict[str, list[float]] = {}
+        tokens: dict[str, int] = {}
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self.moved(subset), torch.no_grad():
+                for sample in samples:
+                    margins = self._margins(sample)
+                    nll.setdefault(sample.task, []).append(F.softplus(-margins).sum().item())
+                    tokens[sample.task] = tokens.get(sample.task, 0) + margins.numel()
+        finally:
+            self.model.train(was_training)
+        if not nll:
+            raise ValueError("samples is empty; it takes those whose loss is to be measured")
+        return float(np.mean([sum(nll[task]) / tokens[task] for task in nll]))
+
     # ------------------------------------------------------------------------------- selecting
 
     def select(
@@ -536,6 +609,7 @@ class GradEx:
         subsets: int = 200,
         size: int | None = None,
         smallest: int | None = None,
+        samples: Iterable[Sample] | None = None,
     ) -> Selection:
         """The tasks to fine-tune on for the least estimated loss of `target`.
 
@@ -550,6 +624,8 @@ class GradEx:
             smallest: tasks that a choice holds at least; None for half of them, rounded up. An
                 estimate is a first-order one around a model trained on all tasks, and one task
                 alone leads far away from there (see bench/NOTES.md for how wrong it is then).
+            samples: the target's; a subset's loss is then that of `measure` on them, as published,
+                at a pass over them for every subset.
         """
         tasks = self.tasks()
         smallest = (len(tasks) + 1) // 2 if smallest is None else smallest
@@ -560,11 +636,17 @@ class GradEx:
             count = sum(math.comb(len(tasks), k) for k in sizes)
             method = "exhaustive" if count <= subsets else "ensemble"
         looked_at: dict[tuple[str, ...], float] = {}
+        names = self._checked(
+            self.tasks("target") if target is None else target, "target", "target"
+        )
+        measured = None if samples is None else [s for s in samples if s.task in names]
 
         def estimate(subset: Collection[str]) -> float:
             key = tuple(task for task in tasks if task in subset)
             if key not in looked_at:
-                looked_at[key] = self.estimate(key, target)
+                looked_at[key] = (
+                    self.estimate(key, target) if measured is None else self.measure(key, measured)
+                )
             return looked_at[key]
 
         scores: dict[str, float] = {}
@@ -595,7 +677,6 @@ class GradEx:
             )
         allowed = [item for item in looked_at.items() if len(item[0]) >= smallest]
         ordered = sorted(allowed, key=lambda item: item[1])
-        names = self.tasks("target") if target is None else list(target)
         objective = f"cross-entropy per token of {' '.join(names)}"
         return Selection(objective, method, *ordered[0], ordered, scores)
 
@@ -614,6 +695,12 @@ class GradEx:
         subsets = [tuple(subset) for subset in true]
         estimated = [self.estimate(subset, target) for subset in subsets]
         return Comparison(subsets, estimated, [float(value) for value in true.values()])
+
+
+def norm_of(parameters: Iterable[Tensor]) -> float:
+    """Their length as one vector."""
+    squares = [p.detach().to(widest(p.device)).square().sum().item() for p in parameters]
+    return math.fsum(squares) ** 0.5
 
 
 def fingerprint(named: Sequence[tuple[str, Tensor]]) -> str:

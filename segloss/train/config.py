@@ -81,15 +81,21 @@ class TrainConfig:
 
     sample_weights: Literal["none", "irdro", "linupper", "quadratic", "extremes", "rank"] = "none"
     """how much each example of a batch counts, by its own mean loss: irdro the harder the more,
-    linupper all but the easy alike, quadratic the middle, extremes both ends, rank only the second
-    hardest quarter;
-    none: every token counts alike"""
+    linupper all but the easy alike, quadratic the middle, extremes both ends, rank only one band of
+    the ranks; none: every token counts alike"""
 
     sample_temperature: float = 1.0
     """the smaller, the further the sample weights are from equal"""
 
     sample_burn_in: int = 0
     """steps with equal sample weights before those of the scheme begin"""
+
+    sample_fraction: float = 0.25
+    """of --sample-weights rank: the share of the examples that its band holds"""
+
+    sample_band: float = 1.0
+    """of --sample-weights rank: how many bands of that size are harder than its own; 0 keeps the
+    hardest examples"""
 
     steps: int = 90
     """optimizer steps"""
@@ -175,6 +181,8 @@ class TrainConfig:
             self._require(name, value is None or 0 < value < math.inf, "a positive number")
         for name in ("weight_decay", "max_grad_norm", "time_limit"):
             self._require(name, 0 <= (getattr(self, name) or 0) < math.inf, "a number from 0 up")
+        self._require("sample_fraction", 0 < self.sample_fraction <= 1, "a number above 0, up to 1")
+        self._require("sample_band", 0 <= self.sample_band < math.inf, "a number from 0 up")
         self._require("lora_dropout", 0 <= self.lora_dropout < 1, "a number from 0 to below 1")
         self._require("seed", 0 <= self.seed < 2**32, "a whole number from 0 to 4294967295")
         self._require_validation()

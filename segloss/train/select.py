@@ -13,7 +13,7 @@ import math
 import os
 import random
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,6 +73,11 @@ class SelectConfig(TrainConfig):
     penalty: float | None = None
     """the regression's penalty on the length of a change of weights: the lower, the more training
     an estimate stands for (default: 0.001 times the gradients' mean squared length)"""
+
+    score: Literal["estimate", "measured"] = "estimate"
+    """how good a subset is: estimate, by the gradients alone; measured, as published, by the model
+    itself with its weights moved to where the estimate has them, at a pass over the target's items
+    for each subset"""
 
     method: Literal["auto", "exhaustive", "ensemble", "forward"] = "auto"
     """exhaustive: estimate every subset; ensemble: random ones, tasks ranked by the mean estimate
@@ -159,11 +164,15 @@ class Selecting:
         self.clock.lap("gradients")
         config = self.config
         found = gradex.select(
-            self.target, method=config.method, subsets=config.subsets, smallest=config.smallest
+            self.target,
+            method=config.method,
+            subsets=config.subsets,
+            smallest=config.smallest,
+            samples=self._target_samples() if config.score == "measured" else None,
         )
         self.clock.lap("estimates")
 
-        comparison = self._check(gradex, found, begin) if self.config.check else None
+        comparison = self._check(found, begin) if self.config.check else None
         self.clock.lap("retraining")
         self._write(found, comparison, losses)
 
@@ -249,11 +258,7 @@ class Selecting:
         except (OSError, ValueError) as error:
             raise UserError(f"--gradients: {error}") from None
         train = [sample for name in self.tasks for sample in self._samples(name)]
-        target = [
-            sample_of(name, i, item)
-            for name in self.target
-            for i, item in enumerate(self.tasks[name].validation)
-        ]
+        target = self._target_samples()
         try:
             with tqdm(total=len(train) + len(target), desc="gradients", dynamic_ncols=True) as bar:
                 gradex.collect(train, progress=bar.update)
@@ -268,17 +273,25 @@ class Selecting:
         chosen = sorted(rng.sample(range(len(items)), min(self.config.items, len(items))))
         return [sample_of(name, i, items[i]) for i in chosen]
 
+    def _target_samples(self) -> list[Sample]:
+        return [
+            sample_of(name, i, item)
+            for name in self.target
+            for i, item in enumerate(self.tasks[name].validation)
+        ]
+
     # -------------------------------------------------------------------------------- checking
 
-    def _check(
-        self, gradex: GradEx, found: Selection, begin: dict[str, torch.Tensor]
-    ) -> Comparison:
+    def _check(self, found: Selection, begin: dict[str, torch.Tensor]) -> Comparison:
         """Fine-tune on subsets spread evenly over the estimates, from the model as it was."""
         import torch
 
+        from segloss.selection import Comparison
+
         count = min(self.config.check, len(found.subsets))
         places = [round(i * (len(found.subsets) - 1) / max(1, count - 1)) for i in range(count)]
-        true: dict[Collection[str], float] = {}
+        estimated = dict(found.subsets)
+        true: dict[tuple[str, ...], float] = {}
         for number, place in enumerate(places):
             subset = found.subsets[place][0]
             with torch.no_grad():
@@ -288,7 +301,7 @@ class Selecting:
             self._train(subset, f"check {number + 1} of {count}")
             true[subset] = self._target_loss()
             self.folder.log("check", tasks=list(subset), true=true[subset])
-        return gradex.compare(true, self.target)
+        return Comparison(list(true), [estimated[s] for s in true], list(true.values()))
 
     # ---------------------------------------------------------------------------------- results
 

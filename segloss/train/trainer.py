@@ -360,7 +360,9 @@ def sample_weighting(config: TrainConfig) -> segloss.SampleWeighting | None:
     if config.sample_weights == "none":
         return None
     return segloss.SampleWeighting(
-        config.sample_weights, config.sample_temperature, config.sample_burn_in
+        *(config.sample_weights, config.sample_temperature, config.sample_burn_in),
+        fraction=config.sample_fraction,
+        band=config.sample_band,
     )
 
 

@@ -4,17 +4,23 @@ import pytest
 import torch
 from integration_helpers import (
     PAIRS,
+    TASK_WEIGHTS,
     V,
     assert_same_steps,
+    by_task,
+    coba,
     gradients,
+    irdro,
+    losses_of,
     plain_batch,
     plain_cross_entropy,
     plain_training,
     tiny_model,
     tiny_rows,
-    token_nll,
     training_arguments,
+    validation_batches,
     watch,
+    weighed,
 )
 
 import segloss
@@ -163,28 +169,6 @@ def test_router_loss_is_added(tmp_path):
 # --------------------------------------------------------------- weights of tasks and samples
 
 
-def weighed(weights):
-    """The plain loss under token weights (B, T) of each step, which makes them from its nll."""
-
-    def loss(logits, target):
-        nll = token_nll(logits, target)
-        return (weights(nll.detach(), target != -100) * nll).sum()
-
-    return loss
-
-
-def sample_means(nll, valid):
-    return (nll * valid).sum(1) / valid.sum(1)
-
-
-def irdro(temperature):
-    def weights(nll, valid):
-        share = torch.softmax(sample_means(nll, valid) / temperature, 0) / valid.sum(1)
-        return share[:, None] * valid
-
-    return weights
-
-
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_sample_weighting(accumulation, tmp_path):
     """IR-DRO over the samples of the whole accumulated batch."""
@@ -214,22 +198,6 @@ def test_first_pass_has_the_dropout_of_the_second(tmp_path, monkeypatch):
     ours._record = record
     ours.train()
     torch.testing.assert_close(read[0], torch.cat(trained))
-
-
-TASK_WEIGHTS = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
-
-
-def by_task(step_rows, omega, share=None):
-    """Token weights omega_i / (tokens of task i), or samples' shares within their task."""
-    task = torch.tensor([row["task_ids"] for row in step_rows])
-
-    def weights(nll, valid):
-        n = valid.sum(1).double()
-        per_sample = n if share is None else torch.softmax(sample_means(nll, valid) / share, 0)
-        total = torch.stack([per_sample[task == i].sum() for i in range(3)])
-        return (omega[task] * per_sample / (n * total[task]))[:, None] * valid
-
-    return weights
 
 
 @pytest.mark.parametrize("share", [None, 0.05], ids=["tasks", "tasks and samples"])
@@ -308,16 +276,6 @@ def test_packed_rows(told_by, tmp_path):
 # ----------------------------------------------------------------------------------- callbacks
 
 
-def validation_batches():
-    rows = tiny_rows()[2:8]
-    for part in (rows[:2], rows[2:4], rows[4:]):
-        yield {key: torch.tensor([row[key] for row in part]) for key in part[0]}
-
-
-def coba():
-    return segloss.CoBa(3, warmup=1, history=3)
-
-
 def test_coba_callback(tmp_path):
     """The losses it is told are those of full logits; the weights reach the next step."""
     ours = trainer(tmp_path, task_weights=(balancer := coba()), loss=segloss.CrossEntropyLoss())
@@ -338,16 +296,6 @@ def test_coba_callback(tmp_path):
     ours._weigh = watch_weights
     ours.add_callback(CoBaCallback(balancer, validation_batches()))
     found = watch(ours)
-
-    def losses_of(model, batches):
-        totals = torch.zeros(2, 3, dtype=torch.float64)
-        for batch in batches:
-            ids, labels = batch["input_ids"], batch["labels"]
-            target = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-            nll = token_nll(model(input_ids=ids).logits, target).detach()
-            for i, task in enumerate(batch["task_ids"]):
-                totals[:, task] += torch.stack([nll[i].sum(), (target[i] != -100).sum()])
-        return totals[0] / totals[1], totals[1]
 
     model, expected, batches = tiny_model(), [], list(validation_batches())
     mirror = coba()
@@ -393,6 +341,40 @@ def test_resume(accumulation, dropout, tmp_path):
             torch.testing.assert_close(again[1][name], value, rtol=0, atol=0, equal_nan=True)
         else:
             assert again[1][name] == value
+
+
+def test_resume_from_a_folder_elsewhere(tmp_path):
+    """What is read is what lies in the folder given; a checkpoint without it is refused."""
+
+    def run(folder, resume=None, balanced=True, **options):
+        balancer = coba() if balanced else TASK_WEIGHTS
+        callbacks = [CoBaCallback(balancer, validation_batches())] if balanced else []
+        options |= {"save_strategy": "steps", "save_steps": 1}
+        ours = trainer(folder, task_weights=balancer, callbacks=callbacks, **options)
+        ours.train(resume_from_checkpoint=resume)
+        return ours.model.lm_head.weight.detach()
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "other", max_steps=1)  # its own checkpoint-1 must not be read
+    torch.save({}, tmp_path / "other" / "checkpoint-1" / "coba.pt")
+    moved = (tmp_path / "whole" / "checkpoint-1").rename(tmp_path / "moved")
+    assert torch.equal(run(tmp_path / "other", moved), whole)
+
+    run(tmp_path / "plain", balanced=False, max_steps=1)
+    for place in (True, str(tmp_path / "plain" / "checkpoint-1")):
+        with pytest.raises(FileNotFoundError, match=r"checkpoint-1.coba\.pt is missing: the check"):
+            run(tmp_path / "plain", place)
+    ours = trainer(tmp_path / "new", task_weights=coba(), trainer_class=Forgetful)
+    ours.add_callback(CoBaCallback(ours.task_weights, validation_batches()))
+    with pytest.raises(FileNotFoundError, match=r"new.checkpoint-1.coba\.pt is missing"):
+        ours.train(str(moved))
+
+
+class Forgetful(LossTrainer):
+    """Calls the Trainer's own `train`, as a trainer does that overrides it for itself."""
+
+    def train(self, *args, **kwargs):
+        return transformers.Trainer.train(self, *args, **kwargs)
 
 
 # ---------------------------------------------------------------- statistics and evaluation

@@ -6,7 +6,7 @@ import torch
 from kernel_helpers import on, on_both
 
 from segloss import reference
-from segloss.kernels.projection import TILE, project, sign_matrix
+from segloss.kernels.projection import TILE, back_project, project, sign_matrix
 
 
 def gradients(n, c, dtype=torch.float32):
@@ -87,3 +87,41 @@ def test_signs_are_those_of_numpys_philox():
             signs = 1.0 - 2.0 * torch.tensor(bits)
             ours = matrix[column, 256 * group : 256 * (group + 1)]
             torch.testing.assert_close(ours, signs[: len(ours)])
+
+
+# C: a lone column, within a block, one above a tile; D: one, odd, over one group, a whole group
+@pytest.mark.parametrize(("c", "d"), [(1, 1), (507, 37), (TILE + 1, 9), (70, 300), (33, 256)])
+def test_the_way_back_is_the_explicit_matrix_on_both(c, d, memory):
+    w = torch.randn(d, dtype=torch.float64) * torch.randn(d, dtype=torch.float64).exp()
+    kernel, twin = on_both(back_project, w, c, 7)
+    assert memory.launches == 1 and torch.equal(kernel, twin)
+    exact = reference.sign_matrix(c, d, 7, dtype=torch.float64) @ w
+    # every entry off by half of 2^-40 of the largest, the sum by one rounding to float32
+    off = 2**-41 * d**0.5 * w.abs().max()
+    assert ((twin.double() - exact).abs() <= off + 2**-24 * exact.abs()).all()
+
+
+def test_the_way_back_begins_anywhere_and_takes_any_size():
+    w = torch.randn(40).bfloat16()
+    for result in on_both(back_project, w, 700, 2**62 + 1):
+        for first, count in ((0, 5), (5, 600), (605, 95), (700, 0)):
+            (kernel, twin) = on_both(back_project, w, count, 2**62 + 1, first_column=first)
+            assert torch.equal(kernel, result[first : first + count]) and torch.equal(kernel, twin)
+    for size in (0.0, 1e-40, 1e30):
+        kernel, twin = on_both(back_project, size * w.double(), 9)
+        assert torch.equal(kernel, twin)
+        exact = size * (sign_matrix(9, 40).double() @ w.double())
+        torch.testing.assert_close(twin.double(), exact, rtol=1e-6, atol=1e-45)
+    for result in on_both(back_project, w.new_zeros(0), 3):
+        assert torch.equal(result, torch.zeros(3))
+    for bad in (torch.nan, torch.inf):
+        for result in on_both(back_project, torch.tensor([1.0, bad]), 3):
+            assert not result.isfinite().any()
+
+
+def test_the_way_back_is_the_transpose():
+    """`gradient @ (P w)` is `(gradient @ P) w`."""
+    gradient, w = gradients(3, 600).double() * 1e18, torch.randn(20, dtype=torch.float64)
+    for back in on_both(back_project, w, 600, 4):
+        there = on("torch", project, gradient, 20, 4).double() @ w
+        torch.testing.assert_close(gradient @ back.double(), there, rtol=1e-4, atol=0)

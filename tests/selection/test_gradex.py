@@ -179,6 +179,101 @@ def test_radius_is_a_share_of_the_weights_length(data, held_out):
     assert float(moved.norm() / model.weight.detach().norm()) == pytest.approx(0.1, rel=0.1)
 
 
+# ----------------------------------------------------------------------------- moved weights
+
+
+def test_the_shift_of_a_linear_model_is_the_direct_solution(data, held_out):
+    """Weights and loss are those of L-BFGS on P w, P the explicit matrix."""
+    from segloss import reference
+
+    model = Linear()
+    explorer = collected(data, held_out, model, penalty=0.05, seed=2)
+    back = reference.sign_matrix(FEATURES, 32, 2, dtype=torch.float64)
+    weight = trained(data["a"] + data["c"], 0.05, back)
+    shift = explorer.shift(["a", "c"])
+    assert list(shift) == ["weight"] and shift["weight"].dtype == torch.float32
+    moved = weight - model.weight.detach()
+    torch.testing.assert_close(shift["weight"].double(), moved, rtol=1e-5, atol=1e-6)
+
+    before = model.weight.detach().clone()
+    for rows in ("ab", "b"):
+        samples = samples_of({task: held_out[task] for task in rows})
+        true = torch.stack([loss_at(weight, held_out[task]) for task in rows]).mean().item()
+        assert explorer.measure(["a", "c"], samples) == pytest.approx(true, rel=1e-6)
+        assert explorer.estimate(["a", "c"], list(rows)) == pytest.approx(true, rel=1e-6)
+    assert torch.equal(model.weight, before)
+    assert explorer.measure([], samples_of(held_out)) == pytest.approx(
+        explorer.estimate([]), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("offset", [True, False])
+def test_the_published_score(offset, data, held_out):
+    """Delta = P w at `radius` times the weights' length, the loss by the model with it."""
+    from segloss import reference
+
+    model = Linear()
+    explorer = collected(data, held_out, model, offset=offset, radius=0.3)
+    start = model.weight.detach().clone()
+    delta = reference.sign_matrix(FEATURES, 32, dtype=torch.float64) @ explorer.fit(["b"])
+    delta *= 0.3 * start.norm() / delta.norm()
+    torch.testing.assert_close(explorer.shift(["b"])["weight"].double(), delta)
+    with explorer.moved(["b"]) as moved:
+        torch.testing.assert_close(moved.weight, start + delta, rtol=1e-6, atol=1e-7)
+    assert torch.equal(model.weight, start)
+    true = torch.stack([loss_at(start + delta, held_out[task]) for task in "ab"]).mean().item()
+    assert explorer.measure(["b"], samples_of(held_out)) == pytest.approx(true, rel=1e-6)
+    assert not explorer.shift([])["weight"].any()
+
+
+def test_weights_are_put_back_whatever_happens(data, held_out):
+    model = Linear().train()
+    explorer = collected(data, held_out, model)
+    before = model.weight.detach().clone()
+    with pytest.raises(KeyError), explorer.moved(["a"]):
+        raise KeyError
+    assert torch.equal(model.weight, before)
+    nothing = (torch.zeros(FEATURES, dtype=torch.float64), torch.tensor(-100))
+    with pytest.raises(ValueError, match="sample 'x' has no token to predict"):
+        explorer.measure(["a"], [Sample("x", "a", nothing)])
+    assert torch.equal(model.weight, before) and model.training
+    with pytest.raises(ValueError, match="samples is empty; it takes those"):
+        explorer.measure(["a"], [])
+    with torch.no_grad():
+        model.weight[0] += 1e-9
+    with pytest.raises(RuntimeError, match="weights are not those that its gradients were taken"):
+        explorer.measure(["a"], samples_of(held_out))
+
+
+def test_measured_with_several_parameters_and_a_curved_model(tmp_path):
+    """A language model in bfloat16: the parts of P w go to the parameters that they are of."""
+    from train.tiny import build_model
+
+    from segloss.kernels.projection import sign_matrix
+
+    model = build_model().bfloat16()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in name or "norm" in name)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ids = torch.tensor([5, 9, 2, 7, 7])
+    sample = Sample("1", "t", {"input_ids": ids, "labels": ids})
+    explorer = GradEx(model, dim=16, radius=0.05)
+    explorer.collect([sample])
+    shift = explorer.shift(["t"])
+    flat = torch.cat([move.flatten() for move in shift.values()])
+    direct = sign_matrix(explorer.num_parameters, 16).double() @ explorer.fit(["t"])
+    direct *= 0.05 * explorer.norm / direct.norm()
+    torch.testing.assert_close(flat.double(), direct)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert list(shift) == trained and len(trained) > 2
+    with explorer.moved(["t"]):
+        for name, parameter in model.named_parameters():
+            expected = before[name].float() + shift.get(name, 0)
+            assert torch.equal(parameter, expected.bfloat16())
+        loss = model(input_ids=ids[None], labels=ids[None]).loss.item()
+    assert explorer.measure(["t"], [sample]) == pytest.approx(loss, rel=1e-2)
+
+
 def test_newton_finds_the_minimum():
     gradient, offset = torch.randn(50, 8).double(), 5 * torch.randn(50).double()
     weight = torch.rand(50).double()
@@ -229,6 +324,19 @@ def test_exhaustive_looks_at_every_subset(data, held_out):
         assert value == explorer.estimate(subset, ["a"])
     assert found.estimated == min(value for _, value in found.subsets)
     assert found.objective == "cross-entropy per token of a"
+
+
+def test_selection_by_the_measured_loss(data, held_out):
+    """Of a linear model it is the estimate; only the target's samples are read."""
+    explorer = collected(data, held_out)
+    samples = samples_of(held_out)
+    by_estimate = explorer.select(["a"], smallest=1)
+    measured = explorer.select(["a"], smallest=1, samples=iter(samples))
+    assert measured.chosen == by_estimate.chosen
+    assert [s for s, _ in measured.subsets] == [s for s, _ in by_estimate.subsets]
+    for subset, value in measured.subsets:
+        assert value == explorer.measure(subset, samples[:12])
+        assert value == pytest.approx(explorer.estimate(subset, ["a"]), rel=1e-5)
 
 
 def test_forward_adds_while_it_helps(data, held_out, monkeypatch):

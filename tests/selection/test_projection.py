@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from segloss.kernels.projection import TILE, project, sign_matrix
+from segloss.kernels.projection import TILE, back_project, project, sign_matrix
 
 
 def test_same_bits_for_every_chunking_and_number_of_threads():
@@ -23,6 +23,20 @@ def test_same_bits_for_every_chunking_and_number_of_threads():
         assert torch.equal(whole, project(gradient, 60, 3))
     finally:
         torch.set_num_threads(1)
+
+
+def test_same_bits_on_the_way_back_for_every_cut_and_number_of_threads():
+    w = torch.randn(60, dtype=torch.float64)
+    whole = back_project(w, 3 * TILE + 77, 3)
+    cuts = [0, 1, 4000, TILE, TILE + 1, 2 * TILE + 9, whole.numel()]
+    parts = [back_project(w, b - a, 3, first_column=a) for a, b in itertools.pairwise(cuts)]
+    assert torch.equal(whole, torch.cat(parts))
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(whole, back_project(w, whole.numel(), 3))
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close(whole.double(), sign_matrix(whole.numel(), 60, 3).double() @ w)
 
 
 def test_a_lower_precision_of_products_changes_nothing():
@@ -103,3 +117,7 @@ def test_same_bits_on_a_gpu():
         assert torch.equal(project(gradient.cuda(), 400, seed).cpu(), expected)
         pieces = [piece.cuda() for piece in gradient.split(5000, 1)]
         assert torch.equal(project(pieces, 400, seed, chunk_bytes=1 << 20).cpu(), expected)
+    w = torch.randn(400, dtype=torch.float64)
+    for seed in (0, 2**62 + 1):
+        there = back_project(w, 5 * TILE + 77, seed, device=torch.device("cuda"))
+        assert torch.equal(there.cpu(), back_project(w, 5 * TILE + 77, seed))

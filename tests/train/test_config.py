@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import segloss
 from segloss.train.config import TrainConfig, read_settings
 from segloss.train.errors import UserError
 
@@ -35,6 +36,24 @@ def test_the_settings_of_a_run_are_a_file(command, train, tmp_path):
     assert settings_of(again) == settings_of(tmp_path / "run") | {"output": str(again)}
     first, second = [(tmp_path / n / "checkpoint/model.safetensors") for n in ("run", "again")]
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_band_of_ranks(train, tmp_path, monkeypatch):
+    """The options reach the weights and the saved settings; wrong ones are named."""
+    made = []
+
+    class Recorded(segloss.SampleWeighting):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append((self.scheme, self.fraction, self.band))
+
+    monkeypatch.setattr(segloss, "SampleWeighting", Recorded)
+    options = ("--sample-weights", "rank", "--sample-fraction", 0.5, "--sample-band", 0.25)
+    code, _, err = train(*options)
+    assert code == 0, err
+    assert set(made) == {("rank", 0.5, 0.25)}
+    settings = settings_of(tmp_path / "run")
+    assert (settings["sample_fraction"], settings["sample_band"]) == (0.5, 0.25)
 
 
 def test_every_kind_of_value(tmp_path):
@@ -93,6 +112,21 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "y.yaml").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UserError, match="it is not UTF-8"):
         read_settings(str(tmp_path / "y.yaml"), TrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sample_fraction": 0.0}, "--sample-fraction is 0.0; it takes a number above 0, up to 1"),
+        ({"sample_fraction": 1.5}, "--sample-fraction is 1.5; it takes a number above 0, up to 1"),
+        ({"sample_band": -1.0}, "--sample-band is -1.0; it takes a number from 0 up"),
+        ({"sample_band": float("nan")}, "--sample-band is nan; it takes a number from 0 up"),
+    ],
+)
+def test_wrong_bands_are_named(settings, message):
+    with pytest.raises(UserError) as error:
+        TrainConfig(**settings)
+    assert str(error.value) == message
 
 
 def test_defaults_of_weights_follow_the_steps():

@@ -73,6 +73,27 @@ def test_ends_in_a_choice_and_a_command_that_runs(selected, command, tmp_path):
     assert set(trained["data"]) == set(result["chosen"])
 
 
+def test_measured_scores(select, monkeypatch, tmp_path):
+    """With `--score measured` what is written is what the moved model gives for the target."""
+    from segloss.selection import GradEx
+
+    measured = {}
+    measure = GradEx.measure
+
+    def keep(self, subset, samples):
+        assert [s.task for s in samples] == ["target"] * 4
+        return measured.setdefault(tuple(subset), measure(self, subset, samples))
+
+    monkeypatch.setattr(GradEx, "measure", keep)
+    code, _, err = select("--target", "target", "--score", "measured", "--check", 1)
+    assert code == 0, err
+    result = json.loads((tmp_path / "run" / "selection.json").read_text())
+    found = {tuple(s["tasks"]): s["estimated"] for s in result["subsets"]}
+    assert found == measured and len(found) == 7
+    best = result["subsets"][0]
+    assert result["relative_error"] == abs(best["estimated"] - best["true"]) / best["true"]
+
+
 def test_a_killed_collection_goes_on(select, monkeypatch, tmp_path):
     """The same command over the same gradients takes none of them again, and ends the same."""
     store = tmp_path / "gradients"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import ranks
 import torch
 import weighting_worker
 from helpers import assert_near
@@ -12,7 +13,7 @@ import segloss
 
 @pytest.fixture(scope="module")
 def per_rank(tmp_path_factory):
-    return weighting_worker.spawn(tmp_path_factory.mktemp("ranks"))
+    return ranks.spawn(weighting_worker.results, tmp_path_factory.mktemp("ranks"))
 
 
 def test_ranks_have_the_weights_of_all_tokens(per_rank):
