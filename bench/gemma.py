@@ -29,7 +29,7 @@ def steps(batch_size: int) -> None:
     from segloss.train import data, model, tasks
     from segloss.train.config import TrainConfig
     from segloss.train.expression import parse_loss
-    from segloss.train.trainer import Trainer
+    from segloss.train.trainer import EachRow, Trainer
 
     language_model, tokenizer = model.load("gemma3")
     items = data.encode(tasks.built_in_examples(("siqa",))[: 4 * batch_size], tokenizer)
@@ -37,18 +37,18 @@ def steps(batch_size: int) -> None:
     print(f"loaded, peak {peak_gib():.2f} GiB; {batch_size} sequences")
     for expression in LOSSES:
         config = TrainConfig(steps=1, batch_size=batch_size, lr=1e-6)
-        loop = Trainer(
+        rows: list[dict] = []
+        trainer = Trainer(
             language_model,
             [data.TaskData("siqa", items, [])],
             parse_loss(expression),
             config,
             pad_id=tokenizer.pad_token_id,
             dtype=torch.bfloat16,
+            callbacks=[EachRow(rows.append)],
         )
-        start = time.monotonic()
-        row = loop.step()
-        seconds = time.monotonic() - start
-        print(f"{expression:18} {seconds:6.1f} s  loss {row['loss']:8.4f}  "
+        trainer.train()
+        print(f"{expression:18} {trainer.seconds:6.1f} s  loss {rows[0]['loss']:8.4f}  "
               f"peak {peak_gib():.2f} GiB", flush=True)  # fmt: skip
 
 

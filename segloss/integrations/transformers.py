@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -229,6 +230,9 @@ def set_loss_function(model: nn.Module, loss: Loss) -> None:
 # --------------------------------------------------------------------------------- the Trainer
 
 
+PLACE = "place_in_window"  # of a micro-batch among those of its step
+
+
 class LossMixin(Trainer):
     """Put before a `Trainer` class: its loss is a segloss loss, from hidden states::
 
@@ -307,6 +311,8 @@ class LossMixin(Trainer):
         self.sample_weights = sample_weights
         self.log_statistics = log_statistics
         self._sums: dict[str, Tensor] = {}
+        self._window: list[dict] = []
+        self._weighed: Sequence[Weighed | None] = []
         if sample_weights is not None:
             self.add_callback(SavedState("sample_weighting", sample_weights))
         # the Trainer counts the tokens of a batch only for models said to use the count
@@ -322,14 +328,15 @@ class LossMixin(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
-        weighed = inputs.pop("weighed", None)
+        place = inputs.pop(PLACE, None)
         columns = {name: inputs.pop(name) for name in LOSS_COLUMNS if name in inputs}
         batch = {**inputs, **columns}
         target = target_of(batch)
         for name in ("labels", "shift_labels"):
             inputs.pop(name, None)
+        weighed = None if place is None else self._weighed_at(place)
         source, outputs = self._logits(model, inputs, self.head == "logits" or return_outputs)
-        if weighed is None and model.training:
+        if place is None and model.training:
             weighed = self._weigh_single(batch, source)
         normalizer, token_weight = num_items_in_batch, None
         scale = 1
@@ -357,11 +364,14 @@ class LossMixin(Trainer):
 
     def _logits(self, model, inputs: Mapping[str, Any], make_logits: bool) -> tuple[Any, Any]:
         """(logits or what stands for them (B, T, V), the model's outputs)."""
-        with self.accelerator.autocast():
+        with self._autocast():
             if not make_logits:
                 return head_outputs(model, **inputs, use_cache=False)
             outputs = model(**inputs, use_cache=False)
             return outputs.logits, outputs
+
+    def _autocast(self):
+        return self.accelerator.autocast()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if not prediction_loss_only:
@@ -381,15 +391,22 @@ class LossMixin(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(batches) > 1:
-            batches = self._weigh_window([self._prepare_inputs(batch) for batch in batches])
+            self._window = [self._prepare_inputs(batch) for batch in batches]
+            batches = [{**batch, PLACE: place} for place, batch in enumerate(self._window)]
         return batches, num_items
 
-    def _weigh_window(self, batches: list[dict]) -> list[dict]:
-        """The micro-batches, each with its tokens' weights where they have any."""
+    def _weighed_at(self, place: int) -> Weighed | None:
+        """Of the window's micro-batch at a place; weighed with the first of them, when a run that
+        is resumed has its random state back."""
+        if place == 0:
+            self._weighed = self._weigh_window(self._window)
+        return self._weighed[place]
+
+    def _weigh_window(self, batches: list[dict]) -> Sequence[Weighed | None]:
+        """What each micro-batch's tokens weigh, None where all count alike."""
         window = [Samples.of(batch) for batch in batches]
         losses = None
         if self.sample_weights is not None:
-            self.model.train()
             devices = [self.args.device] if self.args.device.type == "cuda" else []
             # the same dropout as in the pass that is trained on
             with torch.no_grad(), torch.random.fork_rng(devices):
@@ -403,10 +420,7 @@ class LossMixin(Trainer):
                         for samples, batch in zip(window, batches, strict=True)
                     ]
                 )
-        weighed = self._weigh(window, losses)
-        if weighed is None:
-            return batches
-        return [{**batch, "weighed": w} for batch, w in zip(batches, weighed, strict=True)]
+        return self._weigh(window, losses) or [None] * len(batches)
 
     def _weigh_single(self, batch: Mapping[str, Tensor], source) -> Weighed | None:
         """Of a step's only micro-batch: the pass that sample weights read is the trained one."""
@@ -472,7 +486,7 @@ class LossMixin(Trainer):
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What the model's forward takes of a batch: without labels it computes no loss of its own."""
-    not_for_it = (*LOSS_COLUMNS, "labels", "shift_labels", "weighed")
+    not_for_it = (*LOSS_COLUMNS, "labels", "shift_labels")
     return {name: value for name, value in batch.items() if name not in not_for_it}
 
 
@@ -530,7 +544,11 @@ class CoBaCallback(SavedState):
         batches: with input_ids, labels and task_ids, such as a DataLoader that shuffles the tasks'
             validation items; kept in memory and taken in turn.
         every: steps between two updates.
+
+    `losses` (K,) are those that CoBa was told last, NaN for a task without tokens.
     """
+
+    losses: Tensor
 
     def __init__(self, coba: CoBa, batches: Iterable[Mapping[str, Tensor]], every: int = 1):
         super().__init__("coba", coba)
@@ -563,29 +581,34 @@ class CoBaCallback(SavedState):
         return self.batches[args.process_index :: args.world_size]
 
     def _update(self, args, model, batches: list[dict], step: int) -> None:
+        logits = partial(self._logits, args, model)
+        was_training = model.training
+        model.eval()
+        self.losses, counts = task_losses(logits, batches, self.coba.num_tasks, args.device)
+        model.train(was_training)
+        self.coba.update(self.losses, step=step, counts=counts)
+
+    def _logits(self, args, model, inputs: Mapping[str, Any]) -> Any:
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16):
-            losses, counts = task_losses(model, batches, self.coba.num_tasks, args.device)
-        self.coba.update(losses, step=step, counts=counts)
+            return head_logits(model, **inputs, use_cache=False)
 
 
 @torch.no_grad()
-def task_losses(model, batches: Iterable[Mapping], num_tasks: int, device) -> tuple[Tensor, Tensor]:
+def task_losses(
+    logits: Callable, batches: Iterable[Mapping], num_tasks: int, device
+) -> tuple[Tensor, Tensor]:
     """(cross-entropy per token of each task (K,), NaN without tokens; tokens (K,))."""
-    was_training = model.training
-    model.eval()
     totals = torch.zeros(2, num_tasks, dtype=widest(torch.device(device)), device=device)
     for batch in batches:
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         samples = Samples.of(batch)
         if samples.task is None:
             raise ValueError(f"a batch has the columns {', '.join(batch)}; CoBa needs task_ids")
-        source = head_logits(model, **model_inputs(batch), use_cache=False)
-        log_prob = logit_statistics(source, samples.target).log_prob
+        log_prob = logit_statistics(logits(model_inputs(batch)), samples.target).log_prob
         sums = totals.new_zeros(2, samples.num_samples)
         index = samples.index.reshape(-1)
         sums[0].index_add_(0, index, -log_prob.reshape(-1).to(sums.dtype))
         sums[1] = samples.num_tokens(weighed=False)
         totals.index_add_(1, samples.task, sums)
-    model.train(was_training)
     return totals[0] / totals[1], totals[1]

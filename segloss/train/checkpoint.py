@@ -3,7 +3,8 @@
     resume/step-00000040/
         state.safetensors   trained weights, optimizer moments, random state, weighting buffers
         state.json          step, seconds, where metrics.jsonl ended
-        manifest.json       size and SHA-256 of the two, written last
+        trainer_state.json  what transformers' Trainer keeps beside
+        manifest.json       size and SHA-256 of the three, written last
 
 Only safetensors and JSON: a state that somebody sends cannot run code when it is read, which a
 pickled optimizer could. A folder is written under another name, flushed to the disk and renamed, so
@@ -25,6 +26,7 @@ from torch import Tensor
 
 PARTIAL = "partial-"
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+TRAINER = "trainer_state.json"  # the Trainer's own name for it, by which it reads it
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class Damaged(Exception):
     """The checkpoint is not what was written; the text says how that shows."""
 
 
-def write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+def write(
+    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], trainer: dict
+) -> Path:
     """Write `folder/step-…`, replacing one of the same step; OSError on a full disk."""
     from safetensors.torch import save_file
 
@@ -51,7 +55,8 @@ def write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, 
     try:
         save_file(tensors, partial / TENSORS)
         (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
-        entries = {name: _entry(partial / name) for name in (TENSORS, STATE)}
+        (partial / TRAINER).write_text(json.dumps(trainer), encoding="utf-8")
+        entries = {name: _entry(partial / name) for name in (TENSORS, STATE, TRAINER)}
         (partial / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
         for path in partial.iterdir():
             flush(path)
@@ -87,7 +92,7 @@ def read(folder: Path, step: int) -> Checkpoint:
     path = folder / f"step-{step:08d}"
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name in (TENSORS, STATE):
+        for name in (TENSORS, STATE, TRAINER):
             _compare(name, manifest[name], _entry(path / name))
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         return Checkpoint(path, load_file(path / TENSORS), state)

@@ -111,7 +111,7 @@ class TrainConfig:
     """peak learning rate of AdamW: it rises over the first tenth of the steps, then falls to 0"""
 
     weight_decay: float = 0.0
-    """decoupled weight decay of AdamW, on matrices"""
+    """decoupled weight decay of AdamW, on all weights but biases and those of norms"""
 
     max_grad_norm: float = 1.0
     """a longer gradient is shortened to this norm; 0 for no limit"""

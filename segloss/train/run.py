@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import shutil
@@ -21,24 +20,22 @@ from typing import TYPE_CHECKING, Any
 from .config import TrainConfig, read_settings
 from .errors import UserError
 from .expression import parse_loss
+from .run_folder import ADAPTER, BEST, FINAL, RESUME, RunFolder, exists
 from .tasks import Example, built_in_examples
 
 if TYPE_CHECKING:
     import torch
 
+    from segloss.losses import Loss
+
     from .checkpoint import Checkpoint
     from .data import Encoded, TaskData
     from .evaluation import Evaluation, Evaluator
-    from .run_folder import RunFolder
-    from .trainer import Patience, Trainer
 
 PACKAGES = ("transformers", "accelerate", "safetensors", "matplotlib")
 
 # room in the time limit for the checkpoint, the plot and evaluation after training being slower
 SPARE_SECONDS, SPARE_FACTOR = 15.0, 1.2
-
-# folders inside the run folder
-RESUME, BEST, FINAL, ADAPTER = "resume", "best", "checkpoint", "adapter"
 
 
 def train(config: TrainConfig) -> None:
@@ -54,8 +51,6 @@ def train(config: TrainConfig) -> None:
     _require_new(config.output)
     run = prepare(config)
     clock.lap("load")
-
-    from .run_folder import RunFolder
 
     with RunFolder(config.output, run.description) as folder:
         _run(run, folder, clock, None)
@@ -76,15 +71,13 @@ def resume(path: str, time_limit: float | None = None) -> None:
     _require_same(description, run.description, path)
     clock.lap("load")
 
-    from .run_folder import RunFolder
-
     with RunFolder.reopen(path) as folder:
         _run(run, folder, clock, _last_checkpoint(folder))
 
 
 def _run(run: Run, folder: RunFolder, clock: Clock, checkpoint: Checkpoint | None) -> None:
     """From an empty run folder, or one that `checkpoint` is in, to the results."""
-    from .trainer import Patience, Trainer
+    from .fit import Fit
 
     config = run.config
     folder.require_room(run.checkpoint_bytes)
@@ -96,26 +89,23 @@ def _run(run: Run, folder: RunFolder, clock: Clock, checkpoint: Checkpoint | Non
     else:
         before = _read_evaluations(run, folder, rows)
         clock.seconds |= checkpoint.state["timing"]
-    trainer = Trainer(run.model, run.tasks, run.loss, config, run.tokenizer.pad_token_id, run.dtype)
-    fit = Fit(trainer, folder, Patience(config.patience), run.evaluator, clock)
-    if checkpoint is not None:
-        fit.load(checkpoint)
-    fit.losses = [row["loss"] for row in rows if row["event"] == "step"]
     reserve = SPARE_SECONDS + SPARE_FACTOR * clock.seconds["evaluate_before"]
-    fit.train(clock.deadline(config.time_limit, reserve))
-    clock.seconds["train"] = round(trainer.seconds, 1)
+    fit = Fit(run, folder, clock, deadline=clock.deadline(config.time_limit, reserve))
+    fit.losses = [row["loss"] for row in rows if row["event"] == "step"]
+    fit.train(checkpoint)
+    clock.seconds["train"] = round(fit.trainer.seconds, 1)
 
     run = _merged(run, folder)
     folder.write(FINAL, partial(_save, run))
     clock.skip()
     after = _evaluate(run, folder, "after")
     clock.lap("evaluate_after")
-    timing = {**clock.seconds, "total": clock.total(), "steps": trainer.num_steps}
+    timing = {**clock.seconds, "total": clock.total(), "steps": fit.num_steps}
     timing |= {"stopped_by_time_limit": fit.stopped == "time limit"}
     timing |= {"stopped_by_patience": fit.stopped == "patience"}
     timing |= {"kept_step": fit.kept_step}
-    shutil.rmtree(folder.path / BEST, ignore_errors=True)
     _report(run, folder, fit.losses, before, after, timing)
+    shutil.rmtree(folder.path / BEST, ignore_errors=True)
 
 
 def say(text: str) -> None:
@@ -156,7 +146,7 @@ class Run:
     """Everything a run needs, checked."""
 
     config: TrainConfig
-    loss: torch.nn.Module
+    loss: Loss
     model: Any
     """On its device, in float32; with LoRA, peft's model around it."""
     tokenizer: Any
@@ -244,8 +234,6 @@ def _require_packages(config: TrainConfig) -> None:
 
 def _require_new(output: str) -> None:
     if os.path.lexists(output):
-        from .run_folder import exists
-
         raise exists(output)
 
 
@@ -427,151 +415,7 @@ def _last_checkpoint(folder: RunFolder) -> Checkpoint | None:
     return None
 
 
-# ----------------------------------------------------------------------------------------- fit
-
-
-@dataclasses.dataclass
-class Fit:
-    """Training with everything around a step: metrics, checkpoints, reasons to stop."""
-
-    trainer: Trainer
-    folder: RunFolder
-    patience: Patience
-    evaluator: Evaluator
-    clock: Clock
-    losses: list[float] = dataclasses.field(default_factory=list)
-    """Of each step."""
-    stopped: str = ""
-    """What ended training before its last step: "time limit", "patience"."""
-
-    @property
-    def config(self) -> TrainConfig:
-        return self.trainer.config
-
-    @property
-    def kept_step(self) -> int:
-        """The step whose weights the run ends with."""
-        return self.patience.best_step or self.trainer.num_steps
-
-    def train(self, deadline: float) -> None:
-        from tqdm.auto import tqdm
-
-        from .board import Board
-
-        trainer, first = self.trainer, self.trainer.num_steps
-        with (
-            Board.open(self.folder.path, self.config.tensorboard, first) as board,
-            tqdm(
-                total=self.config.steps, initial=first, desc="training", dynamic_ncols=True
-            ) as bar,
-        ):
-            while trainer.num_steps < self.config.steps and not self.stopped:
-                begun = time.monotonic()
-                row = trainer.step()
-                self._log("step", row, board)
-                bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
-                bar.update()
-                self._require_finite(row)
-                self._validate(board)
-                if trainer.num_steps < self.config.steps and not self.stopped:
-                    now = time.monotonic()
-                    self.stopped = "time limit" if 2 * now - begun > deadline else ""
-                self._checkpoint()
-        self._restore_best()
-
-    def _log(self, event: str, row: dict[str, Any], board) -> None:
-        self.folder.log(event, **row)
-        board.add(row, self.trainer.num_steps)
-        if event == "step":
-            self.losses.append(row["loss"])
-
-    def _require_finite(self, row: dict[str, Any]) -> None:
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(row[name]):
-                raise UserError(
-                    f"the training's {name} is {row[name]} at step {row['step']}; a lower --lr may "
-                    f"help; the steps before are in {self.folder.path}/metrics.jsonl"
-                )
-
-    def _validate(self, board) -> None:
-        """Read the validation loss where it is due, and keep the weights of the lowest."""
-        step, every = self.trainer.num_steps, self.config.validate_every or 1
-        if not self.patience.limit or (step % every and step < self.config.steps):
-            return
-        model, tasks = self.trainer.model, self.trainer.tasks
-        losses = {task.task: self.evaluator.loss(model, task.validation) for task in tasks}
-        mean = sum(losses.values()) / len(losses)
-        row = {"step": step, "mean_validation_loss": mean, "all_validation_loss": losses}
-        self._log("validation", row, board)
-        if self.patience.update(mean, step):
-            weights = {
-                name: value
-                for name, value in self.trainer.tensors().items()
-                if name.startswith("model.")
-            }
-            self._write(BEST, weights, {"step": step})
-            self._prune_best()
-        if self.patience.exhausted:
-            self.stopped = "patience"
-
-    def _checkpoint(self) -> None:
-        """A checkpoint where one is due, the last step included; the oldest ones go."""
-        from . import checkpoint
-
-        step, every = self.trainer.num_steps, self.config.save_every
-        last = self.stopped or step == self.config.steps
-        if not every or (step % every and not last):
-            return
-        size = self.folder.metrics_size()
-        if size is None:  # the disk is full; a checkpoint needs the lines before it
-            return
-        timing = {name: self.clock.seconds[name] for name in ("load", "evaluate_before")}
-        state = self.trainer.state() | {
-            "metrics_bytes": size,
-            "timing": timing,
-            "stopped": self.stopped,
-            "patience": self.patience.state(),
-        }
-        self._write(RESUME, self.trainer.tensors(), state)
-        kept = checkpoint.steps(self.folder.path / RESUME)[-self.config.keep :]
-        checkpoint.prune(self.folder.path / RESUME, kept)
-        self._prune_best()
-
-    def _prune_best(self) -> None:
-        """Keep the best weights so far, and those that were it at a checkpoint."""
-        from . import checkpoint
-
-        states = self.folder.path / RESUME
-        kept = {self.patience.best_step}
-        for step in checkpoint.steps(states):
-            kept.add(checkpoint.peek(states, step).get("patience", {}).get("best_step", 0))
-        checkpoint.prune(self.folder.path / BEST, kept)
-
-    def _write(self, name: str, tensors: dict, state: dict) -> None:
-        from . import checkpoint
-
-        folder, step = self.folder.path / name, self.trainer.num_steps
-        self.folder.attempt(name, partial(checkpoint.write, folder, step, tensors, state))
-
-    def load(self, found: Checkpoint) -> None:
-        from .trainer import Patience
-
-        self.trainer.load(found)
-        self.stopped = found.state["stopped"]
-        self.patience = Patience.of(found.state["patience"])
-
-    def _restore_best(self) -> None:
-        """End with the weights of the lowest validation loss."""
-        from . import checkpoint
-
-        if self.patience.best_step in (0, self.trainer.num_steps):  # 0: stopped before the first
-            return
-        try:
-            best = checkpoint.read(self.folder.path / BEST, self.patience.best_step)
-        except checkpoint.Damaged as damage:
-            self.folder.failures.append(f"the weights of step {self.patience.best_step} ({damage})")
-            return
-        self.trainer.load_weights(best)
+# ---------------------------------------------------------------------------------------- model
 
 
 def _merged(run: Run, folder: RunFolder) -> Run:

@@ -12,6 +12,8 @@ from typing import Any
 from .errors import UserError, first_line
 
 METRICS = "metrics.jsonl"
+# folders inside the run folder
+RESUME, BEST, FINAL, ADAPTER = "resume", "best", "checkpoint", "adapter"
 
 
 class RunFolder:

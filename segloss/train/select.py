@@ -186,19 +186,25 @@ class Selecting:
         """All steps on some tasks, from the weights that the model has."""
         from tqdm.auto import tqdm
 
-        from .trainer import Trainer
+        from .trainer import EachRow, Trainer
 
         config, run = self.config, self.run
         tasks = [self.tasks[name] for name in names]
-        trainer = Trainer(run.model, tasks, run.loss, config, run.tokenizer.pad_token_id, run.dtype)
-        for _ in tqdm(range(config.steps), desc=title, dynamic_ncols=True):
-            row = trainer.step()
-            self.folder.log("step", tasks=list(names), **row)
-            if not math.isfinite(row["loss"] + row["grad_norm"]):
-                raise UserError(
-                    f"{title} gave the loss {row['loss']} and the gradient norm "
-                    f"{row['grad_norm']} at step {row['step']}; a lower --lr may help"
-                )
+        with tqdm(total=config.steps, desc=title, dynamic_ncols=True) as bar:
+
+            def take(row: dict[str, Any]) -> None:
+                bar.update()
+                self.folder.log("step", tasks=list(names), **row)
+                if not math.isfinite(row["loss"] + row["grad_norm"]):
+                    raise UserError(
+                        f"{title} gave the loss {row['loss']} and the gradient norm "
+                        f"{row['grad_norm']} at step {row['step']}; a lower --lr may help"
+                    )
+
+            Trainer(
+                *(run.model, tasks, run.loss, config, run.tokenizer.pad_token_id, run.dtype),
+                callbacks=[EachRow(take)],
+            ).train()
 
     def _target_loss(self) -> float:
         """Cross-entropy per token of the target's validation items, averaged over its tasks."""

@@ -1,56 +1,38 @@
-"""The training loop, one optimizer step at a time, with task and sample weights.
+"""The driver's trainer: transformers' `Trainer` with a segloss loss, its state in our checkpoints.
 
-A loop of its own, not transformers' `Trainer`: sample weights need a pass over all micro-batches of
-a step before the first gradient, and a run has to go on from a checkpoint bit for bit without
-unpickling anything, where the `Trainer` reads optimizer, schedule and random state with torch.load.
-
-B samples of a step in all its micro-batches, b in one of them, T tokens of a row, K tasks.
+B samples of a step in all its micro-batches, K tasks.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
 
 import segloss
-from segloss.integrations.window import next_tokens
+from segloss.integrations.transformers import CoBaCallback, LossMixin, SavedState
+from segloss.losses import Loss
 
-from .checkpoint import Checkpoint
+from .checkpoint import TRAINER, Checkpoint
 from .config import TrainConfig
-from .data import IGNORE, Encoded, TaskData, training_batch, training_order
+from .data import Encoded, TaskData, training_batch, training_order
 from .errors import UserError
-from .forward import logits_of, token_sums
+from .forward import autocast, logits_of, token_sums
 from .record import WEIGHT_EDGES
 
 
-@dataclass
-class MicroBatch:
-    """What one forward pass reads, on the device."""
+class Trainer(LossMixin, transformers.Trainer):
+    """Trains `model` in place with `train()`, or `resume(checkpoint)`.
 
-    inputs: dict[str, Tensor]
-    target: Tensor  # (b, T) next tokens, IGNORE where there is no loss
-    task: Tensor  # (b,) index of the sample's task
-    num_tokens: Tensor  # (b,) tokens of the sample that carry loss
-
-
-class Trainer:
-    """Trains `model` in place; `step()` is one optimizer step and returns its line of metrics.
-
-    A step's loss is `sum_tokens w * loss(token)`, summed over its micro-batches, with
-
-        w = 1 / (tokens of the step)                  without task and sample weights
-        w = segloss.token_weights(...)                with them, over the whole step
-
-    so a token loss does not depend on how a step is cut into micro-batches. A region or ranking
-    loss is a value of a set of tokens and does not add up: each micro-batch counts with its share
-    of the weight. Sample weights read the losses of all samples first, in a pass without gradients
-    that draws the same dropout as the one with them.
+    The arithmetic of a step, its task and sample weights are those of `LossMixin`. What is logged
+    after a step, to callbacks and not kept, is its line of metrics. Instead of the Trainer's own
+    files, which are pickles, a checkpoint holds `tensors()` and `numbers()`; a callback writes it.
 
     Args:
         model: a causal language model on its device.
@@ -59,354 +41,340 @@ class Trainer:
         config: the resolved settings.
         pad_id: the token that fills rows up.
         dtype: of the forward pass, None for that of the weights.
+        evaluator: the `Evaluator` that `evaluate()` reads the loss of the validation items with.
+        callbacks: of transformers.
     """
+
+    control: Any
+    lr_scheduler: Any
+    task_weights: Any  # a CoBa or None
+    sample_weights: Any  # a SampleWeighting or None
 
     def __init__(
         self,
         model: Any,
         tasks: Sequence[TaskData],
-        loss: torch.nn.Module,
+        loss: Loss,
         config: TrainConfig,
         pad_id: int,
         dtype: torch.dtype | None = None,
+        evaluator: Any = None,
+        callbacks: Sequence[transformers.TrainerCallback] = (),
     ):
-        self.model, self.loss, self.config = model, loss, config
-        self.pad_id, self.dtype = pad_id, dtype
-        self.device = next(model.parameters()).device
-        self.tasks = tasks
-        self.task_index = {task.task: index for index, task in enumerate(tasks)}
-        self.step_size = config.batch_size * config.accumulation
-        self.order = training_order(tasks, config.steps * self.step_size, config.seed)
+        self.config, self.tasks, self.pad_id, self.dtype = config, tasks, pad_id, dtype
+        self.evaluator = evaluator
+        self.names = [task.task for task in tasks]
+        device = next(model.parameters()).device
+        use_cache = getattr(model.config, "use_cache", True)
+        super().__init__(
+            model,
+            arguments(config, device),
+            data_collator=self.batch,
+            train_dataset=training_order(
+                tasks, config.steps * config.batch_size * config.accumulation, config.seed
+            ),
+            callbacks=list(callbacks),
+            loss=loss,
+            head=config.head,
+            task_weights=coba(config, len(tasks), device),
+            sample_weights=sample_weighting(config),
+        )
+        model.config.use_cache = use_cache  # which the Trainer turns off, for answers too
+        self.remove_callback(transformers.PrinterCallback)
+        self.remove_callback(SavedState)
+        if self.task_weights is not None:
+            self.validation = Validation(self, self.task_weights)
+            self.add_callback(self.validation)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = self._make_optimizer()
-        self.coba = self._make_coba()
-        self.samples = self._make_sample_weighting()
-        self.num_steps = 0
-        self.seconds = 0.0
-        torch.manual_seed(config.seed)
+        self.seconds = 0.0  # of all steps
+        self.begun = 0.0  # the step that goes on
+        self._resumed: Any = None  # the checkpoint, while it is read
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._tally = torch.zeros(len(tasks), 4, dtype=torch.float64, device=device)
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        groups = [
-            {"params": matrices, "weight_decay": decay}
-            for matrices, decay in (
-                ([p for p in self.parameters.values() if p.dim() >= 2], self.config.weight_decay),
-                ([p for p in self.parameters.values() if p.dim() < 2], 0.0),
-            )
-            if matrices
-        ]
-        return torch.optim.AdamW(groups, lr=self.config.lr, fused=True)
+    # ------------------------------------------------------------------------ what a step is of
 
-    def _make_coba(self, baseline: Tensor | None = None):
-        config = self.config
-        if config.task_weights == "none":
-            return None
-        return segloss.CoBa(
-            len(self.tasks),
-            warmup=config.coba_warmup or 0,
-            history=config.coba_history or 2,
-            tau=config.coba_tau,
-            mode=config.coba_mode,
-            baseline=baseline,
-            divergence_window=config.steps,
-            device=self.device,
-        )
+    def batch(self, items: Sequence[Encoded]) -> dict[str, Tensor]:
+        task = [self.names.index(item.example.task) for item in items]
+        return {**training_batch(items, self.pad_id), "task_ids": torch.tensor(task)}
 
-    def _make_sample_weighting(self):
-        config = self.config
-        if config.sample_weights == "none":
-            return None
-        return segloss.SampleWeighting(
-            *(config.sample_weights, config.sample_temperature, config.sample_burn_in),
-            fraction=config.sample_fraction,
-            band=config.sample_band,
-        )
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.train_dataset)
 
-    # --------------------------------------------------------------------------------- a step
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        self.begun = time.monotonic()
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def step(self) -> dict[str, Any]:
-        """One optimizer step; its row of metrics."""
-        begun = time.monotonic()
-        rate = learning_rate(self.config, self.num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if self.coba is not None and self.num_steps == 0:
-            self.coba = self._make_coba(baseline=self.validation_losses(all_items=True))
-        row = self.backward()
-        limit = self.config.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.num_steps += 1
-        row |= {"grad_norm": norm.item(), "learning_rate": rate}
-        if self.coba is not None:
-            losses = self.validation_losses()
-            self.coba.update(losses, step=self.num_steps)
-            row["validation_loss"] = self._by_task(losses)
-        self.seconds += time.monotonic() - begun
-        return {"step": self.num_steps, "seconds": round(self.seconds, 3), **row}
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        # the Trainer's own linear one makes a first step of size 0
+        if self.lr_scheduler is None:
+            share = lambda step: rate_share(step, num_training_steps)  # noqa: E731
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
-    def backward(self) -> dict[str, Any]:
-        """The gradients of a step, into the parameters' `grad`; its row of metrics."""
-        self.model.train()
-        batches = list(self._micro_batches())
-        # with one micro-batch the pass that sample weights read is the one that is trained on
-        sources = [self._logits(batches[0])] if len(batches) == 1 else None
-        weights, row = self._token_weights(batches, sources)
-        num_tokens = torch.cat([batch.num_tokens for batch in batches]).sum()
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
-        tallies = []
-        for index, batch in enumerate(batches):
-            source = sources.pop() if sources else self._logits(batch)
-            loss, statistics = self.loss(
-                source,
-                batch.target,
-                token_weight=None if weights is None else weights[index],
-                normalizer=num_tokens,
-                return_statistics=True,
-            )
-            loss.backward()
-            total += loss.detach()
-            tallies.append(token_sums(statistics, batch.target).sum(1))
-        return {"loss": total.item(), **self._statistics_row(batches, torch.cat(tallies)), **row}
+    def _autocast(self):
+        # accelerate's own would copy logits to float32
+        return autocast(self.args.device, self.dtype)
 
-    def _micro_batches(self) -> Iterator[MicroBatch]:
-        start = self.num_steps * self.step_size
-        for i in range(start, start + self.step_size, self.config.batch_size):
-            yield self._micro_batch(self.order[i : i + self.config.batch_size])
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # nobody reads it, and counting takes milliseconds
 
-    def _micro_batch(self, items: Sequence[Encoded]) -> MicroBatch:
-        batch = training_batch(items, self.pad_id)
-        target = next_tokens(batch.pop("labels"))
-        task = torch.tensor([self.task_index[item.example.task] for item in items])
-        return MicroBatch(
-            inputs={key: value.to(self.device) for key, value in batch.items()},
-            target=target.to(self.device),
-            task=task.to(self.device),
-            num_tokens=(target != IGNORE).sum(1).to(self.device),
-        )
-
-    def _logits(self, batch: MicroBatch):
-        return logits_of(self.model, batch.inputs, self.config.head, self.dtype)
-
-    # -------------------------------------------------------------------------------- weights
-
-    def _token_weights(self, batches: list[MicroBatch], sources: list | None):
-        """(per micro-batch the weights (b, T), or None for equal ones; their part of the row)."""
-        if self.coba is None and self.samples is None:
-            return None, {}
-        num_tokens = torch.cat([batch.num_tokens for batch in batches])
-        task_weights = None if self.coba is None else self.coba.weights()
-        sample_weights = None
-        if self.samples is not None:
-            sample_weights = self.samples(self._sample_losses(batches, sources))
-        weights = segloss.token_weights(
-            num_tokens,
-            sample_weights=sample_weights,
-            task_ids=None if self.coba is None else torch.cat([batch.task for batch in batches]),
-            task_weights=task_weights,
-        )
-        # of mean 1 and divided by the number of tokens again, so that the smoothing of a region
-        # loss keeps its size beside the sums
-        weights = weights * num_tokens.sum()
-        rows = weights.split([len(batch.num_tokens) for batch in batches])
-        spread = [
-            row[:, None].expand(batch.target.shape)
-            for row, batch in zip(rows, batches, strict=True)
-        ]
-        return spread, self._weight_row(task_weights, sample_weights)
-
-    def _sample_losses(self, batches: list[MicroBatch], sources: list | None) -> Tensor:
-        """(B,) mean cross-entropy of each sample, without gradients."""
-        with torch.no_grad():
-            if sources is not None:
-                pairs = zip(sources, batches, strict=True)
-                return torch.cat([self._losses_of(source, batch) for source, batch in pairs])
-            devices = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices):
-                return torch.cat([self._losses_of(self._logits(b), b) for b in batches])
-
-    @staticmethod
-    def _losses_of(source, batch: MicroBatch) -> Tensor:
-        statistics = segloss.logit_statistics(source, batch.target)
-        return segloss.sample_losses(statistics.log_prob, valid=statistics.valid)
-
-    @torch.no_grad()
-    def validation_losses(self, all_items: bool = False) -> Tensor:
-        """(K,) cross-entropy per token on each task's validation items: all, or the step's few.
-
-        Which few depends on the number of the step alone, so a resumed run reads the same.
-        """
-        was_training = self.model.training
-        self.model.eval()
+    def validation_batches(self) -> Iterator[dict[str, Tensor]]:
+        """Of some items of each task, every item once."""
         count = self.config.validation_batch
-        totals = torch.zeros(2, len(self.tasks), device=self.device, dtype=torch.float64)
-        for items in self._validation_batches(count, all_items):
-            batch = self._micro_batch(items)
-            log_prob = segloss.logit_statistics(self._logits(batch), batch.target).log_prob
-            totals[0].index_add_(0, batch.task, -log_prob.sum(1).double())
-            totals[1].index_add_(0, batch.task, batch.num_tokens.double())
-        self.model.train(was_training)
-        return totals[0] / totals[1]  # 0 / 0 is the NaN of a task without items
+        for i in range(0, max(len(task.validation) for task in self.tasks), count):
+            yield self.batch([item for t in self.tasks for item in t.validation[i : i + count]])
 
-    def _validation_batches(self, count: int, all_items: bool) -> Iterator[list[Encoded]]:
-        if not all_items:
-            first = self.num_steps * count
-            yield [
-                task.validation[i % len(task.validation)]
-                for task in self.tasks
-                for i in range(first, first + min(count, len(task.validation)))
-            ]
+    # ---------------------------------------------------------------------------------- metrics
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._task = inputs["task_ids"].to(self.args.device)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._loss += loss
+        return loss
+
+    def _record(self, mode: str, statistics: Any, target: Tensor) -> None:
+        self._tally.index_add_(0, self._task, token_sums(statistics, target).sum(1))
+
+    def _weigh(self, window, losses):
+        if self.task_weights is not None:
+            # as they are now: CoBa is updated before the step is logged
+            self._used = self.task_weights.weights(), self.task_weights.divergence_factor
+        return super()._weigh(window, losses)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        if "loss" not in logs:  # the Trainer's summary at the end
             return
-        items = [item for task in self.tasks for item in task.validation]
-        items.sort(key=lambda item: len(item.prompt_ids))  # less padding
-        for start in range(0, len(items), self.config.batch_size):
-            yield items[start : start + self.config.batch_size]
-
-    # -------------------------------------------------------------------------------- metrics
-
-    def _statistics_row(self, batches: list[MicroBatch], tally: Tensor) -> dict[str, Any]:
-        """Token accuracy, entropy and the loss per task, from sums per sample (B, 4)."""
-        task = torch.cat([batch.task for batch in batches])
-        by_task = torch.zeros(len(self.tasks), 4, device=self.device, dtype=torch.float64)
-        by_task.index_add_(0, task, tally)
-        total = by_task.sum(0)
-        return {
+        self.seconds += time.monotonic() - self.begun
+        total = self._tally.sum(0)
+        row = {
+            "step": self.state.global_step,
+            "seconds": round(self.seconds, 3),
+            "loss": self._loss.item(),
             "token_accuracy": (total[1] / total[3]).item(),
             "entropy": (total[2] / total[3]).item(),
-            "task_loss": self._by_task(by_task[:, 0] / by_task[:, 3]),
+            "task_loss": self._by_task(self._tally[:, 0] / self._tally[:, 3]),
+            **self._weight_row(),
+            **{name: float(logs[name]) for name in ("grad_norm", "learning_rate")},
         }
+        self._loss.zero_()
+        self._tally.zero_()
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, row)
 
-    def _weight_row(self, task_weights: Tensor | None, sample_weights: Tensor | None) -> dict:
+    def _weight_row(self) -> dict[str, Any]:
         row: dict[str, Any] = {}
-        if task_weights is not None:
-            row["task_weight"] = self._by_task(task_weights)
-            row["divergence_factor"] = self.coba.divergence_factor.item()
-        if sample_weights is not None:
-            relative = sample_weights.double().cpu() * len(sample_weights)
+        if self.task_weights is not None:
+            weights, divergence = self._used
+            row |= {
+                "task_weight": self._by_task(weights),
+                "divergence_factor": divergence.item(),
+                "validation_loss": self._by_task(self.validation.losses),
+            }
+        if self.sample_weights is not None:
+            weights = self.sample_weights.weights
+            relative = weights.double().cpu() * len(weights)
             place = torch.bucketize(relative, torch.tensor(WEIGHT_EDGES, dtype=torch.float64))
             row |= {
-                "samples": len(sample_weights),
-                "effective_sample_size": self.samples.effective_sample_size.item(),
-                "largest_sample_weight": float(sample_weights.max()),
+                "samples": len(weights),
+                "effective_sample_size": self.sample_weights.effective_sample_size.item(),
+                "largest_sample_weight": float(weights.max()),
                 # how many lie below the first of WEIGHT_EDGES, between each two, above the last
                 "sample_weight_counts": place.bincount(minlength=len(WEIGHT_EDGES) + 1).tolist(),
             }
         return row
 
     def _by_task(self, values: Tensor) -> dict[str, float]:
-        return dict(zip(self.task_index, values.tolist(), strict=True))
+        return dict(zip(self.names, values.tolist(), strict=True))
 
-    # ---------------------------------------------------------------------------------- state
+    def evaluate(self, *args, **kwargs) -> dict[str, Any]:
+        """The tasks' validation losses and their mean, for `patience`."""
+        losses = {t.task: self.evaluator.loss(self.model, t.validation) for t in self.tasks}
+        mean = sum(losses.values()) / len(losses)
+        metrics = {"mean_validation_loss": mean, "all_validation_loss": losses}
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    # ------------------------------------------------------------------------------ checkpoints
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that the next step depends on, by name, not copied."""
-        tensors = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors = self.weights()
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         tensors["random.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.args.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.args.device)
         for name, stateful in self._stateful():
             for key, value in stateful.state_dict().items():
                 if isinstance(value, Tensor):
                     tensors[f"{name}.{key}"] = value
         return tensors
 
-    def state(self) -> dict[str, Any]:
+    def weights(self) -> dict[str, Tensor]:
+        return {f"model.{name}": p.detach() for name, p in self.parameters.items()}
+
+    def numbers(self) -> dict[str, Any]:
         """The rest of what it depends on, for JSON."""
-        state: dict[str, Any] = {"step": self.num_steps, "seconds": self.seconds}
+        state: dict[str, Any] = {"step": self.state.global_step, "seconds": self.seconds}
+        schedule = self.lr_scheduler.state_dict()
+        state["schedule"] = {k: schedule[k] for k in ("last_epoch", "_step_count", "_last_lr")}
         for name, stateful in self._stateful():
             values = stateful.state_dict().items()
             state[name] = {key: v for key, v in values if not isinstance(v, Tensor)}
         return state
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Go on after the checkpoint's step. Raises `UserError` where it is of another model."""
-        tensors, state = checkpoint.tensors, checkpoint.state
-        self.load_weights(checkpoint)
-        moments = {}
-        for index, name in enumerate(self._optimizer_order()):
-            prefix = f"optimizer.{name}."
-            moments[index] = {
-                key.removeprefix(prefix): value
-                for key, value in tensors.items()
-                if key.startswith(prefix) and "." not in key.removeprefix(prefix)
-            }
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        for name, stateful in self._stateful():
-            own = {
-                key.removeprefix(f"{name}."): value.to(self.device)
-                for key, value in tensors.items()
-                if key.startswith(f"{name}.")
-            }
-            stateful.load_state_dict(own | state[name])
-        self.num_steps, self.seconds = state["step"], state["seconds"]
-        torch.set_rng_state(tensors["random.cpu"])
-        if self.device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+    def resume(self, found: Checkpoint, done: bool = False) -> None:
+        """Go on after the checkpoint's step; `done`: its weights are the last.
 
-    def load_weights(self, checkpoint: Checkpoint) -> None:
-        shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
-        found = {
-            name.removeprefix("model."): tuple(value.shape)
-            for name, value in checkpoint.tensors.items()
-            if name.startswith("model.")
+        Raises `UserError` where it is of another model.
+        """
+        self._resumed = found
+        self.seconds = found.state["seconds"]
+        if done:
+            self.state = transformers.TrainerState.load_from_json(str(found.path / TRAINER))
+            self.load_weights(found)
+        else:
+            self.train(resume_from_checkpoint=str(found.path))
+
+    def _save_checkpoint(self, model, trial=None) -> None:
+        """Nothing: it would pickle. Callbacks hear of it by `on_save`."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        self.load_weights(self._resumed)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if checkpoint is None:
+            return
+        tensors, state = self._resumed.tensors, self._resumed.state
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        groups = self.optimizer.state_dict()["param_groups"]
+        for group, rate in zip(groups, state["schedule"]["_last_lr"], strict=True):
+            group["lr"] = rate
+        moments = {
+            index: part(tensors, f"optimizer.{names[id(parameter)]}.")
+            for index, parameter in enumerate(
+                p for group in self.optimizer.param_groups for p in group["params"]
+            )
         }
-        if shapes != found:
-            name = min(set(shapes.items()) ^ set(found.items()))[0]
-            raise UserError(f"{checkpoint.path} is of another model: {name} differs")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(checkpoint.tensors[f"model.{name}"])
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.lr_scheduler.load_state_dict(self.lr_scheduler.state_dict() | state["schedule"])
+        for name, stateful in self._stateful():
+            own = {k: v.to(self.args.device) for k, v in part(tensors, f"{name}.").items()}
+            stateful.load_state_dict(own | state[name])
+
+    def _load_rng_state(self, checkpoint) -> None:
+        if checkpoint is None:
+            return
+        tensors = self._resumed.tensors
+        torch.set_rng_state(tensors["random.cpu"])
+        if self.args.device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.args.device)
+        self._resumed = None  # the last that reads it, and it is large
+
+    def load_weights(self, found: Checkpoint) -> None:
+        shapes = {name: p.shape for name, p in self.weights().items()}
+        theirs = {name: v.shape for name, v in found.tensors.items() if name.startswith("model.")}
+        if shapes != theirs:
+            name = min(set(shapes.items()) ^ set(theirs.items()))[0].removeprefix("model.")
+            raise UserError(f"{found.path} is of another model: {name} differs")
+        for name, parameter in self.weights().items():
+            parameter.copy_(found.tensors[name])
 
     def _stateful(self) -> list[tuple[str, Any]]:
-        pairs = [("coba", self.coba), ("samples", self.samples)]
+        pairs = [("coba", self.task_weights), ("samples", self.sample_weights)]
         return [(name, value) for name, value in pairs if value is not None]
 
-    def _optimizer_order(self) -> list[str]:
-        """Names of the parameters as the optimizer counts them."""
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+
+class Validation(CoBaCallback):
+    """Tells CoBa the losses of the trainer's validation items, in the trainer's arithmetic."""
+
+    def __init__(self, trainer: Trainer, coba: segloss.CoBa):
+        self.trainer = trainer
+        super().__init__(coba, trainer.validation_batches())
+
+    def _logits(self, args, model, inputs):
+        return logits_of(model, inputs, self.trainer.head, self.trainer.dtype)
+
+    def _read(self, args, state) -> None:
+        """Nothing: it is in the trainer's checkpoint."""
+
+    def _write(self, args, state) -> None:
+        """Nothing, for the same reason."""
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of the step after `step` others: up over the first tenth of the steps, then down to 0."""
-    warmup = max(1, config.steps // 10)
+class EachRow(transformers.TrainerCallback):
+    """Calls `take` with the metrics of every step."""
+
+    def __init__(self, take: Callable[[dict[str, Any]], None]):
+        self.take = take
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.take(logs)
+
+
+def arguments(config: TrainConfig, device: torch.device) -> transformers.TrainingArguments:
+    """The Trainer's settings; it writes nothing itself."""
+    found = transformers.TrainingArguments(
+        output_dir=config.output or ".",
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.lr,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch_fused",
+        seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 1,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+    )
+    found._n_gpu = min(found.n_gpu, 1)  # of several GPUs one is used
+    return found
+
+
+def coba(config: TrainConfig, num_tasks: int, device: torch.device) -> segloss.CoBa | None:
+    if config.task_weights == "none":
+        return None
+    return segloss.CoBa(
+        num_tasks,
+        warmup=config.coba_warmup or 0,
+        history=config.coba_history or 2,
+        tau=config.coba_tau,
+        mode=config.coba_mode,
+        divergence_window=config.steps + 1,
+        device=device,
+    )
+
+
+def sample_weighting(config: TrainConfig) -> segloss.SampleWeighting | None:
+    if config.sample_weights == "none":
+        return None
+    return segloss.SampleWeighting(
+        *(config.sample_weights, config.sample_temperature, config.sample_burn_in),
+        fraction=config.sample_fraction,
+        band=config.sample_band,
+    )
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose name is the prefix and one more word, under that word."""
+    names = {key: key.removeprefix(prefix) for key in tensors if key.startswith(prefix)}
+    return {name: tensors[key] for key, name in names.items() if "." not in name}
+
+
+def rate_share(step: int, steps: int) -> float:
+    """Of the peak learning rate, after `step` steps: up over the first tenth, then down to 0."""
+    warmup = max(1, steps // 10)
     if step < warmup:
-        return config.lr * (step + 1) / warmup
-    return config.lr * (config.steps - step) / (config.steps - warmup + 1)
-
-
-# -------------------------------------------------------------------------------- early stopping
-
-
-@dataclass
-class Patience:
-    """Counts validations without a lower loss."""
-
-    limit: int
-    best: float = math.inf
-    best_step: int = 0
-    waited: int = 0
-
-    def update(self, loss: float, step: int) -> bool:
-        """Whether the loss is the lowest so far."""
-        if loss < self.best:
-            self.best, self.best_step, self.waited = loss, step, 0
-            return True
-        self.waited += 1
-        return False
-
-    @property
-    def exhausted(self) -> bool:
-        return 0 < self.limit <= self.waited
-
-    def state(self) -> dict[str, Any]:
-        values = asdict(self)
-        return values | {"best": None if math.isinf(self.best) else self.best}
-
-    @classmethod
-    def of(cls, state: dict[str, Any]) -> Patience:
-        return cls(**(state | {"best": math.inf if state["best"] is None else state["best"]}))
+        return (step + 1) / warmup
+    return (steps - step) / (steps - warmup + 1)

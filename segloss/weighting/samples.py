@@ -190,6 +190,7 @@ class SampleWeighting:
         self.fraction = fraction
         self.band = band
         self._calls = 0
+        self._weights: Tensor | None = None
         self._effective: Tensor | None = None
 
     def __call__(self, sample_loss: Tensor) -> Tensor:
@@ -207,13 +208,14 @@ class SampleWeighting:
         with torch.no_grad():
             losses = sample_loss.detach()
             if self.group is None:
-                weights, self._effective = sample_weights(losses, scheme)
-                return weights
+                self._weights, self._effective = sample_weights(losses, scheme)
+                return self._weights
             sizes = gather_sizes(losses.numel(), losses.device, self.group)
             before = sum(sizes[: dist.get_rank(self.group)])
             every = concatenate_over(losses, self.group)
             weights, self._effective = sample_weights(every, scheme)
-            return weights[before : before + losses.numel()].clone()
+            self._weights = weights[before : before + losses.numel()].clone()
+            return self._weights
 
     def from_tokens(
         self,
@@ -231,14 +233,19 @@ class SampleWeighting:
         scheme = self._next_scheme()
         with torch.no_grad():
             tokens = Tokens.of(log_prob.detach().reshape(-1), sample, count)
-            losses, weights, self._effective = sample_means_and_weights(tokens, scheme)
-        return losses, weights
+            losses, self._weights, self._effective = sample_means_and_weights(tokens, scheme)
+        return losses, self._weights
 
     def _next_scheme(self) -> Scheme:
         burning = self._calls < self.burn_in
         self._calls += 1
         name = "uniform" if burning else self.scheme
         return Scheme(name, float(self.temperature), float(self.fraction), float(self.band))
+
+    @property
+    def weights(self) -> Tensor | None:
+        """(B,) of the last call, as it returned them."""
+        return self._weights
 
     @property
     def effective_sample_size(self) -> Tensor | None:

@@ -316,13 +316,16 @@ def test_coba_callback(tmp_path):
     assert logged == pytest.approx(balancer.weights().tolist())
 
 
-def test_resume(tmp_path):
-    """CoBa and the burn-in of sample weights go on from the checkpoint."""
+@pytest.mark.parametrize(("accumulation", "dropout"), [(1, 0.0), (2, 0.5)])
+def test_resume(accumulation, dropout, tmp_path):
+    """CoBa and the burn-in of sample weights go on from the checkpoint, and so does the dropout of
+    the pass that reads the losses of an accumulated batch."""
 
     def run(folder, resume=None, **options):
         balancer, weighting = coba(), segloss.SampleWeighting("irdro", burn_in=1)
         ours = trainer(
-            folder, task_weights=balancer, sample_weights=weighting,
+            folder, tiny_model(attention_dropout=dropout), accumulation,
+            task_weights=balancer, sample_weights=weighting,
             callbacks=[CoBaCallback(balancer, validation_batches())], **options,
         )  # fmt: skip
         ours.train(resume_from_checkpoint=resume)

@@ -109,7 +109,7 @@ def test_out_of_memory(train, monkeypatch, message):
     def fit(*args):
         raise RuntimeError(message)
 
-    monkeypatch.setattr(run.Fit, "train", fit)
+    monkeypatch.setattr("segloss.train.fit.Fit.train", fit)
     assert fails(train(), "lower --batch-size and raise --accumulation")
 
 

@@ -24,6 +24,7 @@ WEIGHTED = (
 )
 LORA = (
     *("--lora-rank", "2", "--lora-dropout", "0.3", "--lora-targets", "all-linear", "head"),
+    *("--accumulation", "2", "--sample-weights", "irdro"),
     *("--patience", "2", "--validate-every", "1", "--lr", "0.3"),
 )
 
@@ -62,7 +63,7 @@ def assert_same(one, two):
 @pytest.mark.parametrize(
     ("options", "points"),
     [(WEIGHTED, 8), (LORA, 3)],
-    ids=["coba-irdro-lovasz-accumulated", "lora-dropout-patience"],
+    ids=["coba-irdro-lovasz-accumulated", "lora-dropout-irdro-accumulated-patience"],
 )
 def test_killed_at_any_point(tmp_path, model_folder, data_file, monkeypatch, options, points):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -86,9 +87,16 @@ def test_killed_at_any_point(tmp_path, model_folder, data_file, monkeypatch, opt
 # ----------------------------------------------------------------------- damaged checkpoints
 
 
+def pickled(*args, **kwargs):
+    raise AssertionError("a pickle")
+
+
 @pytest.fixture
-def weighted(train, tmp_path):
-    """A finished run, put back to before its results were there."""
+def weighted(train, tmp_path, monkeypatch):
+    """A finished run, put back to before its results were there; nothing is pickled in it, nor
+    unpickled in the test."""
+    monkeypatch.setattr("torch.save", pickled)
+    monkeypatch.setattr("torch.load", pickled)
     code, _, err = train(*SHORT, *WEIGHTED, "--keep", 3, "--output", tmp_path / "whole")
     assert code == 0, err
     copy = tmp_path / "run"
@@ -113,6 +121,7 @@ def flip(path):
         ("state.safetensors", truncate, "bytes, "),
         ("state.safetensors", flip, "state.safetensors differs from what was written (SHA-256)"),
         ("state.json", flip, "state.json differs"),
+        ("trainer_state.json", flip, "trainer_state.json differs"),
         ("manifest.json", truncate, ""),
         ("manifest.json", Path.unlink, "manifest.json is missing"),
     ],
@@ -151,6 +160,30 @@ def test_metrics_that_lost_lines(weighted, command, tmp_path):
     code, _, err = command("train", "--resume", weighted)
     assert code == 0 and "metrics.jsonl has lost lines" in err and "after step 4" in err
     assert_same(weighted, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--time-limit", "0.001"), ("--lr", "0.5", "--patience", "1", "--validate-every", "1")],
+    ids=["time-limit", "patience"],
+)
+def test_a_run_that_stopped_early_takes_no_further_step(
+    train, command, tmp_path, monkeypatch, options
+):
+    """Interrupted before its results; it still ends with the best weights."""
+    assert train(*SHORT, *options, "--output", tmp_path / "whole")[0] == 0
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("segloss.train.run._report", interrupted)
+        assert train(*SHORT, *options)[0] == 130
+    code, _, err = command("train", "--resume", tmp_path / "run")
+    assert code == 0, err
+    step = json.loads((tmp_path / "run" / "results.json").read_text())["timing"]["steps"]
+    assert step < 7 and f"resuming after step {step}" in err
+    assert_same(tmp_path / "whole", tmp_path / "run")
 
 
 def test_nothing_is_unpickled(weighted):

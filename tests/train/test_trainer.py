@@ -1,10 +1,10 @@
 """The trainer's loss is the loss of the completion tokens, whatever the accumulation."""
 
-import dataclasses
 import functools
 
 import pytest
 import torch
+import transformers
 from train.tiny import build_model
 
 import segloss
@@ -14,7 +14,7 @@ from segloss.train import data
 from segloss.train.config import TrainConfig
 from segloss.train.expression import parse_loss
 from segloss.train.tasks import Example
-from segloss.train.trainer import Trainer, learning_rate
+from segloss.train.trainer import EachRow, Trainer, rate_share
 
 ROWS = [("one two", " three"), ("four", " five six seven"), ("eight nine ten", " no"), ("x", " y")]
 
@@ -24,33 +24,51 @@ def items(tokenizer):
     return data.encode([Example("t", *row) for row in ROWS], tokenizer)
 
 
-def trainer(items, loss, batch_size, model=None, dtype=None, **settings):
-    """A Trainer of one step over `items`, in their order; each task validates on its first."""
+def trainer(items, loss, batch_size, model=None, dtype=None, steps=1, validation=None, **settings):
+    """A Trainer over `items` in their order, as many steps as asked for, each over all of them.
+
+    Each task validates on its first item.
+    """
     config = TrainConfig(
         data=("x",),
-        steps=1,
+        output=".",
+        steps=steps,
         batch_size=batch_size,
         accumulation=len(items) // batch_size,
+        max_grad_norm=0.0,
         **settings,
     ).resolved()
     names = list(dict.fromkeys(item.example.task for item in items))
     tasks = [
-        data.TaskData(name, own, [], own[:1])
+        data.TaskData(name, own, [], (validation or {}).get(name, own[:1]))
         for name in names
         for own in [[item for item in items if item.example.task == name]]
     ]
     if model is None:
         model = build_model().double()
     loop = Trainer(model, tasks, loss, config, pad_id=257, dtype=dtype)
-    loop.order = items * config.steps
+    loop.train_dataset = items * config.steps
     return loop
 
 
+class Gradients(transformers.TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.of_step = [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def trained(loop):
+    """(rows of metrics, gradients of the last step)."""
+    rows, gradients = [], Gradients()
+    loop.add_callback(EachRow(rows.append))
+    loop.add_callback(gradients)
+    loop.train()
+    return rows, gradients.of_step
+
+
 def step(items, loss, batch_size, **settings):
-    """(logged loss, gradients) of one step over `items` in float64."""
-    loop = trainer(items, parse_loss(loss), batch_size, **settings)
-    row = loop.backward()
-    return row["loss"], [p.grad for p in loop.model.parameters()]
+    """(row of metrics, gradients) of one step over `items` in float64."""
+    (row,), gradients = trained(trainer(items, parse_loss(loss), batch_size, **settings))
+    return row, gradients
 
 
 def completion_rows(model, item):
@@ -71,11 +89,11 @@ def completion_rows(model, item):
     ],
 )
 def test_loss_and_gradient_are_those_of_the_completion_tokens(items, expression, naive):
-    loss, grads = step(items, expression, batch_size=4)
+    row, grads = step(items, expression, batch_size=4)
     model = build_model().double()
     logits, targets = zip(*(completion_rows(model, item) for item in items), strict=True)
     expected = naive(torch.cat(logits), torch.cat(targets))
-    assert loss == pytest.approx(expected.item(), rel=1e-12)
+    assert row["loss"] == pytest.approx(expected.item(), rel=1e-12)
     expected_grads = torch.autograd.grad(expected, list(model.parameters()))
     for got, true in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(got, true, rtol=1e-8, atol=1e-11)
@@ -83,15 +101,15 @@ def test_loss_and_gradient_are_those_of_the_completion_tokens(items, expression,
 
 @pytest.mark.parametrize("expression", ["ce", "ce + 0.5*focal", "sadl"])
 def test_accumulating_four_batches_is_one_batch_for_token_losses(items, expression):
-    one_loss, one = step(items, expression, batch_size=4)
-    four_loss, four = step(items, expression, batch_size=1)
-    assert four_loss == pytest.approx(one_loss, rel=1e-12)
+    one_row, one = step(items, expression, batch_size=4)
+    four_row, four = step(items, expression, batch_size=1)
+    assert four_row["loss"] == pytest.approx(one_row["loss"], rel=1e-12)
     for got, true in zip(four, one, strict=True):
         torch.testing.assert_close(got, true, rtol=1e-9, atol=1e-12)
 
 
 def test_accumulated_region_losses_are_a_token_weighted_mean(items):
-    loss, _ = step(items, "dice", batch_size=2)
+    row, _ = step(items, "dice", batch_size=2)
     model = build_model().double()
     values, tokens = [], []
     for pair in (items[:2], items[2:]):
@@ -99,7 +117,7 @@ def test_accumulated_region_losses_are_a_token_weighted_mean(items):
         values.append(reference.dice_loss(torch.cat(logits), torch.cat(targets)).item())
         tokens.append(sum(len(target) for target in targets))
     expected = sum(v * t for v, t in zip(values, tokens, strict=True)) / sum(tokens)
-    assert loss == pytest.approx(expected, rel=1e-6)
+    assert row["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 WEIGHTINGS = {
@@ -117,23 +135,20 @@ def two_tasks(tokenizer):
     return data.encode(rows, tokenizer)
 
 
-def fixed_weights(loop, weights):
-    """CoBa as it stands after some steps."""
-    if loop.coba is not None:
-        loop.coba.weights = lambda: torch.tensor(weights, dtype=torch.float64)
-    return loop
-
-
 def weighted_step(items, batch_size, loss="ce", **settings):
-    loop = fixed_weights(trainer(items, parse_loss(loss), batch_size, **settings), [0.3, 0.7])
-    return loop.backward(), loop
+    """(row, gradients) with CoBa as it stands after some steps."""
+    loop = trainer(items, parse_loss(loss), batch_size, **settings)
+    if loop.task_weights is not None:
+        loop.task_weights.weights = lambda: torch.tensor([0.3, 0.7], dtype=torch.float64)
+    (row,), gradients = trained(loop)
+    return row, gradients
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_weighted_loss_and_gradient(two_tasks, name):
     """sum over tasks of omega * (weighted mean over its samples), each sample alone in float64."""
     settings = WEIGHTINGS[name]
-    row, loop = weighted_step(two_tasks, 4, **settings)
+    row, gradients = weighted_step(two_tasks, 4, **settings)
     model = build_model().double()
     losses = [
         reference.cross_entropy(*completion_rows(model, item), reduction="none")
@@ -154,8 +169,8 @@ def test_weighted_loss_and_gradient(two_tasks, name):
     expected = (w * means).sum()
     assert row["loss"] == pytest.approx(expected.item(), rel=1e-9)
     grads = torch.autograd.grad(expected, list(model.parameters()))
-    for parameter, true in zip(loop.model.parameters(), grads, strict=True):
-        torch.testing.assert_close(parameter.grad, true, rtol=1e-7, atol=1e-10)
+    for got, true in zip(gradients, grads, strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
@@ -169,8 +184,8 @@ def test_weights_do_not_depend_on_the_accumulation(two_tasks, name, batch_size):
         ess = one["effective_sample_size"]
         assert many["effective_sample_size"] == pytest.approx(ess, rel=1e-9)
         assert many["sample_weight_counts"] == one["sample_weight_counts"]
-    for a, b in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-11)
+    for a, b in zip(parts, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
 
 
 def test_region_losses_see_tokens_that_weigh_one(two_tasks):
@@ -184,29 +199,27 @@ def test_region_losses_see_tokens_that_weigh_one(two_tasks):
     assert equal["loss"] != pytest.approx(plain["loss"], rel=1e-3)
 
 
-def test_the_pass_for_sample_weights_draws_the_same_dropout(two_tasks):
+def test_the_pass_for_sample_weights_draws_the_same_dropout(two_tasks, monkeypatch):
     """The losses that weights come from are those that are trained on."""
     settings = {"sample_weights": "irdro", "sample_temperature": 0.3}
+    seen, weigh = [], segloss.SampleWeighting.__call__
+    monkeypatch.setattr(
+        segloss.SampleWeighting,
+        "__call__",
+        lambda self, losses: weigh(self, seen.append(losses) or losses),
+    )
 
-    def losses(batch_size):
-        loop = trainer(two_tasks, parse_loss("ce"), batch_size, **settings)
-        loop.model.config.attention_dropout = 0.5
-        for layer in loop.model.model.layers:
-            layer.self_attn.attention_dropout = 0.5
-        seen = []
-        weigh = loop.samples
-        loop.samples = type("Spy", (), {"__call__": lambda self, x: seen.append(x) or weigh(x)})()
-        loop.samples.__class__.effective_sample_size = property(
-            lambda self: weigh.effective_sample_size
-        )
-        row = loop.backward()
-        return seen[0], row
+    def losses(dropout):
+        model = build_model().double()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = dropout
+        (row,), _ = trained(trainer(two_tasks, parse_loss("ce"), 1, model, **settings))
+        return seen.pop(), row
 
-    first, row = losses(1)
+    first, row = losses(0.5)
     w = (first / 0.3).softmax(0)
     assert row["loss"] == pytest.approx((w * first).sum().item(), rel=1e-9)
-    plain = trainer(two_tasks, parse_loss("ce"), 1, **settings)
-    assert not torch.allclose(first, plain._sample_losses(list(plain._micro_batches()), None))
+    assert not torch.allclose(first, losses(0.0)[0])
 
 
 def test_statistics_of_a_step(two_tasks):
@@ -222,42 +235,76 @@ def test_statistics_of_a_step(two_tasks):
     assert row["task_loss"] == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-9)
 
 
+def validation_losses(model, items):
+    """Cross-entropy per token of tasks a and b."""
+    sums, tokens = {"a": 0.0, "b": 0.0}, {"a": 0, "b": 0}
+    for item in items:
+        loss = reference.cross_entropy(*completion_rows(model, item), reduction="sum")
+        sums[item.example.task] += loss.item()
+        tokens[item.example.task] += len(item.completion_ids)
+    return [sums[task] / tokens[task] for task in sums]
+
+
 def test_coba_reads_the_validation_items_in_turn(two_tasks):
-    loop = trainer(two_tasks, parse_loss("ce"), 4, task_weights="coba", validation_batch=2)
-    loop.tasks[0].validation[:] = two_tasks[:1] * 3 + two_tasks[3:]
-    loop.num_steps = 1
-    (items,) = loop._validation_batches(2, all_items=False)
-    assert items == [two_tasks[0], two_tasks[3], two_tasks[1]]
+    """All of them before the first step, then `validation_batch` of each task after every step."""
+    a, b = [two_tasks[0], two_tasks[3], two_tasks[0]], [*two_tasks[1:3], two_tasks[1]]
+    settings = {"task_weights": "coba", "validation_batch": 2, "steps": 3, "lr": 1e-12}
+    loop = trainer(two_tasks, parse_loss("ce"), 4, validation={"a": a, "b": b}, **settings)
+    told, update = [], loop.task_weights.update
+    loop.task_weights.update = lambda losses, **more: (told.append(losses), update(losses, **more))
+    trained(loop)
     model = build_model().double()
-    losses = [
-        reference.cross_entropy(*completion_rows(model, item), reduction="sum").item()
-        for item in items
-    ]
-    tokens = [len(item.completion_ids) for item in items]
-    expected = [sum(losses[:2]) / sum(tokens[:2]), losses[2] / tokens[2]]
-    assert loop.validation_losses().tolist() == pytest.approx(expected, rel=1e-9)
+    parts = [(a, b), (a[:2], b[:2]), (a[2:], b[2:]), (a[:2], b[:2])]
+    for losses, (of_a, of_b) in zip(told, parts, strict=True):
+        assert losses.tolist() == pytest.approx(validation_losses(model, of_a + of_b), rel=1e-9)
 
 
 def test_coba_in_the_loop_equals_coba_by_hand(two_tasks):
     settings = {"task_weights": "coba", "coba_warmup": 2, "coba_history": 4}
-    loop = trainer(two_tasks, parse_loss("ce"), 4, **settings)
-    loop.config = dataclasses.replace(loop.config, steps=5, lr=0.05)
-    loop.order = two_tasks * 5
-    coba = segloss.CoBa(2, warmup=2, history=4, baseline=loop.validation_losses(all_items=True))
-    for _ in range(5):
-        before = coba.weights().tolist()
-        row = loop.step()
-        assert list(row["task_weight"].values()) == pytest.approx(before)
+    loop = trainer(two_tasks, parse_loss("ce"), 4, steps=5, lr=0.05, **settings)
+    coba = segloss.CoBa(2, warmup=2, history=4)
+    before = validation_losses(build_model().double(), two_tasks[:2])
+    coba.update(torch.tensor(before, dtype=torch.float64))
+    rows, _ = trained(loop)
+    assert len(rows) == 5
+    for row in rows:
+        weights = coba.weights().tolist()
+        assert list(row["task_weight"].values()) == pytest.approx(weights)
         losses = torch.tensor(list(row["validation_loss"].values()), dtype=torch.float64)
         coba.update(losses, step=row["step"])
-    assert before != pytest.approx([0.5, 0.5], abs=1e-3)
+    assert weights != pytest.approx([0.5, 0.5], abs=1e-3)
+    after = validation_losses(loop.model, two_tasks[:2])
+    assert losses.tolist() == pytest.approx(after, rel=1e-9)
 
 
-def test_learning_rate_rises_and_falls():
-    config = TrainConfig(steps=30, lr=1.0)
-    rates = [learning_rate(config, step) for step in range(30)]
+def test_learning_rate_rises_and_falls(items):
+    rates = [rate_share(step, 30) for step in range(30)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and rates[3] < 1
     assert rates[3:] == sorted(rates[3:], reverse=True) and 0 < rates[-1] < 0.04
+    rows, _ = trained(trainer(items, parse_loss("ce"), 4, steps=30, lr=0.01))
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.01 * r for r in rates])
+
+
+def test_it_is_the_trainer_of_transformers_and_takes_adamw_steps(items):
+    """The weights after two steps are those of torch's AdamW on plain gradients, decay apart."""
+    loop = trainer(items, parse_loss("ce"), 2, steps=2, lr=0.01, weight_decay=0.1)
+    assert isinstance(loop, transformers.Trainer)
+    trained(loop)
+    model = build_model().double()
+    named = dict(model.named_parameters())
+    vectors = [p for p in named.values() if p.dim() == 1]
+    groups = [{"params": [p for p in named.values() if p.dim() == 2]}]
+    groups += [{"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+    for number in range(2):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * rate_share(number, 2)
+        optimizer.zero_grad()
+        logits, targets = zip(*(completion_rows(model, item) for item in items), strict=True)
+        torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(targets)).backward()
+        optimizer.step()
+    for name, parameter in loop.model.named_parameters():
+        torch.testing.assert_close(parameter, named[name], rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("head", ["fused", "logits"])
@@ -275,5 +322,5 @@ def test_logits_keep_the_autocast_dtype(items, head):
     loop = trainer(
         items[:2], Spy(), batch_size=2, model=build_model(), dtype=torch.bfloat16, head=head
     )
-    loop.step()
+    loop.train()
     assert seen == [(torch.bfloat16, True)]
