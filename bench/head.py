@@ -6,7 +6,7 @@
     directions  forward and backward apart
     ignored     0, 50 and 90 % of the tokens ignored
     memory      of each loss and of each peer, in a process of its own
-    filter      error of `grad_filter`
+    filter      error and time of `grad_filter`
 
 N tokens, D hidden size, V classes. t3 and t2 are the times of three and two bare products. The
 bound is t3 (t2 with a frozen weight) and one pass over the logits' bytes.

@@ -66,7 +66,10 @@ TOPICS = {
         "Peak of resident memory of one forward and backward in a process of its own, above the "
         "inputs and without the gradients.",
     ),
-    "filter": ("grad_filter", "Error of the gradients on hidden states of a real model."),
+    "filter": (
+        "grad_filter",
+        "Error of the gradients, and time, on hidden states of a real model.",
+    ),
     "candidates": (
         "Lovász's candidates during training",
         "Only background entries above their class's least foreground error carry gradient. How "

@@ -183,10 +183,10 @@ class Gradients:
         plus = out = self.sums.get("weight")
         if plus is not None and plus.dtype == self.dtype:
             self.final = plus
-        if plus is not None and plus.dtype != self.accumulate:
-            out = torch.empty_like(plus, dtype=self.accumulate)
         if last and self.final is not None:
             out = self.final
+        elif plus is not None and plus.dtype != self.accumulate:
+            out = torch.empty_like(plus, dtype=self.accumulate)
         self.sums["weight"] = block.contract(hidden, self.scale, plus, out)
 
     def block(self, block: GradBlock, rows: slice, classes: slice, filtering: bool) -> None:

@@ -36,6 +36,8 @@ class Fit(TrainerCallback):
     """Of each step."""
     stopped: str = ""
     """What ended training before its last step: "time limit", "patience"."""
+    kept_step: int = 0
+    """The step whose weights the run ends with, once it is trained."""
 
     def __post_init__(self) -> None:
         run = self.run
@@ -58,11 +60,6 @@ class Fit(TrainerCallback):
         """The step of the lowest validation loss, 0 without one."""
         return self.trainer.state.best_global_step or 0
 
-    @property
-    def kept_step(self) -> int:
-        """The step whose weights the run ends with."""
-        return self.best_step or self.num_steps
-
     def train(self, found: Checkpoint | None) -> None:
         """From the beginning, or on from a checkpoint."""
         first = found.state["step"] if found else 0
@@ -77,7 +74,7 @@ class Fit(TrainerCallback):
             else:
                 self.stopped = found.state["stopped"]
                 self.trainer.resume(found, bool(self.stopped) or first == self.config.steps)
-        self._restore_best()
+        self.kept_step = self._restore_best()
 
     # ---------------------------------------------------------------------- called by the trainer
 
@@ -99,9 +96,9 @@ class Fit(TrainerCallback):
         """Keep the weights of the lowest validation loss, and count those after it."""
         step, loss = state.global_step, metrics["mean_validation_loss"]
         self._log("validation", {"step": step, **metrics})
-        if loss < (math.inf if state.best_metric is None else state.best_metric):
+        lowest = loss < (math.inf if state.best_metric is None else state.best_metric)
+        if lowest and self._write(BEST, self.trainer.weights(), {"step": step}):
             state.best_metric, state.best_global_step = loss, step
-            self._write(BEST, self.trainer.weights(), {"step": step})
             self._prune_best()
         every = self.config.validate_every or 1
         if step // every - self.best_step // every >= self.config.patience:
@@ -156,19 +153,21 @@ class Fit(TrainerCallback):
             kept.add(checkpoint.peek(states, step).get("best_step", 0))
         checkpoint.prune(self.folder.path / BEST, kept)
 
-    def _write(self, name: str, tensors: dict, numbers: dict) -> None:
+    def _write(self, name: str, tensors: dict, numbers: dict) -> bool:
+        """Whether it could be written."""
         folder, step = self.folder.path / name, self.num_steps
         trainer = asdict(self.trainer.state)
         save = partial(checkpoint.write, folder, step, tensors, numbers, trainer)
-        self.folder.attempt(name, save)
+        return self.folder.attempt(name, save)
 
-    def _restore_best(self) -> None:
-        """End with the weights of the lowest validation loss."""
+    def _restore_best(self) -> int:
+        """End with the weights of the lowest validation loss; the step that they are of."""
         if self.best_step in (0, self.num_steps):  # 0: stopped before the first
-            return
+            return self.num_steps
         try:
             best = checkpoint.read(self.folder.path / BEST, self.best_step)
         except checkpoint.Damaged as damage:
             self.folder.failures.append(f"the weights of step {self.best_step} ({damage})")
-            return
+            return self.num_steps
         self.trainer.load_weights(best)
+        return self.best_step

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .config import TrainConfig, read_settings
 from .errors import UserError
 from .expression import parse_loss
-from .run_folder import ADAPTER, BEST, FINAL, RESUME, RunFolder, exists
+from .run_folder import ADAPTER, BEST, FINAL, RESUME, RunFolder, exists, finished
 from .tasks import Example, built_in_examples
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ def _run(run: Run, folder: RunFolder, clock: Clock, checkpoint: Checkpoint | Non
     timing |= {"stopped_by_patience": fit.stopped == "patience"}
     timing |= {"kept_step": fit.kept_step}
     _report(run, folder, fit.losses, before, after, timing)
-    shutil.rmtree(folder.path / BEST, ignore_errors=True)
+    if finished(folder.path):
+        shutil.rmtree(folder.path / BEST, ignore_errors=True)
 
 
 def say(text: str) -> None:
@@ -365,7 +366,7 @@ def _interrupted(path: str) -> tuple[TrainConfig, dict]:
         raise UserError(f"--resume {path}: no such run folder")
     if not file.is_file():
         raise UserError(f"--resume {path}: there is no config.json, so it is no run's folder")
-    if (Path(path) / "results.json").exists():
+    if finished(Path(path)):
         raise UserError(f"--resume {path}: the run is finished, its results are in results.md")
     if kind_of(file) != "train":
         raise UserError(f"--resume {path}: its config.json is not that of a segloss train run")

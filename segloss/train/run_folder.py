@@ -24,6 +24,7 @@ class RunFolder:
         checkpoint/     the trained model and its tokenizer (safetensors)
         adapter/        with LoRA, the adapters alone, as peft reads them
         resume/         with --save-every, what --resume continues from
+        best/           with --patience, the best weights so far, until the run is finished
         results.json, results.md, loss.png
 
     A failed write ends nothing: it is kept in `failures`, later work goes on, and leaving the
@@ -110,12 +111,17 @@ class RunFolder:
             self._failed(name, error)
             _remove(partial)
 
-    def attempt(self, name: str, save) -> None:
-        """`save()`, which writes `name` whole or not at all; a failure ends nothing."""
+    def attempt(self, name: str, save) -> bool:
+        """`save()`, which writes `name` whole or not at all; a failure ends nothing.
+
+        Returns whether it is written.
+        """
         try:
             save()
         except Exception as error:
             self._failed(name, error)
+            return False
+        return True
 
     def require_room(self, num_bytes: int) -> None:
         """Raise `UserError` where the disk has no room for checkpoints of so many bytes."""
@@ -146,6 +152,11 @@ class RunFolder:
         failure = f"{name} ({reason})"
         if failure not in self.failures:
             self.failures.append(failure)
+
+
+def finished(path: Path) -> bool:
+    """Whether a run's results and weights are there, so that nothing is left to resume."""
+    return (path / "results.json").exists() and (path / FINAL).exists()
 
 
 def exists(path: str) -> UserError:

@@ -8,6 +8,7 @@ estimates are, by fine-tuning on some subsets after all.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -74,8 +75,8 @@ class SelectConfig(TrainConfig):
     """the regression's penalty on the length of a change of weights: the lower, the more training
     an estimate stands for (default: 0.001 times the gradients' mean squared length)"""
 
-    score: Literal["estimate", "measured"] = "estimate"
-    """how good a subset is: estimate, by the gradients alone; measured, as published, by the model
+    score: Literal["estimated", "measured"] = "estimated"
+    """how good a subset is: estimated, by the gradients alone; measured, as published, by the model
     itself with its weights moved to where the estimate has them, at a pass over the target's items
     for each subset"""
 
@@ -205,6 +206,7 @@ class Selecting:
                 *(run.model, tasks, run.loss, config, run.tokenizer.pad_token_id, run.dtype),
                 callbacks=[EachRow(take)],
             ).train()
+        gc.collect()  # a Trainer refers to itself, and holds the optimizer's moments
 
     def _target_loss(self) -> float:
         """Cross-entropy per token of the target's validation items, averaged over its tasks."""
@@ -328,7 +330,8 @@ class Selecting:
             "relative_error": None if comparison is None else comparison.relative_error,
         }
         self.folder.write_text("selection.json", json.dumps(result, indent=2) + "\n")
-        self.folder.write("selection.png", partial(plot, found=found, comparison=comparison))
+        draw = partial(plot, found=found, comparison=comparison, score=self.config.score)
+        self.folder.write("selection.png", draw)
         text = self._story(found, comparison, losses)
         self.folder.write_text("results.md", text)
         print(f"\n{text}\nrun folder: {self.folder.path}", flush=True)
@@ -343,7 +346,7 @@ class Selecting:
             f"before training {losses['before']:.4f}, after training on all tasks "
             f"{losses['all_tasks']:.4f}",
             "",
-            "estimated  tasks",
+            f"{self.config.score:<9}  tasks",
             *(f"{value:9.4f}  {' '.join(tasks)}" for tasks, value in found.subsets[:5]),
         ]
         if looked_at > 5:
@@ -354,7 +357,7 @@ class Selecting:
         lines += [
             "",
             f"{seconds['meta_training']:.0f} s to train on all tasks, {seconds['gradients']:.0f} s "
-            f"for gradients, {seconds['estimates']:.1f} s for {looked_at} estimates",
+            f"for gradients, {seconds['estimates']:.1f} s for {looked_at} subsets",
             "",
             f"chosen: {' '.join(found.chosen)}",
             "train on them with",
@@ -402,8 +405,8 @@ def sample_of(task: str, index: int, item: Encoded) -> Sample:
     return Sample(f"{task}-{index}", task, [item])
 
 
-def plot(path: Path, found: Selection, comparison: Comparison | None) -> None:
-    """Every estimate, best first; beside it, if subsets were checked, estimated against true."""
+def plot(path: Path, found: Selection, comparison: Comparison | None, score: str) -> None:
+    """Every subset's loss, best first; beside it, if subsets were checked, against the true one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -414,7 +417,7 @@ def plot(path: Path, found: Selection, comparison: Comparison | None) -> None:
     values = [value for _, value in found.subsets]
     axes[0].plot(range(1, len(values) + 1), values, ".", color="tab:blue")
     axes[0].set_xlabel("subset of tasks, best first")
-    axes[0].set_ylabel("estimated loss (nats per token)")
+    axes[0].set_ylabel(f"{score} loss (nats per token)")
     if comparison is not None:
         low = min(*comparison.estimated, *comparison.true)
         high = max(*comparison.estimated, *comparison.true)
@@ -431,6 +434,6 @@ def plot(path: Path, found: Selection, comparison: Comparison | None) -> None:
                 parse_math=False,
             )  # fmt: skip
         axes[1].set(xlim=span, ylim=span)
-        axes[1].set_xlabel("estimated loss")
+        axes[1].set_xlabel(f"{score} loss")
         axes[1].set_ylabel("loss after fine-tuning")
     figure.savefig(path, dpi=150, format="png")

@@ -22,7 +22,7 @@ from segloss.losses import Loss
 from .checkpoint import TRAINER, Checkpoint
 from .config import TrainConfig
 from .data import Encoded, TaskData, training_batch, training_order
-from .errors import UserError
+from .errors import UserError, first_line
 from .forward import autocast, logits_of, token_sums
 from .record import WEIGHT_EDGES
 
@@ -230,12 +230,19 @@ class Trainer(LossMixin, transformers.Trainer):
     def resume(self, found: Checkpoint, done: bool = False) -> None:
         """Go on after the checkpoint's step; `done`: its weights are the last.
 
-        Raises `UserError` where it is of another model.
+        Raises `UserError` where it is of another model, or of a transformers that kept other state.
         """
         self._resumed = found
         self.seconds = found.state["seconds"]
+        try:
+            state = transformers.TrainerState.load_from_json(str(found.path / TRAINER))
+        except TypeError as error:
+            raise UserError(
+                f"{found.path / TRAINER} is of another release of transformers than "
+                f"{transformers.__version__} ({first_line(error)}); the run's config.json names it"
+            ) from None
         if done:
-            self.state = transformers.TrainerState.load_from_json(str(found.path / TRAINER))
+            self.state = state
             self.load_weights(found)
         else:
             self.train(resume_from_checkpoint=str(found.path))
@@ -266,6 +273,9 @@ class Trainer(LossMixin, transformers.Trainer):
             own = {k: v.to(self.args.device) for k, v in part(tensors, f"{name}.").items()}
             stateful.load_state_dict(own | state[name])
 
+    def _load_scaler(self, checkpoint) -> None:
+        """Nothing: none is used, and the Trainer's would be a pickle."""
+
     def _load_rng_state(self, checkpoint) -> None:
         if checkpoint is None:
             return
@@ -273,7 +283,7 @@ class Trainer(LossMixin, transformers.Trainer):
         torch.set_rng_state(tensors["random.cpu"])
         if self.args.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.args.device)
-        self._resumed = None  # the last that reads it, and it is large
+        self._resumed = None  # this is the last that reads it
 
     def load_weights(self, found: Checkpoint) -> None:
         shapes = {name: p.shape for name, p in self.weights().items()}
@@ -317,7 +327,7 @@ class EachRow(transformers.TrainerCallback):
 
 
 def arguments(config: TrainConfig, device: torch.device) -> transformers.TrainingArguments:
-    """The Trainer's settings; it writes nothing itself."""
+    """The Trainer's settings; it writes no file itself."""
     found = transformers.TrainingArguments(
         output_dir=config.output or ".",
         max_steps=config.steps,
@@ -339,6 +349,7 @@ def arguments(config: TrainConfig, device: torch.device) -> transformers.Trainin
         use_cpu=device.type == "cpu",
     )
     found._n_gpu = min(found.n_gpu, 1)  # of several GPUs one is used
+    found.mixed_precision = "no"  # `--precision` says, whatever accelerate's environment does
     return found
 
 

@@ -250,3 +250,77 @@ def test_full_disk_at_a_checkpoint_does_not_end_the_run(train, tmp_path, monkeyp
     assert not list((tmp_path / "run" / "resume").iterdir())
     assert (tmp_path / "run" / "checkpoint" / "model.safetensors").exists()
     assert (tmp_path / "run" / "results.json").exists()
+
+
+PATIENT = ("--patience", "1", "--validate-every", "1", "--lr", "0.5")
+
+
+@pytest.mark.parametrize("file", ["checkpoint", "results.json"])
+def test_full_disk_at_the_end_leaves_what_a_resumed_run_needs(
+    train, command, tmp_path, monkeypatch, file
+):
+    """The best weights among it, which are not those of the last step."""
+    assert train(*SHORT, *PATIENT, "--output", tmp_path / "whole")[0] == 0
+    timing = json.loads((tmp_path / "whole" / "results.json").read_text())["timing"]
+    assert timing["kept_step"] < timing["steps"]
+    write = RunFolder.write
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            RunFolder, "write", lambda self, name, save: write(
+                self, name, full_disk if name == file else save
+            ),
+        )  # fmt: skip
+        code, _, err = train(*SHORT, *PATIENT)
+        assert code == 2 and f"{file} (No space left on device)" in err
+    code, _, err = command("train", "--resume", tmp_path / "run")
+    assert code == 0, err
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_best_weights_that_could_not_be_written_do_not_count(train, tmp_path, monkeypatch):
+    """The best before them stays, and the results name the step whose weights they are of."""
+    from segloss.train import checkpoint
+
+    write, written = checkpoint.write, []
+
+    def once(folder, step, *values):
+        if folder.name == "best" and written:
+            full_disk()
+        written.append(step)
+        return write(folder, step, *values)
+
+    monkeypatch.setattr(checkpoint, "write", once)
+    options = ("--patience", 9, "--validate-every", 1, "--lr", 0.001, "--save-every", 0)
+    code, _, err = train(*SHORT, *options)
+    assert code == 2 and "best (No space left on device)" in err
+    losses = [r for r in rows(tmp_path / "run" / "metrics.jsonl") if r["event"] == "validation"]
+    assert losses[-1]["mean_validation_loss"] < losses[0]["mean_validation_loss"]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["timing"]["kept_step"] == 1 == written[0]
+
+
+def test_a_scaler_in_a_checkpoint_is_not_read(weighted, command, tmp_path):
+    """The Trainer would unpickle it."""
+    for step in (weighted / "resume").iterdir():
+        (step / "scaler.pt").write_bytes(b"not a pickle")
+    code, _, err = command("train", "--resume", weighted)
+    assert code == 0, err
+    for step in (weighted / "resume").iterdir():
+        (step / "scaler.pt").unlink(missing_ok=True)
+    assert_same(weighted, tmp_path / "whole")
+
+
+def test_state_of_another_transformers_is_named(weighted, command, monkeypatch):
+    def of_another(cls, path):
+        raise TypeError("unexpected keyword argument 'phase'")
+
+    monkeypatch.setattr("transformers.TrainerState.load_from_json", classmethod(of_another))
+    result = command("train", "--resume", weighted)
+    assert fails(result, "trainer_state.json is of another release of transformers")
+
+
+def test_the_environment_of_accelerate_changes_no_arithmetic(train, tmp_path, monkeypatch):
+    assert train(*SHORT, "--output", tmp_path / "plain")[0] == 0
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert train(*SHORT, "--output", tmp_path / "launched")[0] == 0
+    assert_same(tmp_path / "plain", tmp_path / "launched")
