@@ -542,7 +542,8 @@ def dots(axes, names: Sequence[str], values: Sequence[float], colors, unit: str)
     """A row each on a log axis: dots, since a bar would have to begin at 0."""
     axes.scatter(values, range(len(names)), c=colors, zorder=3)
     for row, value in enumerate(values):
-        axes.annotate(f"{value:.3g} {unit}", (value, row), (8, -3), fontsize=8,
+        text = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+        axes.annotate(f"{text} {unit}", (value, row), (8, -3), fontsize=8,
                       textcoords="offset points")  # fmt: skip
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(len(names) - 0.3, -0.7)
@@ -627,7 +628,7 @@ def plot_memory(plt, tables: Sequence[Table]):
         limits = [line.limit for line in lines if line.limit is not None]
         if limits:
             axes.axvline(limits[0], color="tab:red", linewidth=1, label="limit: a tenth of eager")
-            axes.legend(loc="upper right", fontsize=8)
+            axes.legend(loc="lower right", fontsize=8)
         axes.set_title(table.title, fontsize=9)
     axes.set_xlabel("MiB above inputs and gradients (ours without the float32 sum of dweight)")
     return figure
