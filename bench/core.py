@@ -232,7 +232,7 @@ def ignored(size: tuple[int, int], report: Report) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = options("core", "Time the losses on logits against PyTorch's, interleaved.", rounds=32)
+    parser = options("core", "Time the losses on logits against PyTorch's, interleaved.", rounds=24)
     parts = ("limits", "directions", "ignored")
     parser.add_argument("--parts", nargs="+", default=list(parts), choices=parts)
     parser.add_argument(

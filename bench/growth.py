@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from bench import core, head, inputs, peers
-from bench.common import Report, Section, interleaved, options, quartiles, too_large
+from bench.common import Report, Section, elapsed, interleaved, options, quartiles, too_large
 from bench.memory import EAGER_BYTES_PER_LOGIT
 from segloss.logits import CPU_CHUNK_BYTES, CPU_CHUNK_ROWS
 
@@ -26,6 +26,8 @@ TOKENS = (256, 512, 1024, 2048, 4096, 16384)
 CLASSES = (8192, 16384, 32768, 65536, 131072, 262144)
 QUICK_TOKENS, QUICK_CLASSES = (64, 128, 256), (2048, 4096, 8192)
 WIDTH = 576  # of SmolLM2-135M
+# --rounds at least; short cells more, as many as fit in a second
+ROUND_SECONDS, MOST_ROUNDS = 1.0, 8
 CE, DICE, LOVASZ, EAGER = head.CE, head.DICE, head.LOVASZ, peers.EAGER
 FROZEN = head.FROZEN.format(CE)
 
@@ -75,7 +77,7 @@ def hidden_cell(num_tokens: int, num_classes: int) -> tuple[dict, Section]:
     tensors = inputs.head_of("zipf", num_tokens, WIDTH, num_classes)
     todo = head.our_todo((CE, LOVASZ), tensors) | head.our_todo((CE,), tensors, frozen=True)
     todo |= head.peer_todo({EAGER: peers.eager}, tensors)
-    section = Section("", "", {})
+    section = Section("", "", {}, facts={"classes": present(tensors[2])})
     head.checked(todo, section)
     return {name: head.step(todo[name]) for name in section.errors}, section
 
@@ -85,13 +87,17 @@ def logits_cell(num_tokens: int, num_classes: int) -> tuple[dict, Section]:
     logits, target = inputs.zipf("zipf", num_tokens, num_classes)
     logits = logits.to(torch.bfloat16)
     names = {CE: core.CE, DICE: core.DICE, LOVASZ: core.LOVASZ, EAGER: core.TORCH}
-    section = Section("", "", {})
+    section = Section("", "", {}, facts={"classes": present(target)})
     rows = slice(0, head.CHECKED_ROWS)
     few = {name: (*core.IMPLEMENTATIONS[key], target[rows]) for name, key in names.items()}
     core.checked(few, logits[rows], section)
     return {
         name: core.forward_backward(few[name][0], logits, target) for name in section.errors
     }, section
+
+
+def present(target: torch.Tensor) -> str:
+    return str(target.unique().numel())
 
 
 def cell_bytes(name: str, level: str, num_tokens: int, num_classes: int) -> float:
@@ -127,6 +133,10 @@ def axes(quick: bool) -> list[Axis]:
     ]
 
 
+def rounds_of(seconds: float, least: int) -> int:
+    return max(least, min(MOST_ROUNDS, int(ROUND_SECONDS / seconds)))
+
+
 def grow(axis: Axis, report: Report) -> None:
     fixed = f"{'V' if axis.letter == 'N' else 'N'} {axis.other}"
     width = f", D {WIDTH}" if axis.level == "hidden states" else ""
@@ -134,23 +144,25 @@ def grow(axis: Axis, report: Report) -> None:
     section = Section(title, "growth", {})
     points: dict[str, list[tuple[int, float]]] = {}
     spread: dict[str, list] = {}
-    rounds = report.options.rounds
+    classes: list[str] = []
+    least = report.options.rounds
+    twice = axis.level == "logits"  # milliseconds, in which what others left behind would show
     for size in axis.sizes:
         at = axis.at(size)
         runs, cell = axis.cell(*at)
+        classes.append(f"{cell.facts['classes']} at {axis.letter} {size}")
         for table in ("wrong", "missing"):
             for name, reason in getattr(cell, table).items():
                 getattr(section, table)[f"{name}, {axis.letter} {size}"] = reason
         for name in list(runs):
             # once before the rounds
-            seconds = (1 + rounds) * predicted(points.get(name, []), size)
+            seconds = (1 + least * (1 + twice)) * predicted(points.get(name, []), size)
             reason = too_large(seconds, cell_bytes(name, axis.level, *at))
             if reason:
                 section.missing[f"{name}, {axis.letter} {size}"] = f"not run, {reason}"
                 del runs[name]
-        for run in runs.values():
-            run()
-        for name, seconds in interleaved(runs, dict.fromkeys(runs, rounds)).items():
+        rounds = {name: rounds_of(elapsed(run), least) for name, run in runs.items()}
+        for name, seconds in interleaved(runs, rounds, twice).items():
             key = f"{name}, {axis.letter} {size}"
             section.seconds[key], section.errors[key] = seconds, cell.errors[name]
             low, median, high = quartiles(seconds)
@@ -166,6 +178,8 @@ def grow(axis: Axis, report: Report) -> None:
             if len(cells) > 1
         },
     }
+    # tokens times these is what Dice and Lovász do on top of the passes over N x V
+    section.facts["classes present"] = ", ".join(classes)
     for name, fit in section.data["fits"].items():
         if not math.isfinite(fit["residual"]):
             raise RuntimeError(f"{name}: times of 0 s cannot be fitted")

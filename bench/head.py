@@ -65,8 +65,8 @@ MODEL_TOKENS = 4096
 MODEL_PEERS = (EAGER, "torch.compile(eager)", "F.linear_cross_entropy")
 SMOLLM2 = (1024, 576, 49152)
 TRAINING_ROWS = 2
-# rows at which results are compared with float64; times are taken with all of them
-CHECKED_ROWS = 128
+# rows at which results are compared with float64, fewer above D 2048; times are taken with all
+CHECKED_ROWS, CHECKED_NUMBERS = 128, 2**18
 # a peer that is this many times slower than our cross-entropy runs once
 SLOW = 2.5
 # peers return the loss in bfloat16 or add dweight up in it; grad_filter is an approximation
@@ -149,7 +149,7 @@ class Check:
 
     def __init__(self, tensors: Tensors):
         hidden, self.weight, target = tensors
-        rows = min(CHECKED_ROWS, hidden.shape[0])
+        rows = min(CHECKED_ROWS, CHECKED_NUMBERS // hidden.shape[1], hidden.shape[0])
         self.hidden, self.target = hidden[:rows], target[:rows]
         self.share = rows / hidden.shape[0]
         self.truth = None

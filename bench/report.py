@@ -59,7 +59,9 @@ TOPICS = {
     "ignored": ("Ignored tokens", "Prompt-masked fine-tuning ignores most tokens."),
     "growth": (
         "Growth with N and V",
-        "One axis at a time; the line is fitted to relative residuals.",
+        "One axis at a time; the line is fitted to relative residuals. Dice and Lovász also look "
+        "at every token for each class present, and more tokens hold more classes: that part "
+        "grows faster than N.",
     ),
     "memory": (
         "Memory",
@@ -337,7 +339,8 @@ def topic_text(topic: str, tables: Sequence[Table], plots: dict[str, str]) -> st
         if machine_line(table.machine) != machine:
             machine = machine_line(table.machine)
             text.append(f"{machine}\n")
-        text += [f"- {name}: {value}" for name, value in table.facts.items()]
+        fitted = table.data.get("fits", {})  # has a table of its own
+        text += [f"- {name}: {fact}" for name, fact in table.facts.items() if name not in fitted]
         text.append("")
         if topic == "growth":
             text.append(growth_table(table))
@@ -421,6 +424,7 @@ def results(tables: list[Table], others: list[Other], plots: dict[str, str]) -> 
     text.append(markdown(SUMMARY_HEADER, summary(tables)))
     text += extremes(tables)
     text += memory_sentences(tables)
+    text += growth_sentences(tables)
     text.append(
         f"- Targets: {count['pass']} passed, {count['MISS']} missed"
         + (f", {unmeasured} not measured" if unmeasured else "")
@@ -468,6 +472,24 @@ def memory_sentences(tables: Sequence[Table]) -> list[str]:
             low, high = (f(line.value / eager for line in ours) for f in (min, max))
             share = f"{low:.1%}" if len(ours) == 1 else f"{low:.1%} to {high:.1%}"
             text.append(f"- Memory: ours takes {share} of eager's {eager:.0f} MiB ({table.title}).")
+    return text
+
+
+def growth_sentences(tables: Sequence[Table]) -> list[str]:
+    """How far the cost along each axis is from a straight line."""
+    text = []
+    for table in tables:
+        fits = table.data.get("fits") if table.topic == "growth" else None
+        if fits:
+            letter = table.data["axis"]
+            each = ", ".join(
+                f"{name} {fit['residual']:.0%} ({letter}^{fit['exponent']:.2f})"
+                for name, fit in fits.items()
+            )
+            text.append(
+                f"- Growth with {letter}, {table.data['level']}: largest distance from a straight "
+                f"line, and the exponent of the best power: {each}."
+            )
     return text
 
 

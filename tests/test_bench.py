@@ -243,7 +243,7 @@ def measured(bench, report):
         )
     )
     cells = [(n, 0.1 * n, 0.11 * n, 0.12 * n) for n in (4, 8)]
-    fit = {"start": 0.0, "slope": 0.11, "residual": 0.0, "exponent": 1.0}
+    fit = {"start": 0.0, "slope": 0.11, "residual": 0.03, "exponent": 0.97}
     report.add(
         common.Section(
             "growth with N, logits",
@@ -276,6 +276,8 @@ def test_results_say_what_was_wrong_missed_and_not_measured(bench, measured, tmp
     assert "Targets: 2 passed, 1 missed, 1 not measured" in text
     assert "Not run: CE, N 16: not run, predicted 99 s" in text
     assert "ours takes 5.0% of eager's 100 MiB" in text
+    assert "Growth with N, logits: largest distance from a straight line" in text
+    assert "CE 3% (N^0.97)" in text
     # whole topics without a file
     assert "Not measured: `python -m bench.segmentation` measures it." in text
     assert "Not measured: `make gpu` measures it." in text
