@@ -15,13 +15,13 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 import segloss
-from bench.common import Line, Report, options
+from bench.common import Line, Report, Section, options
 from segloss.selection import Comparison, GradEx, Sample
 
 VOCABULARY = "0123456789+="
@@ -228,12 +228,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     toy = QUICK if arguments.quick else Toy(subsets=12)
     result = run(toy)
     print(f"{result.comparison}\n")
-    report.section(
-        f"{toy.digits}-digit addition, {result.parameters} parameters",
-        {name: [seconds] for name, seconds in result.seconds.items()},
-        {},
-        lines(toy, result),
-        **{f"{name} loss": f"{value:.4f}" for name, value in result.losses.items()},
+    report.add(
+        Section(
+            f"{toy.digits}-digit addition, {result.parameters} parameters",
+            "gradex",
+            {name: [seconds] for name, seconds in result.seconds.items()},
+            lines=lines(toy, result),
+            facts={f"{name} loss": f"{value:.4f}" for name, value in result.losses.items()},
+            data=asdict(result.comparison),
+        )
     )
     return report.finish()
 

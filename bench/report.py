@@ -77,6 +77,11 @@ TOPICS = {
         "Only background entries above their class's least foreground error carry gradient. How "
         "many there are decides what Lovász costs.",
     ),
+    "gradex": (
+        "GradEx",
+        "Estimates of the loss after training on a subset of groups of sums, some of them noise, "
+        "against that training; the times are what each took in all.",
+    ),
 }
 # topic -> the command that measures it
 COMMANDS = {
@@ -85,12 +90,12 @@ COMMANDS = {
     **dict.fromkeys(("head", "models", "ignored", "memory", "filter"), "python -m bench.head"),
     "growth": "python -m bench.growth",
     "candidates": "python -m bench.candidates",
+    "gradex": "python -m bench.gradex",
 }
 # what other files hold: title of their tables -> the command that writes them
 ELSEWHERE = {
     "kernels": ("Kernels without a GPU", "make kernels"),
     "gpu": ("On a GPU", "make gpu"),
-    "gradex": ("GradEx", "python -m bench.gradex"),
 }
 
 
@@ -353,6 +358,8 @@ def topic_text(topic: str, tables: Sequence[Table], plots: dict[str, str]) -> st
             text.append("\n" + markdown(LINE_HEADER, [line.cells() for line in table.lines]))
         if topic == "candidates":
             text.append(candidate_table(table))
+        if topic == "gradex":
+            text.append(subset_table(table))
     return "\n".join(text)
 
 
@@ -403,6 +410,14 @@ def candidate_table(table: Table) -> str:
         "mean p of the target", "tokens with p = 1",
     ]  # fmt: skip
     return markdown(header, rows)
+
+
+def subset_table(table: Table) -> str:
+    """Estimated beside true losses, the best first."""
+    data = table.data
+    every = zip(data["true"], data["estimated"], data["subsets"], strict=True)
+    rows = [[f"{e:.4f}", f"{t:.4f}", " ".join(subset)] for t, e, subset in sorted(every)]
+    return markdown(["estimated", "after training on it", "subset"], rows)
 
 
 def results(tables: list[Table], others: list[Other], plots: dict[str, str]) -> str:
@@ -679,12 +694,30 @@ def plot_candidates(plt, tables: Sequence[Table]):
     return figure
 
 
+def plot_gradex(plt, tables: Sequence[Table]):
+    shown = [t for t in tables if t.topic == "gradex"]
+    if not shown:
+        return None
+    data = shown[-1].data
+    figure, axes = plt.subplots(figsize=(5.5, 5))
+    span = [f(*data["estimated"], *data["true"]) for f in (min, max)]
+    axes.plot(span, span, color="0.7", linewidth=1, label="estimated as it came out")
+    axes.plot(data["true"], data["estimated"], "o", label="a subset")
+    axes.set_xlabel("cross-entropy after training on the subset (nats per token)")
+    axes.set_ylabel("estimated")
+    axes.set_title(shown[-1].title, fontsize=9)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
 PLOTS = {
     "ratios": plot_ratios,
     "head": plot_head,
     "growth": plot_growth,
     "memory": plot_memory,
     "candidates": plot_candidates,
+    "gradex": plot_gradex,
 }
 
 

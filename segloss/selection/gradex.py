@@ -299,9 +299,10 @@ class GradEx:
 
         w = argmin_w mean_i ln(1 + exp(-(f_i + g_i.w))) + penalty ||w||^2       i in the subset
 
-    and the estimate the cross-entropy `ln(1 + exp(-(f_j + g_j.w)))` of the target samples j, per
-    token, averaged over the target's tasks. `measure` is the published score: the loss of the model
-    itself at theta* + P w, P the sign matrix.
+    (less that of all tasks with `relative`) and the estimate the cross-entropy
+    `ln(1 + exp(-(f_j + g_j.w)))` of the target samples j, per token, averaged over the target's
+    tasks. `measure` is the published score: the loss of the model itself at theta* + P w, P the
+    sign matrix.
 
     Args:
         model: its parameters with `requires_grad` (the LoRA adapter, say) are what is fine-tuned.
@@ -316,6 +317,10 @@ class GradEx:
         unit: "answer", one margin per sample, exact for the sum of its tokens' cross-entropies; or
             "token", one per predicted token: closer where answers are long, at T times the
             gradients and rows.
+        relative: True if the model is what fine-tuning on all tasks gives, for as long as
+            fine-tuning on a subset would take. The weights of all tasks are then subtracted, w(S) -
+            w(all), and the estimate of all tasks is the model's own loss. False: w as it is, which
+            is training on top of what the model has had.
         balance: every task of a subset counts the same, however many samples it has.
         outputs: (model, inputs) -> (logits (..., V) or a logits source, target (...)) of one
             sample; by default a transformers causal model and a dict of tensors.
@@ -337,6 +342,7 @@ class GradEx:
         penalty: float | None = None,
         radius: float | None = None,
         unit: Literal["answer", "token"] = "answer",
+        relative: bool = False,
         balance: bool = False,
         outputs: Outputs | None = None,
         store: str | os.PathLike | None = None,
@@ -353,7 +359,8 @@ class GradEx:
                 raise ValueError(f"{name} is {value!r}; it takes a number from 0 up, or None")
         self.model, self.dim, self.seed = model, dim, seed
         self.offset, self.penalty, self.radius = offset, penalty, radius
-        self.unit, self.balance, self.outputs = unit, balance, outputs or causal_lm
+        self.unit, self.relative, self.balance = unit, relative, balance
+        self.outputs = outputs or causal_lm
         self.named = dict(named)
         self.parameters = list(self.named.values())
         self.num_parameters = sum(p.numel() for p in self.parameters)
@@ -361,6 +368,7 @@ class GradEx:
         identity = {"version": 1, "dim": dim, "seed": seed, "unit": unit}
         self.store = Store(store, identity | {"weights": fingerprint(named)})
         self._rows: dict[str, Rows] = {}
+        self._of_all: Tensor | None = None  # the regression of all tasks
 
     # ------------------------------------------------------------------------------ collecting
 
@@ -440,6 +448,7 @@ class GradEx:
         if shard.id:
             self.store.add(shard)
             self._rows.clear()
+            self._of_all = None
 
     def rows(self, role: str) -> Rows:
         """All rows with a role."""
@@ -480,11 +489,24 @@ class GradEx:
     def fit(self, subset: Subset) -> Tensor:
         """w (D,) of a subset of tasks: where fine-tuning on it would take the projected weights.
 
-        Nowhere for an empty one.
+        Nowhere for an empty one, and with `relative` for all tasks.
         """
         if not len(subset):
             return torch.zeros(self.dim, dtype=torch.float64)
         names = self._checked(subset, "subset", "train")
+        w = self._regression(names)
+        if self.relative:
+            if self._of_all is None:
+                self._of_all = self._regression(self.tasks())
+            w = w - self._of_all
+        if self.radius is not None and w.norm() > 0:
+            # the length of P w, in expectation; w is itself a projection, of what P w holds a share
+            length = (1 + self.num_parameters / self.dim) ** 0.5 * w.norm()
+            w = w * (self.radius * self.norm / length)
+        return w
+
+    def _regression(self, names: Sequence[str]) -> Tensor:
+        """The minimum (D,) of the subset's penalised logistic loss."""
         every = self.rows("train")
         rows = every.take(np.isin(every.task, names))
         weight = self._weights(rows.task)
@@ -492,19 +514,13 @@ class GradEx:
         if self.offset:
             scale = float(every.gradient.square().sum(1).mean())
             penalty = RELATIVE_PENALTY * scale if self.penalty is None else self.penalty
-            w = fit_logistic(gradient, offset, weight, penalty)
-        else:
-            count = len(rows.task)
-            penalty = 1 / (2 * PUBLISHED_C * count) if self.penalty is None else self.penalty
-            labels = np.random.default_rng(self.seed).random(count) < 0.7
-            side = torch.from_numpy(np.where(labels, 1.0, -1.0))
-            with_intercept = torch.cat([gradient, side[:, None]], 1)
-            w = fit_logistic(with_intercept, torch.zeros_like(offset), weight, penalty)[:-1]
-        if self.radius is not None and w.norm() > 0:
-            # the length of P w, in expectation; w is itself a projection, of what P w holds a share
-            length = (1 + self.num_parameters / self.dim) ** 0.5 * w.norm()
-            w = w * (self.radius * self.norm / length)
-        return w
+            return fit_logistic(gradient, offset, weight, penalty)
+        count = len(rows.task)
+        penalty = 1 / (2 * PUBLISHED_C * count) if self.penalty is None else self.penalty
+        labels = np.random.default_rng(self.seed).random(count) < 0.7
+        side = torch.from_numpy(np.where(labels, 1.0, -1.0))
+        with_intercept = torch.cat([gradient, side[:, None]], 1)
+        return fit_logistic(with_intercept, torch.zeros_like(offset), weight, penalty)[:-1]
 
     def estimate(self, subset: Subset, target: Subset | None = None) -> float:
         """Estimated cross-entropy per token after fine-tuning on the tasks of `subset`.

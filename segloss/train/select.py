@@ -253,6 +253,7 @@ class Selecting:
                 dim=config.dim,
                 seed=config.seed,
                 penalty=config.penalty,
+                relative=True,  # the model has been trained on all tasks for as long
                 balance=True,  # tasks take turns in training
                 outputs=self._outputs,
                 store=config.gradients,

@@ -127,6 +127,27 @@ def test_no_training_is_the_model_as_it_is(data, held_out):
     assert explorer.estimate([]) == pytest.approx(true, rel=1e-12)
 
 
+@pytest.mark.parametrize("offset", [True, False])
+def test_relative_to_all_tasks(offset, data, held_out):
+    """All tasks are the model as it is; any other subset is as far from them as before."""
+    plain = collected(data, held_out, offset=offset)
+    relative = collected(data, held_out, offset=offset, relative=True)
+    assert plain.fit(subset_of("cab")).norm() > 0.1 * plain.fit(subset_of("a")).norm()
+    assert torch.equal(relative.fit(subset_of("cab")), torch.zeros(32, dtype=torch.float64))
+    assert relative.estimate(subset_of("abc")) == plain.estimate([]) == relative.estimate([])
+    for subset in (["a"], ["b", "c"]):
+        difference = plain.fit(subset) - plain.fit(subset_of("abc"))
+        assert torch.equal(relative.fit(subset), difference)
+
+    new = tasks_of("d", seed=7)
+    relative.collect(samples_of(new))
+    plain.collect(samples_of(new))
+    assert torch.equal(relative.fit(subset_of("abcd")), torch.zeros(32, dtype=torch.float64))
+    assert torch.equal(
+        relative.fit(subset_of("a")), plain.fit(subset_of("a")) - plain.fit(subset_of("abcd"))
+    )
+
+
 def test_a_task_listed_under_two_names_is_one(data, held_out):
     explorer = collected(data | {"twin": data["a"]}, held_out)
     assert explorer.estimate(["a"]) == pytest.approx(explorer.estimate(["twin"]), rel=1e-9)

@@ -57,6 +57,9 @@ def test_ends_in_a_choice_and_a_command_that_runs(selected, command, tmp_path):
     values = [subset["estimated"] for subset in result["subsets"]]
     assert values == sorted(values) and result["chosen"] == list(subsets[0])
     assert "odd" not in result["chosen"]
+    # the model was trained on all of them: nothing to be estimated
+    (every,) = [s["estimated"] for s in result["subsets"] if len(s["tasks"]) == 3]
+    assert every == pytest.approx(result["loss"]["all_tasks"], rel=1e-5)
     checked = [s for s in result["subsets"] if s["true"] is not None]
     assert len(checked) == 3 and checked[0] == result["subsets"][0]
     errors = [abs(s["estimated"] - s["true"]) / s["true"] for s in checked]
