@@ -80,7 +80,7 @@ TOPICS = {
     "gradex": (
         "GradEx",
         "Estimates of the loss after training on a subset of groups of sums, some of them noise, "
-        "against that training; the times are what each took in all.",
+        "against that training. Estimates and retraining took their seconds for all subsets.",
     ),
 }
 # topic -> the command that measures it
@@ -349,6 +349,8 @@ def topic_text(topic: str, tables: Sequence[Table], plots: dict[str, str]) -> st
         text.append("")
         if topic == "growth":
             text.append(growth_table(table))
+        elif topic == "gradex":
+            text.append(subset_table(table))
         elif table.seconds or table.wrong or table.missing:
             text.append(time_table(table))
             text.append(ratio_table(table))
@@ -358,8 +360,6 @@ def topic_text(topic: str, tables: Sequence[Table], plots: dict[str, str]) -> st
             text.append("\n" + markdown(LINE_HEADER, [line.cells() for line in table.lines]))
         if topic == "candidates":
             text.append(candidate_table(table))
-        if topic == "gradex":
-            text.append(subset_table(table))
     return "\n".join(text)
 
 
@@ -413,11 +413,12 @@ def candidate_table(table: Table) -> str:
 
 
 def subset_table(table: Table) -> str:
-    """Estimated beside true losses, the best first."""
+    """What each part took, then estimated beside true losses, the best first."""
     data = table.data
+    text = "".join(f"- {name}: {table.median(name):.3g} s\n" for name in table.seconds)
     every = zip(data["true"], data["estimated"], data["subsets"], strict=True)
     rows = [[f"{e:.4f}", f"{t:.4f}", " ".join(subset)] for t, e, subset in sorted(every)]
-    return markdown(["estimated", "after training on it", "subset"], rows)
+    return f"{text}\n{markdown(['estimated', 'after training on it', 'subset'], rows)}"
 
 
 def results(tables: list[Table], others: list[Other], plots: dict[str, str]) -> str:
@@ -440,6 +441,10 @@ def results(tables: list[Table], others: list[Other], plots: dict[str, str]) -> 
     text += extremes(tables)
     text += memory_sentences(tables)
     text += growth_sentences(tables)
+    for table in tables:
+        if table.topic == "gradex":
+            figures = "; ".join(f"{line.what} {line.value:.3g}" for line in table.lines)
+            text.append(f"- GradEx, {table.title}: {figures}.")
     text.append(
         f"- Targets: {count['pass']} passed, {count['MISS']} missed"
         + (f", {unmeasured} not measured" if unmeasured else "")
