@@ -34,7 +34,7 @@ from segloss.selection.margins import answer_margin, output_margin
 BUFFER_BYTES = 128 << 20
 SHARD_SAMPLES = 64  # what a kill can cost
 # of the mean squared length of the gradients
-RELATIVE_PENALTY = 1e-3
+RELATIVE_PENALTY = 3e-3
 # scikit-learn's C in the published code
 PUBLISHED_C = 1e-4
 
@@ -310,7 +310,7 @@ class GradEx:
         seed: of the projection and of `select`.
         offset: False for the published objective: f_i left out of the regression, labels drawn with
             probability 0.7 and an intercept, `penalty` 1 / (2 C R) with C = 1e-4.
-        penalty: lambda. None: 0.001 times the mean of ||g_i||^2 over the training samples, which
+        penalty: lambda. None: 0.003 times the mean of ||g_i||^2 over the training samples, which
             does not change with the scale of the gradients. Less of it is more training.
         radius: rescale w so that the weights move by this share of their own length (the published
             code uses 0.02 to 0.5). None: as the regression has it.

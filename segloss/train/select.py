@@ -73,7 +73,7 @@ class SelectConfig(TrainConfig):
 
     penalty: float | None = None
     """the regression's penalty on the length of a change of weights: the lower, the more training
-    an estimate stands for (default: 0.001 times the gradients' mean squared length)"""
+    an estimate stands for (default: 0.003 times the gradients' mean squared length)"""
 
     score: Literal["estimated", "measured"] = "estimated"
     """how good a subset is: estimated, by the gradients alone; measured, as published, by the model
