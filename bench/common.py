@@ -202,6 +202,8 @@ class Wrong(Exception):
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
+    if actual.shape != truth.shape:
+        raise Wrong(f"shape {tuple(actual.shape)}, not {tuple(truth.shape)}")
     difference = size = 0.0
     # in pieces that stay in the cache: a dweight in doubles is gigabytes
     pieces = zip(actual.flatten().split(2**18), truth.flatten().split(2**18), strict=True)

@@ -153,7 +153,9 @@ def draw_subsets(toy: Toy) -> list[tuple[str, ...]]:
 
 
 def run(toy: Toy, **settings) -> Result:
-    """Everything; `settings` go to GradEx."""
+    """Everything; `settings` go to GradEx. `relative` because meta-training is a retraining on all
+    groups."""
+    settings = {"relative": True} | settings
     rng = random.Random(toy.seed)
     seconds: dict[str, float] = {}
     last = time.perf_counter()

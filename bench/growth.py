@@ -146,7 +146,7 @@ def grow(axis: Axis, report: Report) -> None:
     spread: dict[str, list] = {}
     classes: list[str] = []
     least = report.options.rounds
-    twice = axis.level == "logits"  # milliseconds, in which what others left behind would show
+    twice = axis.level == "logits"  # short: what others left behind would show
     for size in axis.sizes:
         at = axis.at(size)
         runs, cell = axis.cell(*at)

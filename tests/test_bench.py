@@ -211,6 +211,26 @@ def test_a_cell_predicted_too_large_is_not_run(bench, report, monkeypatch):
     assert section.data["fits"] == {}
 
 
+def test_short_cells_get_more_rounds(bench):
+    rounds = bench("growth").rounds_of
+    assert [rounds(seconds, 2) for seconds in (10.0, 0.6, 0.2, 0.001)] == [2, 2, 5, 8]
+    assert rounds(0.001, 9) == 9
+
+
+def test_relative_error_of_all_of_a_tensor(bench):
+    """Also of what lies beyond the piece that is looked at at a time; not of something else."""
+    relative_error, wrong = bench("common").relative_error, bench("common").Wrong
+    truth = torch.ones(2**18 + 4, 2, dtype=torch.float64)
+    actual = truth.float()
+    assert relative_error(actual, truth) == 0.0
+    actual[-1] = 3.0
+    assert relative_error(actual, truth) == pytest.approx((8 / truth.numel()) ** 0.5)
+    actual[7] = torch.nan
+    assert not relative_error(actual, truth) < torch.inf
+    with pytest.raises(wrong, match="shape"):
+        relative_error(truth.T, truth)
+
+
 def test_both_limits_of_a_cell(bench):
     too_large = bench("common").too_large
     assert too_large(59, 15e9) == ""

@@ -319,8 +319,9 @@ class GradEx:
             gradients and rows.
         relative: True if the model is what fine-tuning on all tasks gives, for as long as
             fine-tuning on a subset would take. The weights of all tasks are then subtracted, w(S) -
-            w(all), and the estimate of all tasks is the model's own loss. False: w as it is, which
-            is training on top of what the model has had.
+            w(all), and the estimate of all tasks is the model's own loss; the penalty then says how
+            far from it the others are. False: w as it is, which is training on top of what the
+            model has had. Not with `radius` or without `offset`.
         balance: every task of a subset counts the same, however many samples it has.
         outputs: (model, inputs) -> (logits (..., V) or a logits source, target (...)) of one
             sample; by default a transformers causal model and a dict of tensors.
@@ -357,6 +358,11 @@ class GradEx:
         for name, value in (("penalty", penalty), ("radius", radius)):
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value!r}; it takes a number from 0 up, or None")
+        if relative and (radius is not None or not offset):
+            raise ValueError(
+                f"relative is True with offset={offset!r} and radius={radius!r}; it takes "
+                "offset=True and radius=None"
+            )
         self.model, self.dim, self.seed = model, dim, seed
         self.offset, self.penalty, self.radius = offset, penalty, radius
         self.unit, self.relative, self.balance = unit, relative, balance
@@ -368,7 +374,6 @@ class GradEx:
         identity = {"version": 1, "dim": dim, "seed": seed, "unit": unit}
         self.store = Store(store, identity | {"weights": fingerprint(named)})
         self._rows: dict[str, Rows] = {}
-        self._of_all: Tensor | None = None  # the regression of all tasks
 
     # ------------------------------------------------------------------------------ collecting
 
@@ -448,7 +453,6 @@ class GradEx:
         if shard.id:
             self.store.add(shard)
             self._rows.clear()
-            self._of_all = None
 
     def rows(self, role: str) -> Rows:
         """All rows with a role."""
@@ -496,9 +500,7 @@ class GradEx:
         names = self._checked(subset, "subset", "train")
         w = self._regression(names)
         if self.relative:
-            if self._of_all is None:
-                self._of_all = self._regression(self.tasks())
-            w = w - self._of_all
+            w = w - self._regression(self.tasks())
         if self.radius is not None and w.norm() > 0:
             # the length of P w, in expectation; w is itself a projection, of what P w holds a share
             length = (1 + self.num_parameters / self.dim) ** 0.5 * w.norm()

@@ -72,8 +72,9 @@ class SelectConfig(TrainConfig):
     """dimensions that gradients are projected to"""
 
     penalty: float | None = None
-    """the regression's penalty on the length of a change of weights: the lower, the more training
-    an estimate stands for (default: 0.003 times the gradients' mean squared length)"""
+    """the regression's penalty on the length of a change of weights: the lower, the further is a
+    subset from the model that all tasks gave (default: 0.003 times the gradients' mean squared
+    length)"""
 
     score: Literal["estimated", "measured"] = "estimated"
     """how good a subset is: estimated, by the gradients alone; measured, as published, by the model

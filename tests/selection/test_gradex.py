@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from segloss.kernels.projection import back_project
 from segloss.selection import Comparison, GradEx, Sample, gradex
 from segloss.selection.gradex import fit_logistic, spearman
 
@@ -127,17 +128,26 @@ def test_no_training_is_the_model_as_it_is(data, held_out):
     assert explorer.estimate([]) == pytest.approx(true, rel=1e-12)
 
 
-@pytest.mark.parametrize("offset", [True, False])
-def test_relative_to_all_tasks(offset, data, held_out):
+def test_relative_to_all_tasks(data, held_out):
     """All tasks are the model as it is; any other subset is as far from them as before."""
-    plain = collected(data, held_out, offset=offset)
-    relative = collected(data, held_out, offset=offset, relative=True)
+    plain = collected(data, held_out)
+    relative = collected(data, held_out, relative=True)
     assert plain.fit(subset_of("cab")).norm() > 0.1 * plain.fit(subset_of("a")).norm()
     assert torch.equal(relative.fit(subset_of("cab")), torch.zeros(32, dtype=torch.float64))
     assert relative.estimate(subset_of("abc")) == plain.estimate([]) == relative.estimate([])
+
+    def moved_by(w):
+        return back_project(w, FEATURES, relative.seed)
+
     for subset in (["a"], ["b", "c"]):
         difference = plain.fit(subset) - plain.fit(subset_of("abc"))
         assert torch.equal(relative.fit(subset), difference)
+        assert torch.equal(relative.shift(subset)["weight"], moved_by(difference))
+    samples = samples_of(held_out)
+    everything = relative.measure(subset_of("abc"), samples)
+    assert everything == pytest.approx(plain.estimate([]), rel=1e-12)
+    relative.penalty = plain.penalty = 0.5
+    assert torch.equal(relative.fit(["a"]), plain.fit(["a"]) - plain.fit(subset_of("abc")))
 
     new = tasks_of("d", seed=7)
     relative.collect(samples_of(new))
@@ -530,6 +540,8 @@ def test_a_causal_language_model_by_default(tmp_path):
         (lambda: GradEx(Linear(), dim=0), ValueError, "dim is 0; it takes a whole number"),
         (lambda: GradEx(Linear(), unit="word"), ValueError, "unit is 'word'; it takes 'answer'"),
         (lambda: GradEx(Linear(), penalty=-1.0), ValueError, "penalty is -1.0; it takes"),
+        (lambda: GradEx(Linear(), relative=True, radius=0.1), ValueError, "radius=0.1; it takes"),
+        (lambda: GradEx(Linear(), relative=True, offset=False), ValueError, "offset=False and"),
         (lambda: GradEx(Linear()).estimate(["a"]), ValueError, "no samples yet: call collect"),
         (lambda: GradEx(Linear()).collect([], role="test"), ValueError, "role is 'test'"),
     ],
