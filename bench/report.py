@@ -344,8 +344,7 @@ def topic_text(topic: str, tables: Sequence[Table], plots: dict[str, str]) -> st
         if machine_line(table.machine) != machine:
             machine = machine_line(table.machine)
             text.append(f"{machine}\n")
-        fitted = table.data.get("fits", {})  # has a table of its own
-        text += [f"- {name}: {fact}" for name, fact in table.facts.items() if name not in fitted]
+        text += [f"- {name}: {fact}" for name, fact in table.facts.items()]
         text.append("")
         if topic == "growth":
             text.append(growth_table(table))
@@ -364,7 +363,7 @@ def topic_text(topic: str, tables: Sequence[Table], plots: dict[str, str]) -> st
 
 
 def growth_table(table: Table) -> str:
-    """ms of each implementation by size, then the fits."""
+    """ms of each implementation by size; the fits are facts of the table."""
     points = table.data["points"]
     sizes = sorted({cell[0] for cells in points.values() for cell in cells})
     rows = []
@@ -373,16 +372,6 @@ def growth_table(table: Table) -> str:
         known = {size: f"{1e3 * median:.4g}" for size, _, median, _ in cells}
         rows.append([name, *(known.get(size, "not run") for size in sizes)])
     text = markdown([f"median ms at {letter} =", *map(str, sizes)], rows)
-    fits = [
-        [
-            name,
-            f"{1e3 * fit['start']:.3g} ms + {1e6 * fit['slope']:.4g} us x {letter}",
-            f"{fit['residual']:.1%}",
-            f"{fit['exponent']:.2f}",
-        ]
-        for name, fit in table.data["fits"].items()
-    ]
-    text += "\n" + markdown(["", "linear fit", "largest residual", "exponent of a power law"], fits)
     for kind, reasons in (("WRONG", table.wrong), ("Not run", table.missing)):
         text += "".join(f"\n- {kind}: {name}: {why}" for name, why in reasons.items())
     return text + "\n"
