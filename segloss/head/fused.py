@@ -14,12 +14,12 @@ from segloss.head.matrices import Head
 from segloss.head.rows import chunk_buffer, chunk_slices, compact_batch, kept_rows, spread
 from segloss.kernels.logit_grad import logit_grad
 from segloss.kernels.products import GradBlock
-from segloss.kernels.row_stats import row_stats
 from segloss.sweep.attach import only_once
 from segloss.sweep.batch import Batch
 from segloss.sweep.classes import class_index
 from segloss.sweep.request import RowSum, TokenStats
-from segloss.sweep.terms import grad_terms
+from segloss.sweep.rows import request_stats
+from segloss.sweep.terms import grad_terms, own_terms
 
 
 def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenStats]:
@@ -50,17 +50,16 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
     # smoothing adds to every column and a filter reads dlogits itself; on a GPU the exponentials
     # would take a second read anyway, and the target's part a synchronisation
     factored = not (filtering or request.column_sums or out.is_cuda)
+    sharding = inputs.sharding
     for here in slices:
         z = head.take(here).logits(out)
         target, valid = inner.target[here], inner.valid[here]
-        stats = row_stats(
+        stats = request_stats(
             z,
             target,
             batch.ignore_index,
-            entropy=request.entropy,
-            argmax=request.argmax,
-            column_sums=request.column_sums,
-            column_weight=request.column_weight,
+            request,
+            sharding,
             exp_out=z.data[0] if factored else None,
         )
         leaves = {
@@ -70,7 +69,7 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
         }
         leaves = {n: v.requires_grad_() for n, v in leaves.items() if v is not None}
         rest = {n: getattr(stats, n) for n in ("weight_sum", "num_finite")}
-        index = class_index(target, valid, inputs.num_classes)
+        index = class_index(target, valid, batch.num_classes)
         token_stats = TokenStats(**leaves, **rest, target=index)
         with torch.enable_grad():
             part = chunk_value(plan, token_stats, target, valid, weights[here])
@@ -85,9 +84,9 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
             "log_prob": stats.log_prob.detach(),
             "column_weight": request.column_weight,
         }
-        terms = grad_terms(saved, named)
+        terms = own_terms(grad_terms(saved, named), sharding)
         if factored:
-            block = factored_block(head, terms, z.data[0], saved["log_prob"])
+            block = factored_block(head, terms, z.data[0], saved["log_prob"], stats.exp_scale)
         else:
             block = GradBlock(logit_grad(z, terms, z.data[0]))
         total.block(block, here, whole, filtering)

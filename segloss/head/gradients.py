@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
-from segloss.kernels.common import Rows
+from segloss.kernels.common import Rows, widest
 from segloss.kernels.logit_grad import GradTerms
 from segloss.kernels.products import GradBlock, filtered_products, product
 
@@ -83,6 +83,8 @@ class Gradients:
 
     def block(self, block: GradBlock, rows: slice, classes: slice, filtering: bool) -> None:
         """Contract the gradient of a block of logits (R, C) at `rows` x `classes`."""
+        if classes.start == classes.stop:  # other ranks have them all
+            return
         head, scale, needed = self.head.take(rows).columns(classes), self.scale, self.needed
         num_rows, num_classes = self.head.hidden.shape[0], self.head.weight.shape[0]
         hidden_grad = None
@@ -130,8 +132,8 @@ class Gradients:
 
     def result(self, inputs: Inputs, rows: Tensor | None) -> tuple:
         """Gradients in the tensors' order, dtypes and shapes."""
-        if self.mass:
-            inputs.options.report["dropped_mass"] = float(self.dropped / self.mass)
+        if inputs.options.grad_filter:
+            self.report(inputs)
         if self.rank_one:
             share, moment = (torch.cat(part) for part in zip(*self.rank_one, strict=True))
             self.sums["weight"].addmm_(share.T, moment)
@@ -150,18 +152,29 @@ class Gradients:
                 grads.append(total.view(tensor.shape))
         return tuple(grads)
 
+    def report(self, inputs: Inputs) -> None:
+        """Say what share of |dlogits| was merged, over all ranks' columns."""
+        both = self.scale.new_zeros(2, dtype=widest(self.scale.device))
+        both[0], both[1] = self.mass, self.dropped
+        mass, dropped = inputs.sharding.sum(both).tolist()
+        if mass:
+            inputs.options.report["dropped_mass"] = dropped / mass
+
 
 def target_gradient(head: Head, terms: GradTerms, log_prob: Tensor) -> Tensor:
-    """dL/dlogit at the targets (N,), 0 if ignored, without class sums' and entries' part."""
+    """dL/dlogit at the targets (N,), 0 if ignored or elsewhere, without class sums' and entries'
+    part."""
     z_y = log_prob + terms.row_max + terms.log_sum
     slope = Rows(head.hidden[None], head.softcap, head.scale).slope(z_y)
     p_y = log_prob.exp()
     dz_y = (p_y * (terms.prob_coef + terms.target_coef) + terms.target_rest) * slope
-    return torch.where(terms.valid, dz_y, 0)
+    return torch.where(terms.valid & (terms.target >= 0), dz_y, 0)
 
 
-def factored_block(head: Head, terms: GradTerms, values: Tensor, log_prob: Tensor) -> GradBlock:
+def factored_block(
+    head: Head, terms: GradTerms, values: Tensor, log_prob: Tensor, exp_scale: Tensor
+) -> GradBlock:
     """dlogits from the exponentials that `row_stats` left in `values`."""
-    row_scale = torch.where(terms.valid, terms.prob_coef * torch.exp(-terms.log_sum), 0)
-    target = torch.where(terms.valid, terms.target, 0)
+    row_scale = torch.where(terms.valid, terms.prob_coef * exp_scale, 0)
+    target = torch.where(terms.valid & (terms.target >= 0), terms.target, 0)
     return GradBlock(values, row_scale[:, None], target, target_gradient(head, terms, log_prob))

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from segloss.sharding import Sharding
+
 # Logits of one row chunk, in bytes, where the caller gives none (measured: bench/NOTES.md)
 CPU_CHUNK_BYTES = 64 << 20
 GPU_CHUNK_BYTES = 512 << 20
@@ -33,6 +35,7 @@ class Options:
     chunk_bytes: int | None = None
     memory_budget: int = 0
     grad_filter: float = 0.0
+    sharding: Sharding | None = None  # of the classes over ranks; None for all here
     # filled by backward: "dropped_mass", the share of |dlogits| that grad_filter merged
     report: dict = field(default_factory=dict)
 
@@ -55,7 +58,12 @@ class Inputs:
 
     @property
     def num_classes(self) -> int:
+        """Those here."""
         return self.weight.shape[0]
+
+    @property
+    def sharding(self) -> Sharding:
+        return self.options.sharding or Sharding.whole(self.num_classes)
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +77,7 @@ class Inputs:
     @property
     def filter_limit(self) -> float:
         """`grad_filter` as each column is held to it."""
-        return self.options.grad_filter * min(1.0, FILTER_CLASSES / self.num_classes)
+        return self.options.grad_filter * min(1.0, FILTER_CLASSES / self.sharding.num_classes)
 
     def needed(self) -> dict[str, bool]:
         """Which tensors get a gradient."""
@@ -77,10 +85,13 @@ class Inputs:
         return {name: enabled and tensor.requires_grad for name, tensor in self.tensors.items()}
 
     def chunk_rows(self, num_rows: int) -> int:
-        """Rows of a chunk: from the byte budget alone, never from V / D."""
+        """Rows of a chunk: from the byte budget alone, never from V / D.
+
+        Ranks that share the classes cut the same chunks, by the widest share.
+        """
         on_gpu, chunk_bytes = self.device.type == "cuda", self.options.chunk_bytes
         budget = chunk_bytes or (GPU_CHUNK_BYTES if on_gpu else CPU_CHUNK_BYTES)
-        rows = budget // (self.num_classes * self.options.product_dtype.itemsize)
+        rows = budget // (self.sharding.widest * self.options.product_dtype.itemsize)
         if chunk_bytes is None:
             rows = max(GPU_CHUNK_ROWS if on_gpu else CPU_CHUNK_ROWS, rows)
         if rows >= num_rows:

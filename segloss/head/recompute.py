@@ -49,6 +49,8 @@ def add_gradients(
     """A block of the vocabulary at a time, all rows at once: each slice of dweight is contracted
     over every row by one product and needs no float32 copy of the whole."""
     num_rows, num_classes = head.hidden.shape[0], head.weight.shape[0]
+    if num_classes == 0:  # other ranks have them all
+        return
     width = max(1, inputs.chunk_rows(num_rows) * num_classes // max(1, num_rows))
     width = num_classes if width >= num_classes else max(1, width // 128 * 128 or width)
     out = head.hidden.new_empty(num_rows * min(width, num_classes))

@@ -18,12 +18,12 @@ from segloss.head.inputs import Inputs, Options, is_frozen
 from segloss.head.matrices import Head
 from segloss.head.panels import ClassTotals, panel_candidates, subtract_dots
 from segloss.head.rows import chunk_slices, compact_batch, compacted, kept_rows, renumbered, spread
-from segloss.kernels.row_stats import row_stats
 from segloss.sweep.attach import attach
 from segloss.sweep.batch import Batch
 from segloss.sweep.classes import class_ids, class_index, thresholds
 from segloss.sweep.request import Request, Sweep
-from segloss.sweep.terms import grad_terms, rescale
+from segloss.sweep.rows import request_stats
+from segloss.sweep.terms import grad_terms, own_terms, rescale, whole_dots
 
 Mode = frozen.Frozen | recompute.Recompute
 ROW_OUTPUTS = ("log_prob", "lse", "entropy", "logit_sum")
@@ -47,14 +47,12 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
         for here in slices:
             z = mode.logits(head, here)
             panel = per_class.panel(z)
-            stats = row_stats(
+            stats = request_stats(
                 z,
                 inner.target[here],
                 batch.ignore_index,
-                entropy=request.entropy,
-                argmax=request.argmax,
-                column_sums=request.column_sums,
-                column_weight=request.column_weight,
+                request,
+                inputs.sharding,
                 exp_out=mode.exp_out(z, panel),
             )
             collected.append(stats)
@@ -117,8 +115,9 @@ def gradients(tensors, saved, grads, needed, *, names: tuple, options: Options) 
     if rows is not None:
         grads = {name: grad[rows] if name in ROW_OUTPUTS else grad for name, grad in grads.items()}
         saved = kept_rows_only(saved, rows)
-    terms = grad_terms(saved, grads)
+    terms = own_terms(grad_terms(saved, grads), inputs.sharding)
     subtract_dots(inputs, head, terms)
+    whole_dots(terms, saved, grads, inputs.sharding)
     scale = rescale(terms)
     plain = terms.entropy_grad is None and terms.sum_grad is None
     covers_all = terms.class_grad is not None and terms.columns is None

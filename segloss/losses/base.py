@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from segloss.checks import check_choice, describe
-from segloss.distributed import sum_over
+from segloss.checks import check_choice, describe, is_dtensor
+from segloss.distributed import as_group, sum_over
 from segloss.losses import registry
-from segloss.sources import as_source, public_statistics
+from segloss.sharding import Sharding
+from segloss.sources import as_source, is_local, public_statistics
 from segloss.sweep.batch import Batch, make_batch
 from segloss.sweep.request import Request, RowSum, Statistics, Sweep
 from segloss.sweep.source import Source
@@ -118,10 +119,12 @@ class Loss(nn.Module):
             isinstance(weight, Tensor) and weight.dim() == 1 and weight.is_floating_point()
         ):
             raise TypeError(f"weight is {describe(weight)}; it takes a float tensor of shape (V,)")
+        if is_dtensor(weight):
+            raise TypeError("weight is a DTensor; it takes the whole (V,): weight.full_tensor()")
         self.register_buffer("weight", None if weight is None else weight.detach())
         self.ignore_index = ignore_index
         self.reduction = reduction
-        self.group = group
+        self.group = as_group(group)
 
     def forward(
         self,
@@ -155,7 +158,7 @@ class Loss(nn.Module):
                 "normalizer": normalizer,
                 "return_statistics": return_statistics,
             }
-            called = compiled_loss if self.compiles else eager_loss
+            called = compiled_loss if self.compiles and is_local(logits) else eager_loss
             return called(self, logits, target, keywords)
         source = as_source(logits)
         batch = make_batch(
@@ -164,7 +167,7 @@ class Loss(nn.Module):
             ignore_index=self.ignore_index,
             token_weight=token_weight,
             sample_ids=sample_ids,
-            group=self.group,
+            group=source.token_group(self.group),
         )
         self.check(source)
         normalizer = check_normalizer(normalizer, self.reduction, source)
@@ -173,7 +176,7 @@ class Loss(nn.Module):
             request = replace(request, entropy=True, argmax=True)
         if self.is_row_sum and source.forms_gradients:
             loss, stats = source.row_sum(batch, self.row_sum(batch, normalizer, request))
-            loss = sum_over(loss, self.group)
+            loss = sum_over(loss, batch.group)
             return (loss, public_statistics(stats, batch)) if return_statistics else loss
         sweep = source.sweep(batch, request)
         with torch.autocast(source.device.type, enabled=False):
@@ -188,7 +191,8 @@ class Loss(nn.Module):
     def explain(self, logits, target: Tensor) -> str:
         """What `self(logits, target)` and its backward do: chunks, matrix products, bytes."""
         source = as_source(logits)
-        batch = make_batch(source, target, ignore_index=self.ignore_index)
+        whole = Sharding.whole(source.num_classes)  # without a word to other ranks
+        batch = make_batch(source, target, ignore_index=self.ignore_index, sharding=whole)
         return source.plan(batch, self.is_row_sum)
 
     @property

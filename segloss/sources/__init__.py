@@ -1,7 +1,7 @@
 """What users pass for logits: a tensor, or hidden states and a head."""
 
 from segloss.sources.dense import DenseLogits
-from segloss.sources.given import SOURCES, as_source
+from segloss.sources.given import SOURCES, as_source, is_local
 from segloss.sources.linear import LinearLogits
 from segloss.sources.statistics import logit_statistics, public_statistics
 
@@ -10,6 +10,7 @@ __all__ = [
     "DenseLogits",
     "LinearLogits",
     "as_source",
+    "is_local",
     "logit_statistics",
     "public_statistics",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from segloss.checks import describe
+from segloss.distributed import sum_over
 from segloss.sources.given import as_source
 from segloss.sweep.batch import Batch, make_batch
 from segloss.sweep.request import Request, Statistics, TokenStats
@@ -39,17 +40,21 @@ def logit_statistics(
         classes: "present" (classes that occur as a target), "all", or a (K,) tensor of distinct
             class ids: also sums the probabilities of these classes over the tokens.
 
+    Of DTensors and a `VocabShard` the statistics are plain tensors, of this rank's tokens and of
+    all classes; sums over tokens are of all ranks.
+
     Returns float32 statistics, float64 for float64 logits. Errors: as every loss.
     """
     source = as_source(logits)
-    batch = make_batch(source, target, ignore_index=ignore_index)
+    group = source.token_group(None)
+    batch = make_batch(source, target, ignore_index=ignore_index, group=group)
     request = Request(entropy=entropy, argmax=argmax)
     if classes is not None:
         request = replace(request, prob_sums=True, classes=check_classes(classes, source))
     sweep = source.sweep(batch, request)
     statistics = public_statistics(sweep, batch)
     if classes is not None:
-        statistics.prob_sum = sweep.prob_sum[0]
+        statistics.prob_sum = sum_over(sweep.prob_sum[0], group)
         statistics.classes = sweep.classes
         if sweep.classes is None:
             statistics.classes = torch.arange(source.num_classes, device=source.device)

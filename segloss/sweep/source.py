@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segloss.sharding import Sharding
 from segloss.sweep.batch import Batch
 from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
 
@@ -25,7 +26,8 @@ class Source(ABC):
 
     @property
     @abstractmethod
-    def num_classes(self) -> int: ...
+    def num_classes(self) -> int:
+        """Of all ranks."""
 
     @property
     @abstractmethod
@@ -35,6 +37,24 @@ class Source(ABC):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """Of statistics and losses."""
+
+    @property
+    def sharding(self) -> Sharding:
+        """Of the classes over ranks; may ask the others, once."""
+        return Sharding.whole(self.num_classes)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every tensor is what it seems: whole, and of this rank alone."""
+        return True
+
+    def token_group(self, group) -> Any:
+        """The group of the ranks with other tokens, from the one a loss was given."""
+        return group
+
+    def like_target(self, name: str, x) -> Any:
+        """A tensor that goes with the target, as it is here."""
+        return x
 
     @abstractmethod
     def sweep(self, batch: Batch, request: Request) -> Sweep:

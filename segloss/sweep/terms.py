@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from segloss.kernels.logit_grad import GradTerms
+from segloss.sharding import Sharding
 from segloss.sweep.classes import group_sum
 
 
@@ -71,6 +72,21 @@ def peak_entries(saved, grads) -> tuple | None:
     used = (grads["peak_prob"] != 0) & (saved["peak_row"] >= 0)
     row, column = saved["peak_row"][used], used.nonzero()[:, 1]
     return row, column, grads["peak_prob"][used], saved["peak_prob"][used]
+
+
+def own_terms(terms: GradTerms, sharding: Sharding) -> GradTerms:
+    """The terms of the columns that are here."""
+    return terms if sharding.is_whole else column_slice(terms, sharding.first, sharding.last)
+
+
+def whole_dots(terms: GradTerms, saved: dict, grads: dict, sharding: Sharding) -> None:
+    """`s_i` of all columns, where `prob_coef` is short of those of these columns alone."""
+    per_class = ("prob_sum", "candidate_prob", "peak_prob")
+    if sharding.is_whole or not any(name in saved for name in per_class):
+        return
+    zero = torch.zeros_like(terms.prob_coef)
+    plain = grads.get("lse", zero) - grads.get("log_prob", zero)
+    terms.prob_coef = plain + sharding.sum(terms.prob_coef - plain)
 
 
 def rescale(terms: GradTerms) -> Tensor:
