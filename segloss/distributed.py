@@ -28,6 +28,24 @@ def as_group(group) -> Any:
     return group.get_group()
 
 
+def gathered(x: Tensor, group) -> Tensor:
+    """x of every rank, stacked along a new first dimension; without a gradient."""
+    size = dist.get_world_size(group)
+    every = x.new_empty(size * x.numel())
+    # torch 2.13 gave it a new name and warns of the old one
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(every, x.reshape(-1), group=group)
+    return every.view(size, *x.shape)
+
+
+def scattered_sum(x: Tensor, group) -> Tensor:
+    """This rank's part of the first dimension of the ranks' sum; without a gradient."""
+    own = x.new_empty(x.shape[0] // dist.get_world_size(group), *x.shape[1:])
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(own, x.contiguous(), group=group)
+    return own
+
+
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
@@ -46,9 +64,7 @@ class _Lists(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group, *lists):
         own = torch.tensor([x.numel() for x in lists], device=lists[0].device)
-        every = own.new_empty(dist.get_world_size(group) * len(lists))
-        dist.all_gather_into_tensor(every, own, group=group)
-        sizes = every.view(-1, len(lists)).tolist()
+        sizes = gathered(own, group).tolist()
         result: list = [None] * len(lists)
         for dtype in dict.fromkeys(x.dtype for x in lists):
             chosen = [i for i, x in enumerate(lists) if x.dtype == dtype]
@@ -56,10 +72,8 @@ class _Lists(torch.autograd.Function):
             longest = max(sum(rank[i] for i in chosen) for rank in sizes)
             padded = flat.new_zeros(longest)
             padded[: flat.numel()] = flat
-            received = padded.new_empty(len(sizes) * longest)
-            dist.all_gather_into_tensor(received, padded, group=group)
             parts: list[list[Tensor]] = [[] for _ in chosen]
-            for rank, values in zip(sizes, received.view(len(sizes), longest), strict=True):
+            for rank, values in zip(sizes, gathered(padded, group), strict=True):
                 cut = values[: sum(rank[i] for i in chosen)].split([rank[i] for i in chosen])
                 for part, value in zip(parts, cut, strict=True):
                     part.append(value)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from segloss.checks import describe
-from segloss.distributed import as_group
+from segloss.distributed import as_group, gathered, scattered_sum
 from segloss.kernels.common import widest
 from segloss.kernels.row_stats import RowStats
 
@@ -141,7 +141,7 @@ class Sharding:
         would cost the small `nll` of a confident row its digits.
         """
         own = dist.get_rank(self.group)
-        every = self.gathered(stats, target_logit)
+        every = self.numbers(stats, target_logit)
         row_max, log_sum = every["row_max"], every["log_sum"]
         empty = log_sum == -torch.inf  # no finite logit among that rank's columns
         top = torch.where(empty, -torch.inf, row_max).amax(0)
@@ -177,7 +177,7 @@ class Sharding:
             result[name] = value.to(getattr(stats, name).dtype)
         return RowStats(**result)
 
-    def gathered(self, stats: RowStats, target_logit: Tensor) -> dict[str, Tensor]:
+    def numbers(self, stats: RowStats, target_logit: Tensor) -> dict[str, Tensor]:
         """What the ranks have (P, R) of each statistic, in the dtype they are combined in."""
         dtype = stats.row_max.dtype
         # sent as integers, so that a class id of any size and any NaN arrive as they are
@@ -189,11 +189,8 @@ class Sharding:
         sent = []
         for name, value in named.items():
             sent.append((value + self.first).to(bits) if name == "argmax" else value.view(bits))
-        packed = torch.stack(sent)
-        size = dist.get_world_size(self.group)
-        every = packed.new_empty(size * packed.shape[0], packed.shape[1])
-        dist.all_gather_into_tensor(every, packed, group=self.group)
-        every = every.view(size, *packed.shape)
+        packed = torch.stack(sent)  # (numbers of a row, R)
+        every = gathered(packed, self.group)
         wide = widest(packed.device)
         return {
             name: every[:, i].long() if name == "argmax" else every[:, i].view(dtype).to(wide)
@@ -228,18 +225,13 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, group, dim):
-        ctx.group, ctx.dim, size = group, dim, dist.get_world_size(group)
-        own = x.movedim(dim, 0).contiguous()
-        every = own.new_empty(size * own.shape[0], *own.shape[1:])
-        dist.all_gather_into_tensor(every, own, group=group)
-        return every.movedim(0, dim)
+        ctx.group, ctx.dim = group, dim
+        return gathered(x.movedim(dim, 0), group).flatten(0, 1).movedim(0, dim)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        grad = grad.movedim(ctx.dim, 0).contiguous()
-        own = grad.new_empty(grad.shape[0] // dist.get_world_size(ctx.group), *grad.shape[1:])
-        dist.reduce_scatter_tensor(own, grad, group=ctx.group)
+        own = scattered_sum(grad.movedim(ctx.dim, 0), ctx.group)
         return own.movedim(0, ctx.dim), None, None
 
 
@@ -304,9 +296,7 @@ class VocabShard:
     def agreed(self, rows: int, device: torch.device) -> Sharding:
         given = [-1 if n is None else n for n in (self.first, self.width)]
         own = torch.tensor([rows, self.num_classes, *given], device=device)
-        every = own.new_empty(self.size * own.numel())
-        dist.all_gather_into_tensor(every, own, group=self.group)
-        spans = columns_of(every.view(self.size, -1).tolist())
+        spans = columns_of(gathered(own, self.group).tolist())
         first, width = spans[dist.get_rank(self.group)]
         return Sharding(
             self.num_classes, first, width, max(width for _, width in spans), self.group

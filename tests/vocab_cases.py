@@ -228,7 +228,10 @@ class Mesh:
 class Counts:
     """Collectives by (phase, group, kind), and their bytes."""
 
-    NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
+    NAMES = (
+        *("all_reduce", "all_gather", "all_gather_single", "reduce_scatter_single"),
+        *("all_gather_into_tensor", "reduce_scatter_tensor"),  # before torch 2.13
+    )
 
     def __init__(self, mesh: Mesh):
         self.mesh, self.phase = mesh, "forward"
@@ -236,8 +239,8 @@ class Counts:
         self.bytes: Counter = Counter()
 
     def __enter__(self) -> Counts:
-        self.real = {name: getattr(dist, name) for name in self.NAMES}
-        for name in self.NAMES:
+        self.real = {name: getattr(dist, name) for name in self.NAMES if hasattr(dist, name)}
+        for name in self.real:
             setattr(dist, name, self.counted(name))
         return self
 
@@ -305,7 +308,7 @@ def on_ranks(case: Case, name: str, mesh: Mesh, vocab: dict) -> dict[str, Any]:
     with Counts(mesh) as counts:
         found = value_and_grads(loss, source, own, case, counts)
     if mesh.tokens is not None:  # what data parallelism adds up
-        for each in set(case.trained) - {"hidden"}:
+        for each in [n for n in case.trained if n != "hidden"]:
             found[each] = found[each].clone()
             dist.all_reduce(found[each], group=mesh.tokens)
     return found | {"calls": counts.calls, "bytes": counts.bytes, "explain": said}
