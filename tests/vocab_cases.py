@@ -6,7 +6,7 @@ T token ranks x P vocabulary ranks; N tokens, V classes, D hidden size, B sample
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import segloss
+from segloss.losses.crossing import crossings
+from segloss.sweep.batch import make_batch
 
 # V: 29 is prime, so that no number of ranks divides it; N: over 2 x 2 ranks and 4 in sequence
 N, V, D, SAMPLE = 24, 29, 6, 4
@@ -304,14 +306,19 @@ def on_ranks(case: Case, name: str, mesh: Mesh, vocab: dict) -> dict[str, Any]:
     own = leaves(own, case)
     loss = losses(mesh.tokens, case.ignore_index)[name]
     source = source_of(own, case, vocab=vocab[case.name])
-    said = source.explain(loss, own["target"])
+    batch = make_batch(source, own["target"], sample_ids=own["sample_ids"],
+                       token_weight=call_of(case, own).get("token_weight"),
+                       ignore_index=case.ignore_index)  # fmt: skip
+    # what `explain` says; the statistics are two numbers of a row more
+    asked = replace(loss.request(), entropy=True, argmax=True)
+    told, _ = crossings(loss, asked, source, batch)
     with Counts(mesh) as counts:
         found = value_and_grads(loss, source, own, case, counts)
     if mesh.tokens is not None:  # what data parallelism adds up
         for each in [n for n in case.trained if n != "hidden"]:
             found[each] = found[each].clone()
             dist.all_reduce(found[each], group=mesh.tokens)
-    return found | {"calls": counts.calls, "bytes": counts.bytes, "explain": said}
+    return found | {"calls": counts.calls, "bytes": counts.bytes, "told": [astuple(c) for c in told]}
 
 
 def results(shape: tuple[int, int]) -> dict:
@@ -360,3 +367,45 @@ def assert_same(found: list[dict], case: Case, name: str, shape: tuple[int, int]
             assert torch.equal(own[what], first[what]), f"rank {rank} {what}"
 
 
+# sharding.md: collectives of (phase, ranks), whatever the data; hidden is trained, one chunk
+TABLE = {
+    "ce": {
+        ("forward", "vocabulary", "all-gather"): 1,
+        ("backward", "vocabulary", "all-reduce"): 1,  # hidden
+        ("forward", "tokens", "all-reduce"): 2,
+    },
+    "dice": {
+        ("forward", "vocabulary", "all-gather"): 1,
+        ("forward", "vocabulary", "all-reduce"): 1,
+        ("backward", "vocabulary", "all-reduce"): 2,
+        ("forward", "tokens", "all-reduce"): 4,  # the union is one
+    },
+    "lovasz": {
+        ("forward", "vocabulary", "all-gather"): 1,
+        ("forward", "vocabulary", "all-reduce"): 2,
+        ("backward", "vocabulary", "all-reduce"): 3,
+        ("forward", "tokens", "all-reduce"): 2,
+        ("forward", "tokens", "all-gather"): 3,
+    },
+}
+TABLE["focal, none"] = {k: n for k, n in TABLE["ce"].items() if k[1] == "vocabulary"}
+TABLE["dice, micro"] = TABLE["gdice"] = TABLE["focal tversky"] = TABLE["dice"]
+
+
+def assert_as_table(found: list[dict], case: Case, name: str, shape: tuple[int, int]) -> None:
+    """The collectives are the same on all peers, those of the table, and those of `explain`."""
+    for own, first in zip(found, [found[0]] * len(found), strict=True):
+        assert own["calls"] == first["calls"]
+    told: Counter = Counter()
+    size: Counter = Counter()
+    for *key, count, sent in found[0]["told"]:
+        told[tuple(key)] += count
+        size[tuple(key)] += torch.nan if sent is None else sent
+    if "normalizer" not in case.call:  # which `explain` is not given
+        assert told == found[0]["calls"]
+    for key, sent in found[0]["bytes"].items():
+        if key[1] == "vocabulary" and shape[0] == 1:  # else other ranks' tokens count too
+            assert size[key] == sent, key
+    if name in TABLE and case.name in ("plain", "token weights", "empty token rank"):
+        there = {k: n for k, n in TABLE[name].items() if k[1] == "vocabulary" or shape[0] > 1}
+        assert found[0]["calls"] == there

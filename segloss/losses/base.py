@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from segloss.checks import check_choice, describe, is_dtensor
 from segloss.distributed import as_group, sum_over
 from segloss.losses import registry
+from segloss.losses.crossing import crossing_lines
 from segloss.sharding import Sharding
 from segloss.sources import as_source, is_local, public_statistics
 from segloss.sweep.batch import Batch, make_batch
@@ -189,11 +190,14 @@ class Loss(nn.Module):
         return loss, statistics
 
     def explain(self, logits, target: Tensor) -> str:
-        """What `self(logits, target)` and its backward do: chunks, matrix products, bytes."""
+        """What `self(logits, target)` and its backward do: chunks, matrix products, bytes, and
+        what crosses ranks."""
         source = as_source(logits)
         whole = Sharding.whole(source.num_classes)  # without a word to other ranks
         batch = make_batch(source, target, ignore_index=self.ignore_index, sharding=whole)
-        return source.plan(batch, self.is_row_sum)
+        return "\n".join(
+            [source.plan(batch, self.is_row_sum), *crossing_lines(self, source, batch)]
+        )
 
     @property
     def is_row_sum(self) -> bool:

@@ -14,7 +14,7 @@ from segloss.sources.layout import Layout, dense_layout, refuse_rows
 from segloss.sweep.batch import Batch
 from segloss.sweep.dense import sweep_dense
 from segloss.sweep.request import Request, Sweep
-from segloss.sweep.source import Source
+from segloss.sweep.source import Source, Spread
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ class DenseLogits(Source):
         return self.logits.reshape(-1, self.num_classes)[index]
 
     def plan(self, batch: Batch, row_sum: bool) -> str:
-        size = self.logits.numel() * self.logits.element_size() / 2**20
+        width = self.layout.assumed.width
+        size = batch.target.numel() * width * self.logits.element_size() / 2**20
         mode, peak = "no gradient: the logits are read once", 0.0
         if torch.is_grad_enabled() and self.logits.requires_grad:
             mode, peak = "logits given: read once, read again to write their gradient", size
@@ -113,6 +114,10 @@ class DenseLogits(Source):
             f"peak       {peak:.1f} MiB of gradient beside {size:.1f} MiB of logits",
         ]
         return "\n".join(lines)
+
+    def spread(self, batch: Batch) -> Spread:
+        trained = torch.is_grad_enabled() and self.logits.requires_grad
+        return Spread(batch.target.numel(), trained, self.layout.vocabulary)
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {"logits": self.logits}, {"softcap": self.softcap, "scale": self.scale}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from segloss.checks import describe, is_dtensor
 from segloss.sharding import Sharding, VocabShard, gathered_tokens, sum_of_gradients
+from segloss.sweep.source import Crossing
 
 
 class Layout(ABC):
@@ -34,7 +35,8 @@ class Layout(ABC):
 
     @property
     @abstractmethod
-    def shares_columns(self) -> bool: ...
+    def vocabulary(self) -> int:
+        """How many ranks share the columns."""
 
     @property
     @abstractmethod
@@ -61,6 +63,33 @@ class Layout(ABC):
     @abstractmethod
     def replicated(self, x: Tensor) -> Tensor:
         """A tensor that all ranks have."""
+
+    def crossings(self, hidden: Tensor, trained: dict[str, Tensor], tokens: int) -> list[Crossing]:
+        """What makes the tensors whole, and brings the gradients of those `trained` back."""
+        found = []
+
+        def crossing(phase: str, ranks: str, kind: str, count: int, numbers: int) -> None:
+            found.append(Crossing(phase, ranks, kind, count, numbers * hidden.element_size()))
+
+        own = hidden.to_local() if is_dtensor(hidden) else hidden  # type: ignore[operator]
+        every = tokens * hidden.shape[-1]
+        if self.vocabulary > 1:
+            if self.tokens_are_shared_out:
+                crossing("forward", "vocabulary", "all-gather", 1, own.numel())
+            if "hidden" in trained:
+                back = "reduce-scatter" if self.tokens_are_shared_out else "all-reduce"
+                crossing("backward", "vocabulary", back, 1, every)
+            if "lora_a" in trained:
+                crossing("backward", "vocabulary", "all-reduce", 1, trained["lora_a"].numel())
+        heads = [tensor.numel() for name, tensor in trained.items() if name != "hidden"]
+        if self.sums_heads and heads:
+            crossing("backward", "tokens", "all-reduce", len(heads), sum(heads))
+        return found
+
+    @property
+    def sums_heads(self) -> bool:
+        """Whether the head's gradients are summed over the ranks with other tokens."""
+        return False
 
     @abstractmethod
     def token_group(self, group) -> Any:
@@ -94,8 +123,8 @@ class Plain(Layout):
         return Sharding.whole(self.rows) if self.vocab is None else self.vocab.assumed(self.rows)
 
     @property
-    def shares_columns(self) -> bool:
-        return self.vocab is not None
+    def vocabulary(self) -> int:
+        return 1 if self.vocab is None else self.vocab.size
 
     @property
     def is_plain(self) -> bool:
@@ -157,8 +186,8 @@ class Meshed(Layout):
         return self.sharding
 
     @property
-    def shares_columns(self) -> bool:
-        return self.vocab_dim is not None
+    def vocabulary(self) -> int:
+        return 1 if self.vocab_dim is None else self.mesh.size(self.vocab_dim)
 
     @property
     def is_plain(self) -> bool:
@@ -167,6 +196,10 @@ class Meshed(Layout):
     @property
     def tokens_are_shared_out(self) -> bool:
         return self.gathers
+
+    @property
+    def sums_heads(self) -> bool:
+        return bool(self.token_dims)
 
     def leading_shape(self, shape: torch.Size) -> torch.Size:
         sizes = list(shape[:-1])
@@ -185,24 +218,18 @@ class Meshed(Layout):
             placements[self.vocab_dim] = Partial()
         return gathered.to_local(grad_placements=placements)
 
-    def columns(self, x: Tensor, sharding: Sharding, dim: int = 0) -> Tensor:
-        return self.summed(x)
-
-    def replicated(self, x: Tensor) -> Tensor:
-        return self.summed(x)
-
-    def summed(self, x: Any) -> Tensor:
-        """What is here of a head's tensor, whose gradient is summed where ranks have other tokens
-        or, if it is whole, other columns."""
+    def columns(self, x: Any, sharding: Sharding, dim: int = 0) -> Tensor:
         from torch.distributed.tensor import Partial
 
         placements = list(x.placements)
-        over = [*self.token_dims, *([] if self.vocab_dim is None else [self.vocab_dim])]
-        for dim in over:
-            if placements[dim].is_replicate():
-                placements[dim] = Partial()
+        for over in self.token_dims:  # ranks that have other tokens
+            if placements[over].is_replicate():
+                placements[over] = Partial()
         # as a no-op on the way there it brings the gradient back to x's own placements
         return x.redistribute(placements=x.placements).to_local(grad_placements=placements)
+
+    def replicated(self, x: Tensor) -> Tensor:
+        return self.sharding.divided(self.columns(x, self.sharding))
 
     def token_group(self, group) -> Any:
         if not self.token_dims:

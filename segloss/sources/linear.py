@@ -14,12 +14,13 @@ from segloss.checks import FLOATS, check_data, check_transform, describe
 from segloss.head.explain import explain
 from segloss.head.fused import row_sum
 from segloss.head.inputs import Inputs, Options
+from segloss.head.rows import chunk_slices, kept_rows
 from segloss.head.sweep import sweep
 from segloss.sharding import Sharding, VocabShard
 from segloss.sources.layout import Layout, linear_layout, refuse_rows
 from segloss.sweep.batch import Batch
 from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
-from segloss.sweep.source import Source
+from segloss.sweep.source import Source, Spread
 
 PLAIN_OPTIONS = ("softcap", "scale", "compact", "chunk_bytes", "memory_budget", "grad_filter")
 
@@ -238,6 +239,24 @@ class LinearLogits(Source):
 
     def plan(self, batch: Batch, row_sum: bool) -> str:
         return explain(self.inputs(crossing=False), batch, row_sum)
+
+    def spread(self, batch: Batch) -> Spread:
+        inputs, layout = self.inputs(crossing=False), self.layout
+        rows = kept_rows(inputs, batch)
+        num_rows = batch.target.numel() if rows is None else rows.numel()
+        needed = inputs.needed()
+        return Spread(
+            num_rows,
+            any(needed.values()),
+            layout.vocabulary,
+            len(chunk_slices(inputs, num_rows)),
+            layout.crossings(
+                self.hidden,
+                {name: t for name, t in inputs.tensors.items() if needed[name]},
+                batch.target.numel(),
+            ),
+            self.grad_filter > 0,
+        )
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         inputs = self.inputs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +12,29 @@ from torch import Tensor
 from segloss.sharding import Sharding
 from segloss.sweep.batch import Batch
 from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Collectives of one kind."""
+
+    phase: str  # "forward" or "backward"
+    ranks: str  # "vocabulary" or "tokens"
+    kind: str  # "all-reduce", "all-gather", "reduce-scatter"
+    count: int
+    size: int | None  # bytes that a rank gives, all `count` together; None if logits decide
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a source lies on the ranks, as its plan in words tells it."""
+
+    rows: int  # tokens whose logits are looked at
+    trained: bool
+    vocabulary: int = 1  # ranks that share the classes
+    chunks: int = 1
+    crossings: list[Crossing] = field(default_factory=list)  # of its own tensors
+    filtered: bool = False  # by grad_filter
 
 
 class Source(ABC):
@@ -76,6 +100,10 @@ class Source(ABC):
     @abstractmethod
     def plan(self, batch: Batch, row_sum: bool) -> str:
         """In words and bytes what a loss and its backward cost; `row_sum`: whether it is one."""
+
+    @abstractmethod
+    def spread(self, batch: Batch) -> Spread:
+        """How it lies on the ranks; asks none of them."""
 
     @abstractmethod
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import ranks
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -63,8 +62,8 @@ def wanted(options: tuple) -> list[str]:
     names = ["hidden"]
     if "frozen" not in options:
         names.append("weight")
-    return names + [n for n in ("bias",) if n in options] + ["lora_a", "lora_b"] * (
-        "lora" in options
+    return (
+        names + [n for n in ("bias",) if n in options] + ["lora_a", "lora_b"] * ("lora" in options)
     )
 
 
