@@ -318,7 +318,11 @@ def on_ranks(case: Case, name: str, mesh: Mesh, vocab: dict) -> dict[str, Any]:
         for each in [n for n in case.trained if n != "hidden"]:
             found[each] = found[each].clone()
             dist.all_reduce(found[each], group=mesh.tokens)
-    return found | {"calls": counts.calls, "bytes": counts.bytes, "told": [astuple(c) for c in told]}
+    return found | {
+        "calls": counts.calls,
+        "bytes": counts.bytes,
+        "told": [astuple(c) for c in told],
+    }
 
 
 def results(shape: tuple[int, int]) -> dict:

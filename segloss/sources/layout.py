@@ -378,7 +378,7 @@ def check_like_weight(tensors: dict[str, Any], dim: int) -> None:
             raise TypeError(
                 f"{name} has the placements {placements_of(tensor)}, weight "
                 f"{placements_of(tensors['weight'])}; on dimension {dim} of the mesh it takes "
-                f"{wanted}"
+                f"{written(wanted)}"
             )
 
 
@@ -411,4 +411,11 @@ def refuse_rows(layout: Layout) -> None:
 
 
 def placements_of(tensor: Any) -> str:
-    return f"({', '.join(map(str, tensor.placements))})"
+    return f"({', '.join(map(written, tensor.placements))})"
+
+
+def written(placement: Any) -> str:
+    """A placement as one writes it."""
+    from torch.distributed.tensor import Shard
+
+    return f"Shard({placement.dim})" if type(placement) is Shard else repr(placement)
