@@ -71,7 +71,7 @@ class Layout(ABC):
         def crossing(phase: str, ranks: str, kind: str, count: int, numbers: int) -> None:
             found.append(Crossing(phase, ranks, kind, count, numbers * hidden.element_size()))
 
-        own = hidden.to_local() if is_dtensor(hidden) else hidden  # type: ignore[operator]
+        own = hidden.to_local() if is_dtensor(hidden) else hidden  # type: ignore[attr-defined]
         every = tokens * hidden.shape[-1]
         if self.vocabulary > 1:
             if self.tokens_are_shared_out:
@@ -136,7 +136,7 @@ class Plain(Layout):
 
     def leading_shape(self, shape: torch.Size) -> torch.Size:
         sizes = list(shape[:-1])
-        if self.tokens_are_shared_out:
+        if self.vocab is not None and self.vocab.sequence_dim is not None:
             sizes[self.vocab.sequence_dim % len(shape)] *= self.vocab.size
         return torch.Size(sizes)
 
