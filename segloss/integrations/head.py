@@ -74,7 +74,9 @@ def head_loss(model: nn.Module, criterion: Callable, target: Tensor, **inputs) -
     with Call(inner, head, inside, checking) as call:
         outputs = model(**inputs)
     call.check_called()
-    value = put_back(call.value, iter(outputs["loss"]))
+    value = call.value
+    if call.carried:
+        value = put_back(value, iter(outputs["loss"]))
     call.tidy(outputs, value)
     if checking:
         check_logits(inner, state, call, outputs.logits)
@@ -279,7 +281,7 @@ class Call:
                 self.own = self.original(hidden[..., -1:, :], *arguments, **keywords)
         self.value, last = nested(self.within, self.inside, hidden)
         self.ours = last
-        tensors = tuple(differentiable(self.value))
+        tensors = tuple(differentiable(self.value)) if torch.is_grad_enabled() else ()
         return (tensors, last) if tensors else last
 
     def take(self, module, arguments, output):
