@@ -411,7 +411,7 @@ def test_evaluation(tmp_path):
     made = []
     ours.model.lm_head.register_forward_hook(lambda m, i, o: made.append(o.shape[1]))
     metrics = ours.evaluate()
-    assert made == [1]
+    assert made == [8, 1]  # probes, and the last place's
     ids, target = plain_batch(rows)
     logits = ours.model(input_ids=ids).logits
     assert metrics["eval_loss"] == pytest.approx(plain_cross_entropy(logits, target).item())
