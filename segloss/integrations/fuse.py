@@ -81,27 +81,63 @@ def fuse_loss(model: nn.Module, criterion: Callable, *, shift: bool | None = Non
     return Fused(inner, criterion, Shift(shift))
 
 
-class Fused:
+class InPlace:
+    """Lies in the place of a model's forward, whose hooks have run when it is called."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.previous = vars(model).get("forward")
+        vars(model)["forward"] = self
+
+    @property
+    def original(self) -> Callable:
+        if self.previous is not None:
+            return self.previous
+        return type(self.model).forward.__get__(self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+    def named(self, arguments: tuple, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments of a call by their names."""
+        given = inspect.signature(self.original).bind_partial(*arguments).arguments
+        return {**given, **keywords}
+
+    def loss_of(self, criterion: Callable, target: Tensor, inputs: dict) -> tuple[Any, Any]:
+        with replaced(self.model, "forward", self.original):
+            return loss_of(Direct(self.model), criterion, target, inputs, fused=True)
+
+
+class Direct:
+    """A call of a model's forward within its own call."""
+
+    def __init__(self, model: nn.Module):
+        self.module = model
+
+    def __call__(self, **inputs) -> Any:
+        return self.module.forward(**inputs)
+
+
+class Fused(InPlace):
     """The forward of a fused model; see `fuse_loss`."""
 
     def __init__(self, model: Any, criterion: Callable, shift: Shift):
-        self.model, self.criterion, self.shift = model, criterion, shift
-        self.previous = vars(model).get("forward")
+        super().__init__(model)
+        self.criterion, self.shift = criterion, shift
         self.active = self.removed = False
-        self.takes_normalizer = "normalizer" in inspect.signature(criterion).parameters or (
-            isinstance(criterion, Loss)
+        self.takes_normalizer = isinstance(criterion, Loss) or (
+            "normalizer" in inspect.signature(criterion).parameters
         )
-        # what Trainer asks to know whether the loss is divided by num_items_in_batch, and which
-        # labels to count for that
-        settings: dict[str, Any] = {"accepts_loss_kwargs": self.takes_normalizer}
         if shift.known is None:
             shift.known = shifts_labels(model)
+        # what Trainer asks to know whether the loss is divided by num_items_in_batch, and which
+        # labels it is to count for that
+        self.settings: dict[str, Any] = {"accepts_loss_kwargs": self.takes_normalizer}
         if shift.known and standard_loss(model) is standard_loss(None):
-            settings["loss_type"] = "ForCausalLM"
-        self.before = {name: vars(model)[name] for name in settings if name in vars(model)}
-        self.settings = settings
-        vars(model).update(settings)
-        vars(model)["forward"] = self
+            self.settings["loss_type"] = "ForCausalLM"
+        self.before = {k: vars(model)[k] for k in self.settings if k in vars(model)}
+        vars(model).update(self.settings)
         backbone = getattr(model, "base_model", model)
         self.guard = None
         if isinstance(backbone, nn.Module) and backbone is not model:
@@ -122,15 +158,9 @@ class Fused:
             vars(self.model)["forward"] = self.previous
 
     @property
-    def original(self) -> Callable:
-        if self.previous is not None:
-            return self.previous
-        return type(self.model).forward.__get__(self.model)
-
-    @property
     def __signature__(self) -> inspect.Signature:
-        """The original's, with the loss's arguments, so that a Trainer keeps these columns."""
-        signature = inspect.signature(self.original)
+        """With the loss's arguments, so that a Trainer keeps these columns."""
+        signature = super().__signature__
         parameters = list(signature.parameters.values())
         added = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -149,8 +179,7 @@ class Fused:
                 return self.original(*arguments, **keywords)
             if keywords.get("fused_lm_head"):
                 raise TypeError(FUSED_LM_HEAD)
-            given = dict(inspect.signature(self.original).bind_partial(*arguments).arguments)
-            batch = given | keywords
+            batch = self.named(arguments, keywords)
             if batch.get("labels") is None and batch.get("shift_labels") is None:
                 return self.original(*arguments, **keywords)
             return self.with_loss(batch)
@@ -174,10 +203,7 @@ class Fused:
                 self.criterion.to(source.device)
             return self.criterion(source, target, **extras)
 
-        with replaced(model, "forward", self.original):
-            loss, outputs = loss_of(
-                Direct(model), criterion, target, model_inputs(model, batch), fused=True
-            )
+        loss, outputs = self.loss_of(criterion, target, model_inputs(model, batch))
         auxiliary = auxiliary_loss(model, outputs)
         if auxiliary is not None:
             loss = loss + auxiliary.to(loss.device)
@@ -202,16 +228,6 @@ class Fused:
         devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(devices):
             return self.original(**batch)
-
-
-class Direct:
-    """A call of a model's forward within its own call, whose hooks have run."""
-
-    def __init__(self, model: nn.Module):
-        self.module = model
-
-    def __call__(self, **inputs) -> Any:
-        return self.module.forward(**inputs)
 
 
 FUSED_LM_HEAD = (
