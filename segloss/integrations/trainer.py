@@ -77,8 +77,8 @@ class LossMixin(Trainer):
         sample_weights: a `SampleWeighting`, of the samples of the whole accumulated batch over all
             processes: with several micro-batches it costs a forward pass without gradients.
         log_statistics: log nll and perplexity, which compare runs whatever loss they train on,
-            mean_token_accuracy and entropy (nats per token), all of the same pass and per token;
-            in evaluation under the prefix of the call.
+            mean_token_accuracy and entropy (nats per token): means over the tokens that have a
+            loss, of the same pass; in evaluation under the prefix of the call.
 
     A mixture-of-experts model whose config has `output_router_logits` gets its router loss added.
     """
@@ -328,20 +328,26 @@ class LossMixin(Trainer):
         hits = (statistics.argmax == target) & valid
         wide = widest(valid.device)
         parts = (hits, statistics.entropy, -statistics.log_prob, valid)
-        rows = torch.stack([torch.where(valid, part, 0).to(wide) for part in parts], -1)
-        self._sums[mode] = self._sums.get(mode, 0) + rows.reshape(-1, len(parts)).sum(0)
+        sums = torch.stack([torch.where(valid, part, 0).to(wide) for part in parts], -1)
+        sums = sums.reshape(len(target), -1, len(parts)).sum(1)
+        if mode == "eval" and self.accelerator.num_processes > 1:
+            # without the rows that were repeated to give every process as many
+            sums = self.accelerator.gather_for_metrics(sums)
+        self._sums[mode] = self._sums.get(mode, 0) + sums.sum(0)
 
     def _statistics(self, mode: str) -> dict[str, float]:
-        """What is logged of a mode's sums, over all processes; they begin anew."""
+        """What is logged of a mode's sums; they begin anew. NaN where no token had a loss."""
         if mode not in self._sums:
             return {}
-        hits, entropy, nll, number = self.accelerator.reduce(self._sums.pop(mode)).tolist()
-        number = max(number, 1)
+        sums = self._sums.pop(mode)
+        if mode == "train":
+            sums = self.accelerator.reduce(sums)
+        accuracy, entropy, nll = (sums[:3] / sums[3]).tolist()
         return {
-            "mean_token_accuracy": hits / number,
-            "entropy": entropy / number,
-            "nll": nll / number,
-            "perplexity": float(torch.tensor(nll / number, dtype=torch.float64).exp()),
+            "mean_token_accuracy": accuracy,
+            "entropy": entropy,
+            "nll": nll,
+            "perplexity": sums[2].div(sums[3]).exp().item(),
         }
 
     def evaluation_loop(
