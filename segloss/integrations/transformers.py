@@ -1,10 +1,10 @@
 """Segloss losses in transformers: for `Trainer`, for any trainer, for a loop of your own.
 
-    class LossTrainer(LossMixin, Trainer): ...                     # without logits
-    fuse_loss(model, loss)                                         # model(..., labels=...).loss
-    loss, outputs = head_loss(model, loss, target, input_ids=...)  # a loop of your own
-    Trainer(..., compute_loss_func=compute_loss_func(loss))        # from the model's logits
-    set_loss_function(model, loss)                                 # the same, under any trainer
+class LossTrainer(LossMixin, Trainer): ...                     # without logits
+fuse_loss(model, loss)                                         # model(..., labels=...).loss
+loss, outputs = head_loss(model, loss, target, input_ids=...)  # a loop of your own
+Trainer(..., compute_loss_func=compute_loss_func(loss))        # from the model's logits
+set_loss_function(model, loss)                                 # the same, under any trainer
 """
 
 from segloss.integrations.callbacks import CoBaCallback, SavedState

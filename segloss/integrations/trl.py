@@ -173,7 +173,8 @@ class LogProbs(InPlace):
         if shifted is None and labels is None:
             raise ValueError("labels are None; with fused_lm_head=True the model takes labels")
         target = next_tokens(labels) if shifted is None else shifted
-        fields, outputs = self.loss_of(self.fields, target, model_inputs(self.model, batch))
+        with self.head_in_float32():
+            fields, outputs = self.loss_of(self.fields, target, model_inputs(self.model, batch))
         mask = target != IGNORE
         total = batch.get("num_items_in_batch")
         log_probs = fields["log_probs"]
@@ -189,9 +190,7 @@ class LogProbs(InPlace):
     def fields(self, source: LinearLogits, target: Tensor) -> dict[str, Tensor]:
         """(B, T) each of the outputs, 0 where there is no label."""
         source = heated(source, self.temperature)
-        if self.in_float32:
-            source = in_float32(source)
-        with torch.autocast(source.device.type, enabled=False) if self.in_float32 else NOTHING:
+        with torch.autocast(source.device.type, enabled=not self.in_float32 and autocast(source)):
             found = logit_statistics(
                 source, target, entropy="entropy" in self.outputs, argmax="is_top1" in self.outputs
             )
@@ -212,7 +211,22 @@ class LogProbs(InPlace):
         return fields
 
 
-NOTHING: Any = contextlib.nullcontext()
+    @contextlib.contextmanager
+    def head_in_float32(self) -> Iterator[None]:
+        """TRL has made the head's weights float32 where its config asks for that."""
+        if not self.in_float32:
+            yield
+            return
+        head = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda module, given: (given[0].float(),))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def autocast(source: LinearLogits) -> bool:
+    return torch.is_autocast_enabled(source.device.type)
 
 
 def heated(source: LinearLogits, temperature: float) -> LinearLogits:
@@ -222,15 +236,4 @@ def heated(source: LinearLogits, temperature: float) -> LinearLogits:
         source,
         scale=source.scale / temperature,
         softcap=None if cap is None else cap / temperature,
-    )
-
-
-def in_float32(source: LinearLogits) -> LinearLogits:
-    bias, lora = source.bias, source.lora
-    return replace(
-        source,
-        hidden=source.hidden.float(),
-        weight=source.weight.float(),
-        bias=None if bias is None else bias.float(),
-        lora=None if lora is None else (lora[0].float(), lora[1].float(), lora[2]),
     )

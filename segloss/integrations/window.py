@@ -64,9 +64,7 @@ class Samples:
     weight: Tensor | None  # (b,) given with the data
 
     @classmethod
-    def of(
-        cls, batch: Mapping[str, Tensor], shift: bool = True, ignore: int = IGNORE
-    ) -> Samples:
+    def of(cls, batch: Mapping[str, Tensor], shift: bool = True, ignore: int = IGNORE) -> Samples:
         target = target_of(batch, shift, ignore)
         valid = target != ignore
         index, count = sample_index(batch, target)

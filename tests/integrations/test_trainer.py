@@ -456,7 +456,9 @@ def test_errors(tmp_path):
             model=tiny_model(), args=arguments, train_dataset=tiny_rows(), loss=segloss.DFTLoss()
         )
     rows = [row | {"task_ids": [0, 1]} for row in tiny_rows()]
-    with pytest.raises(ValueError, match=r"task_ids has shape \(2,\) in a row of 9 tokens; it takes"):
+    with pytest.raises(
+        ValueError, match=r"task_ids has shape \(2,\) in a row of 9 tokens; it takes"
+    ):
         trainer(tmp_path, rows=rows, task_weights=TASK_WEIGHTS).train()
 
 
