@@ -157,7 +157,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {
         name: getattr(p.grad, "full_tensor", p.grad.clone)()
         for name, p in model.named_parameters()
-        if p.grad is not None
+        if p.requires_grad and p.grad is not None
     }
 
 

@@ -18,7 +18,7 @@ def sharded(model, kinds=None):
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     policy = ModuleWrapPolicy({LlamaDecoderLayer, *(kinds or [])})
-    return FSDP(model, policy, use_orig_params=True, device_id=torch.device("cpu"))
+    return FSDP(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
 
 
 ENGINES = {
@@ -35,8 +35,13 @@ PAIRS = [
 
 
 def whole(model):
-    with FSDP.summon_full_params(model, with_grads=True):
-        return gradients(model)
+    # a rank whose part of a unit is frozen sends zeros of torch's own dtype for its gradient
+    torch.set_default_dtype(torch.float64)
+    try:
+        with FSDP.summon_full_params(model, with_grads=True):
+            return gradients(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def ranks_results(rank, group):
