@@ -147,12 +147,17 @@ CASES = [Case(model, loss) for model in MODELS for loss in (*LOSSES, "sum")]
 EMPTY = [Case(model, "sum", True) for model in ("trainable", "lora", "frozen")]
 
 
+def decoder(model):
+    """The transformers model within peft's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def gradients(model) -> dict[str, torch.Tensor]:
     """Of each parameter, whole."""
     return {
         name: getattr(p.grad, "full_tensor", p.grad.clone)()
         for name, p in model.named_parameters()
-        if p.grad is not None
+        if p.requires_grad and p.grad is not None
     }
 
 
@@ -176,12 +181,8 @@ def train(case: Case, wrap: Callable, read: Callable = gradients, averages: bool
     return steps
 
 
-def results(wraps: dict[str, Callable], cases: Iterable[Case], **options) -> dict:
-    return {
-        (engine, str(case)): train(case, wrap, **options)
-        for engine, wrap in wraps.items()
-        for case in cases
-    }
+def results(pairs: Iterable[tuple[str, Case]], wraps: dict[str, Callable], **options) -> dict:
+    return {(engine, str(case)): train(case, wraps[engine], **options) for engine, case in pairs}
 
 
 def assert_same(found: list, case: Case, tolerance: float = 1e-12) -> None:

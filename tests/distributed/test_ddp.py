@@ -16,8 +16,11 @@ ENGINES = {
 }
 
 
+PAIRS = [(engine, case) for engine in ENGINES for case in CHOSEN]
+
+
 def ranks_results(rank, group):
-    return results(ENGINES, CHOSEN)
+    return results(PAIRS, ENGINES)
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +28,7 @@ def found(tmp_path_factory):
     return spawn(ranks_results, tmp_path_factory.mktemp("ddp"))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("case", CHOSEN, ids=str)
+@pytest.mark.parametrize("engine, case", PAIRS, ids=str)
 def test_gradients_are_those_of_one_process(found, engine, case):
     for rank in found:
         assert_same(rank[engine, str(case)], case)
