@@ -26,7 +26,7 @@ class KeepColumns:
     def __init__(self, collator: Callable[[list], Any]):
         self.collator = collator
 
-    def __call__(self, examples: Sequence[Any], *args, **kwargs) -> Any:
+    def __call__(self, examples: list[Any], *args, **kwargs) -> Any:
         names = columns_of(examples[0]) if examples else []
         if not names:
             return self.collator(examples, *args, **kwargs)

@@ -20,7 +20,7 @@ COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_aux_loss_coef")
 
 
 def loss_of(
-    model: nn.Module, criterion: Callable, target: Tensor, inputs: Mapping[str, Any], fused: bool
+    model: Any, criterion: Callable, target: Tensor, inputs: Mapping[str, Any], fused: bool
 ) -> tuple[Any, Any]:
     """(`criterion(logits, target)`, the model's outputs); `fused`: the logits are never made."""
     if fused:
@@ -129,7 +129,7 @@ def auxiliary_loss(model: Any, outputs: Any) -> Tensor | None:
 
 
 def coefficient(model: Any, name: str, factor_names: tuple[str, ...]) -> float:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     for owner in (model, config, text, getattr(text, "ffn_config", None)):
         for factor in (*factor_names, *(["moe_loss_weight"] if owner is not model else [])):

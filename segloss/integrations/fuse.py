@@ -261,8 +261,8 @@ def compute_loss_func(
         loss(outputs.logits, next_tokens(labels), normalizer=num_items_in_batch)
 
     or at the labels themselves, for masked models and for classifiers of tokens and of rows. The
-    mean runs over the tokens of the whole accumulated batch, as the Trainer counts them. `LossMixin`
-    does without logits.
+    mean runs over the tokens of the whole accumulated batch, as the Trainer counts them.
+    `LossMixin` does without logits.
 
     Args:
         shift: whether labels are the next tokens'. Default: what the class of the outputs says;
@@ -373,11 +373,10 @@ class LossFunction:
         given = dict(zip(self.parameters, arguments, strict=False)) | keywords
         logits = given.get("pooled_logits")
         logits = given["logits"] if logits is None else logits
-        config = given.get("config")
-        if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
+        kind = getattr(given.get("config"), "problem_type", None)
+        if kind in ("regression", "multi_label_classification"):
             raise ValueError(
-                f"{self.name} has problem_type {config.problem_type!r}; the loss takes one class "
-                "per row"
+                f"{self.name} has problem_type {kind!r}; the loss takes one class per row"
             )
         ignore = given.get("ignore_index", self.loss.ignore_index)
         labels = given["labels"] if given.get("shift_labels") is None else given["shift_labels"]

@@ -85,6 +85,7 @@ class LossMixin(Trainer):
 
     loss_is_scaled_for_ga = True
     _signature_columns: Any
+    data_collator: Any
 
     def __init__(
         self,
@@ -150,8 +151,6 @@ class LossMixin(Trainer):
         inputs = dict(inputs)
         place = inputs.pop(PLACE, None)
         training = model.training
-        if training:
-            check_columns(self._columns, inputs, "a batch's")
         shift = self._shifts(inputs)
         batch = self._label_side(inputs)
         target = target_of(batch, shift, self.loss.ignore_index)
@@ -247,6 +246,7 @@ class LossMixin(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
+        check_columns(self._columns, batches[0], "a batch's")
         if len(batches) > 1:
             self._window = [self._prepare_inputs(batch) for batch in batches]
             batches = [{**batch, PLACE: place} for place, batch in enumerate(self._window)]
@@ -430,7 +430,7 @@ def across(trainer: Any) -> Any:
     if mesh is None:
         mesh = getattr(trainer.model, "_device_mesh", None)
     names = tuple(n for n in getattr(mesh, "mesh_dim_names", None) or () if n != "tp")
-    if not names:
+    if mesh is None or not names:
         raise ValueError(
             "tensor parallelism is on but no device mesh says which processes have other tokens; "
             "give the loss its group"

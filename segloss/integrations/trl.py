@@ -1,5 +1,5 @@
-"""TRL's trainers with segloss: `SFTTrainer` with any loss; `DPOTrainer`, `KTOTrainer`, `GRPOTrainer`
-and `RLOOTrainer` with their own losses, whose log-probabilities come of `head_loss`.
+"""TRL's trainers with segloss: `SFTTrainer` with any loss; `DPOTrainer`, `KTOTrainer`,
+`GRPOTrainer` and `RLOOTrainer` with their own losses, whose log-probabilities `head_loss` makes.
 
 B sequences of T tokens.
 """
@@ -130,8 +130,8 @@ def add_fused_lm_head(
     cast_lm_head_to_fp32: bool = False,
     outputs: tuple[str, ...] = ("log_probs",),
 ) -> None:
-    """TRL's `add_fused_lm_head`, by segloss: `model(..., labels=labels, fused_lm_head=True)` returns
-    a `FusedCausalLMOutput` of numbers per token, the logits never made::
+    """TRL's `add_fused_lm_head`: `model(..., labels=labels, fused_lm_head=True)` returns a
+    `FusedCausalLMOutput` of numbers per token, the logits never made::
 
         z = model(...).logits[:, :-1].float() / temperature
         log_p = torch.log_softmax(z, -1)
@@ -170,9 +170,12 @@ class LogProbs(InPlace):
 
         batch = self.named(arguments, keywords)
         shifted, labels = batch.get("shift_labels"), batch.get("labels")
-        if shifted is None and labels is None:
+        if shifted is not None:
+            target = shifted
+        elif labels is not None:
+            target = next_tokens(labels)
+        else:
             raise ValueError("labels are None; with fused_lm_head=True the model takes labels")
-        target = next_tokens(labels) if shifted is None else shifted
         with self.head_in_float32():
             fields, outputs = self.loss_of(self.fields, target, model_inputs(self.model, batch))
         mask = target != IGNORE
@@ -191,7 +194,7 @@ class LogProbs(InPlace):
         """(B, T) each of the outputs, 0 where there is no label."""
         source = heated(source, self.temperature)
         with torch.autocast(source.device.type, enabled=not self.in_float32 and autocast(source)):
-            found = logit_statistics(
+            found: Any = logit_statistics(
                 source, target, entropy="entropy" in self.outputs, argmax="is_top1" in self.outputs
             )
             fields = {"log_probs": found.log_prob}
@@ -209,7 +212,6 @@ class LogProbs(InPlace):
                     smoothed = CrossEntropyLoss(label_smoothing=1.0, reduction="none")
                     fields["mean_logits"] = found.lse.detach() - smoothed(source, target)
         return fields
-
 
     @contextlib.contextmanager
     def head_in_float32(self) -> Iterator[None]:

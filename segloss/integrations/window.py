@@ -162,32 +162,38 @@ def packed_index(batch: Mapping[str, Tensor], shape: torch.Size) -> Tensor | Non
         return None
     if batch.get("sample_ids") is not None:
         return per_place("sample_ids", batch["sample_ids"], shape)
-    if same_shape(batch.get("seq_idx"), shape):
-        return batch["seq_idx"]
+    numbers = of_shape(batch.get("seq_idx"), shape)
+    if numbers is not None:
+        return numbers
     for name in LENGTHS:
         if batch.get(name) is not None:
             return by_lengths(name, batch[name], shape)
-    attended = batch.get("attention_mask")
-    numbered = same_shape(attended, shape) and not attended.is_floating_point()
-    numbered = numbered and attended.dtype != torch.bool and bool((attended > 1).any())
-    positions = batch.get("position_ids")
-    if isinstance(positions, Tensor) and positions.dim() == 3 and positions.shape[1:] == shape:
-        positions = positions.amax(0)  # of text, height and width: all are 0 where a sample begins
-    if isinstance(positions, Tensor) and positions.shape == (1, shape[-1]):
-        positions = positions.expand(shape)
-    if not same_shape(positions, shape):
-        return attended if numbered else None
-    starts = positions == 0
-    if same_shape(attended, shape):
-        starts = starts & (attended != 0)
-    if numbered:
-        starts |= attended != F.pad(attended, (1, 0))[..., :-1]
+    attended = of_shape(batch.get("attention_mask"), shape)
+    positions = of_shape(batch.get("position_ids"), shape)
+    numbered = attended is not None and attended.dtype != torch.bool and bool((attended > 1).any())
+    if positions is None and not numbered:
+        return None
+    device = next(t.device for t in (positions, attended) if t is not None)
+    starts = torch.zeros(shape, dtype=torch.bool, device=device)
+    if positions is not None:
+        starts |= positions == 0
+    if attended is not None:
+        starts &= attended != 0
+        if numbered:
+            starts |= attended != F.pad(attended, (1, 0))[..., :-1]
     starts[:, 0] = True
     return starts.reshape(-1).cumsum(0).view(shape)
 
 
-def same_shape(tensor, shape: torch.Size) -> bool:
-    return isinstance(tensor, Tensor) and tensor.shape == shape
+def of_shape(tensor: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """A (B, T) column of a batch as such, None for one of another shape."""
+    if not isinstance(tensor, Tensor):
+        return None
+    if tensor.dim() == 3 and tensor.shape[1:] == shape:
+        return tensor.amax(0)  # places in text, height and width: all 0 where a sample begins
+    if tensor.shape == (1, shape[-1]):
+        return tensor.expand(shape)
+    return tensor if tensor.shape == shape else None
 
 
 def by_lengths(name: str, lengths: Tensor, shape: torch.Size) -> Tensor:

@@ -25,7 +25,7 @@ from integration_worker import ACCUMULATION, ALIKE, TEMPERATURE
 import segloss
 
 pytest.importorskip("datasets")
-from integrations import test_trainer  # noqa: E402  (needs transformers)
+from integrations import test_trainer
 
 
 @pytest.fixture(scope="module")

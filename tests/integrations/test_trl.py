@@ -42,6 +42,7 @@ def tokenizer():
 def trainer(folder, model=None, accumulation=1, rows=None, trainer_class=SFTTrainer, **options):
     names = {
         "loss_type",
+        "packing",
         "padding_free",
         "max_length",
         "max_steps",
