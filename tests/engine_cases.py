@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import segloss
 from segloss import reference
 
-V, ROWS, TOKENS, STEPS, LR = 61, 4, 9, 3, 0.5
+V, ROWS, TOKENS, STEPS, LR = 61, 4, 9, 3, 0.05
 LOSSES = {
     "ce": (segloss.CrossEntropyLoss, reference.cross_entropy),
     "dice": (segloss.DiceLoss, reference.dice_loss),
