@@ -19,6 +19,7 @@ from integration_helpers import (
     plain_training,
     tiny_model,
     tiny_rows,
+    token_nll,
     training_arguments,
     validation_batches,
     watch,
@@ -133,6 +134,30 @@ def test_lora_on_the_head(tmp_path):
 
     found = watch(trainer(tmp_path, model=model(), loss=segloss.FocalLoss()))
     assert_same_steps(found, plain_training(model(), tiny_rows(), PAIRS["focal"][1]))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # from peft
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("head", ["fused", "logits"])
+def test_prompt_tuning(head, accumulation, tmp_path):
+    """Virtual tokens stand before those of the batch: labels and weights move on with them."""
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    weight = torch.rand(8, 9, generator=torch.Generator().manual_seed(3))
+    rows = [row | {"token_weight": weight[i].tolist()} for i, row in enumerate(tiny_rows())]
+
+    def model():
+        torch.manual_seed(0)
+        return peft.get_peft_model(tiny_model(), config).double()
+
+    found = watch(trainer(tmp_path, model(), accumulation, rows=rows, head=head, max_steps=1))
+    plain, (ids, target) = model(), plain_batch(rows[:4])
+    nll = token_nll(plain(input_ids=ids).logits[:, 4:], target)
+    w = torch.cat([weight[:4, 1:], torch.zeros(4, 1)], 1).double() * (target != -100)
+    value = (w * nll).sum() / w.sum()
+    value.backward()
+    assert found[0][0] == pytest.approx(value.item(), rel=1e-6)
+    assert (found[0][1] - gradients(plain)).norm() <= 1e-6 * gradients(plain).norm()
 
 
 def test_router_loss_is_added(tmp_path):
