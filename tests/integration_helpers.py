@@ -116,7 +116,20 @@ def training_arguments(folder, accumulation: int = 1, arguments_class=None, **op
         "report_to": [],
         "disable_tqdm": True,
     }
-    return (arguments_class or TrainingArguments)(str(folder), **(settings | options))
+    arguments_class = arguments_class or TrainingArguments
+    if "train_sampling_strategy" not in arguments_class.__dataclass_fields__:
+        del settings["train_sampling_strategy"]  # `in_order`
+    return arguments_class(str(folder), **(settings | options))
+
+
+def in_order(trainer):
+    """A trainer that takes its rows in their order and does not divide twice by the number of
+    micro-batches, in releases of transformers that would."""
+    if not hasattr(trainer.args, "train_sampling_strategy"):
+        sampler = torch.utils.data.SequentialSampler
+        trainer._get_train_sampler = lambda *given: sampler(trainer.train_dataset)
+    trainer.accelerator.gradient_accumulation_steps = 1
+    return trainer
 
 
 def watch(trainer) -> list:

@@ -135,8 +135,10 @@ class LossMixin(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._window: list[dict] = []
         self._weighed: Sequence[Weighed | None] = []
-        # the Trainer asks for the count of tokens only for models said to use it
+        # Trainers of several releases divide by the number of micro-batches what is not counted,
+        # and accelerate a second time
         self.model_accepts_loss_kwargs = True
+        self.accelerator.gradient_accumulation_steps = 1
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As the Trainer's; what callbacks saved is read from the checkpoint that is resumed."""

@@ -12,6 +12,7 @@ from integration_helpers import (
     by_task,
     coba,
     gradients,
+    in_order,
     irdro,
     losses_of,
     plain_batch,
@@ -48,12 +49,16 @@ def trainer(tmp_path, model=None, accumulation=1, trainer_class=LossTrainer, row
     names = {"remove_unused_columns", "save_strategy", "save_steps", "max_steps", "bf16"}
     names |= {"metric_for_best_model", "eval_strategy", "eval_steps"}
     arguments = {key: options.pop(key) for key in names & options.keys()}
-    return trainer_class(
+    made = trainer_class(
         model=tiny_model() if model is None else model,
         args=training_arguments(tmp_path, accumulation, **arguments),
         train_dataset=tiny_rows() if rows is None else rows,
         **options,
     )
+    assert (
+        trainer_class is transformers.Trainer or made.accelerator.gradient_accumulation_steps == 1
+    )
+    return in_order(made)
 
 
 # -------------------------------------------------------------------- loss and gradients
@@ -107,7 +112,7 @@ def test_accumulation_changes_nothing(name, way, tmp_path):
 
 def test_default_is_cross_entropy_with_the_arguments_smoothing(tmp_path):
     arguments = training_arguments(tmp_path, label_smoothing_factor=0.1)
-    ours = LossTrainer(model=tiny_model(), args=arguments, train_dataset=tiny_rows())
+    ours = in_order(LossTrainer(model=tiny_model(), args=arguments, train_dataset=tiny_rows()))
 
     def smoothed(logits, target):
         return torch.nn.functional.cross_entropy(
