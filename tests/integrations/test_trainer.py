@@ -14,6 +14,7 @@ from integration_helpers import (
     gradients,
     in_order,
     irdro,
+    logged,
     losses_of,
     plain_batch,
     plain_cross_entropy,
@@ -161,7 +162,7 @@ def test_prompt_tuning(head, accumulation, tmp_path):
     w = torch.cat([weight[:4, 1:], torch.zeros(4, 1)], 1).double() * (target != -100)
     value = (w * nll).sum() / w.sum()
     value.backward()
-    assert found[0][0] == pytest.approx(value.item(), rel=1e-6)
+    assert found[0][0] == logged(value.item())
     assert (found[0][1] - gradients(plain)).norm() <= 1e-6 * gradients(plain).norm()
 
 
@@ -187,7 +188,7 @@ def test_router_loss_is_added(tmp_path):
     plain = model()
     own = watch(trainer(tmp_path, plain, trainer_class=transformers.Trainer, rows=without_tasks()))
     for (value, grad), (expected, expected_grad) in zip(ours, own, strict=True):
-        assert value == pytest.approx(expected, rel=1e-6)
+        assert value == logged(expected)
         # transformers' own loss is of float32 logits
         assert (grad - expected_grad).norm() <= 1e-6 * expected_grad.norm()
 
@@ -196,7 +197,7 @@ def test_router_loss_is_added(tmp_path):
     value = plain_cross_entropy(plain(input_ids=ids).logits, target)
     value += sum(0.5 * plain(input_ids=ids[i : i + 1]).aux_loss for i in range(4)) / 4
     found = watch(trainer(tmp_path, model=model(), accumulation=4))
-    assert found[0][0] == pytest.approx(value.item(), rel=1e-6)
+    assert found[0][0] == logged(value.item())
 
 
 # --------------------------------------------------------------- weights of tasks and samples
@@ -302,7 +303,7 @@ def test_packed_rows(told_by, tmp_path):
     split = [x.unflatten(1, (2, 9)).flatten(0, 1) for x in (logits, target)]
     value = weighed(irdro(0.05))(*split)
     value.backward()
-    assert found[0][0] == pytest.approx(value.item(), rel=1e-6)
+    assert found[0][0] == logged(value.item())
     assert (found[0][1] - gradients(plain)).norm() <= 1e-9 * gradients(plain).norm()
 
 
@@ -456,8 +457,10 @@ def test_evaluation(tmp_path):
     assert output.metrics["test_loss"] == pytest.approx(metrics["eval_loss"])
 
 
-def test_bfloat16(tmp_path):
+def test_bfloat16(tmp_path, monkeypatch):
     """Hidden states in bfloat16 and a float32 head: the head's products follow autocast."""
+    # older releases of transformers leave it set
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     model = tiny_model().float()
     ours = trainer(tmp_path, model, bf16=True, max_steps=1, callbacks=[
         CoBaCallback(balancer := coba(), validation_batches())
@@ -524,7 +527,7 @@ def test_gpt2_predicts_one_token_less_than_it_has(accumulation, tmp_path):
     expected = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]).item()
     assert ours.evaluate(rows)["eval_loss"] == pytest.approx(expected, rel=1e-5)
     ours.train()
-    assert ours.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert ours.state.log_history[0]["loss"] == logged(expected, 1e-5)
 
 
 def test_packed_rows_are_counted_as_they_predict(tmp_path):
@@ -541,7 +544,7 @@ def test_packed_rows_are_counted_as_they_predict(tmp_path):
     arguments = training_arguments(tmp_path, max_steps=1, per_device_train_batch_size=1)
     ours = LossTrainer(model, arguments, train_dataset=[row])
     ours.train()
-    assert ours.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-6)
+    assert ours.state.log_history[0]["loss"] == logged(expected, 1e-6)
 
 
 def test_another_ignore_index(tmp_path):
