@@ -32,7 +32,7 @@ from segloss.integrations.window import (
 )
 from segloss.kernels.common import widest
 from segloss.losses import CrossEntropyLoss, Loss
-from segloss.statistics import logit_statistics
+from segloss.sources import logit_statistics
 from segloss.weighting import CoBa, SampleWeighting
 
 if TYPE_CHECKING:
