@@ -18,7 +18,7 @@ from segloss.integrations.forward import base_of, has_head, loss_of, model_input
 from segloss.integrations.labels import Shift
 from segloss.integrations.window import IGNORE, Samples
 from segloss.kernels.common import widest
-from segloss.statistics import logit_statistics
+from segloss.sources import logit_statistics
 from segloss.weighting import CoBa
 
 

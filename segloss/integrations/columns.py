@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segloss.integrations.window import IGNORE, LOSS_COLUMNS
-from segloss.logits import describe
+from segloss.checks import describe
 
 
 class KeepColumns:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segloss.integrations.head import head_loss
+from segloss.integrations.head import head_loss, prompt_length
 from segloss.integrations.window import LOSS_COLUMNS
 
 # of the model's class or its config, the factor of the router loss of a mixture of experts
@@ -29,6 +29,9 @@ def loss_of(
     logits = read(outputs, "logits")
     if not isinstance(logits, Tensor):
         raise TypeError(f"the model returned no logits but a {type(outputs).__name__}")
+    prompt = prompt_length(model, dict(inputs))
+    if prompt is not None:
+        logits = logits[:, logits.shape[1] - prompt :]
     return criterion(logits, target.to(logits.device)), outputs
 
 

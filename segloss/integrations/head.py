@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -21,8 +22,9 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from segloss.checks import describe
+from segloss.integrations.own_forward import ModuleLogits, Repeatable
 from segloss.integrations.transform import Transform, learnt, probes
-from segloss.logits import LinearLogits
 
 __all__ = ["head_logits", "head_loss"]
 
@@ -30,7 +32,9 @@ __all__ = ["head_logits", "head_loss"]
 # -------------------------------------------------------------------------------------- public
 
 
-def head_loss(model: nn.Module, criterion: Callable, target: Tensor, **inputs) -> tuple[Any, Any]:
+def head_loss(
+    model: nn.Module, criterion: Callable, target: Tensor | None, **inputs
+) -> tuple[Any, Any]:
     """`(criterion(model(**inputs).logits, target), outputs)`, the logits never made::
 
         loss, outputs = head_loss(model, DiceLoss(), next_tokens(labels), input_ids=input_ids)
@@ -64,27 +68,39 @@ def head_loss(model: nn.Module, criterion: Callable, target: Tensor, **inputs) -
     head = head_of(inner)
     state = learnt_state(model, inner, head, inputs)
     state.calls += 1
-    checking = is_due(state.calls)
 
-    def inside(hidden: Tensor) -> tuple[Any, Tensor]:
-        source = source_of(head, hidden, state.transform)
-        on = target.to(hidden.device) if isinstance(target, Tensor) else target
-        return criterion(source, on), last_logits(head, hidden)
+    prompt = prompt_length(model, inputs)
 
-    with Call(inner, head, inside, checking) as call:
+    def inside(call: Call, hidden: Tensor) -> tuple[Any, Tensor]:
+        places = hidden if prompt is None else hidden[..., hidden.shape[-2] - prompt :, :]
+        source = source_of(head, call.kind, call.original, places, state.transform)
+        if target is None:
+            return criterion(source, target), call.last_logits(hidden)
+        if target.shape != source.leading_shape:
+            raise ValueError(
+                f"target is {describe(target)}, but the head of {type(inner).__name__} gives "
+                f"logits for {tuple(source.leading_shape)} places; it takes a target of that shape"
+            )
+        return criterion(source, target.to(hidden.device)), call.last_logits(hidden)
+
+    with Call(inner, head, inside, is_due(state.calls)) as call:
         outputs = model(**inputs)
     call.check_called()
     value = call.value
     if call.carried:
         value = put_back(value, iter(outputs["loss"]))
     call.tidy(outputs, value)
-    if checking:
-        check_logits(inner, state, call, outputs.logits)
+    if call.checking:
+        try:
+            check_logits(type(inner).__name__, state, call, outputs.logits)
+        except ValueError:
+            STATES.pop(inner, None)  # the next call learns anew
+            raise
     return value, outputs
 
 
-def head_logits(model: nn.Module, **inputs) -> LinearLogits:
-    """`LinearLogits` that stand for `model(**inputs).logits` (B, T, V).
+def head_logits(model: nn.Module, **inputs) -> Any:
+    """A logits source that stands for `model(**inputs).logits` (B, T, V).
 
     For one process, DDP and ZeRO-1 and 2, where the head's weights stay what they are after the
     model's forward; `head_loss`, which this otherwise behaves as, serves the rest.
@@ -94,7 +110,7 @@ def head_logits(model: nn.Module, **inputs) -> LinearLogits:
     return head_outputs(model, **inputs)[0]
 
 
-def head_outputs(model: nn.Module, **inputs) -> tuple[LinearLogits, Any]:
+def head_outputs(model: nn.Module, **inputs) -> tuple[Any, Any]:
     """`head_logits`, and what the model returned, with the last place's logits."""
     engine = sharding_engine(model)
     if engine is not None:
@@ -102,7 +118,7 @@ def head_outputs(model: nn.Module, **inputs) -> tuple[LinearLogits, Any]:
             f"the head's weights are sharded by {engine} and are whole only while the model runs; "
             "call head_loss(model, criterion, target, **inputs) in place of head_logits"
         )
-    return head_loss(model, lambda source, target: source, None, **inputs)  # type: ignore[arg-type]
+    return head_loss(model, lambda source, target: source, None, **inputs)
 
 
 # ---------------------------------------------------------------------------- model and head
@@ -138,6 +154,17 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
+def prompt_length(model: Any, inputs: dict) -> int | None:
+    """T, where peft puts virtual tokens before it (prompt tuning); else None."""
+    while model is not None:
+        config = getattr(model, "active_peft_config", None)
+        if getattr(config, "is_prompt_learning", False):
+            given = inputs.get("input_ids")
+            return (inputs["inputs_embeds"] if given is None else given).shape[1]
+        model = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+    return None
+
+
 def head_of(inner: Any) -> nn.Module:
     head = inner.get_output_embeddings()
     if not isinstance(head, nn.Module):
@@ -157,61 +184,108 @@ def core_of(module: Any) -> Any:
         else:
             if not hasattr(module, "modules_to_save"):
                 return module
-            # a copy that is trained in full
-            module = module.modules_to_save[active_adapter(module)]
+            # copies that are trained in full, and the module itself
+            names = [name for name in adapters_of(module) if name in module.modules_to_save]
+            module = module.modules_to_save[names[0]] if names else module.original_module
 
 
-def active_adapter(layer: Any) -> str:
-    active = layer.active_adapters if hasattr(layer, "active_adapters") else layer.active_adapter
-    names = [active] if isinstance(active, str) else list(active)
-    if len(names) != 1:
-        raise ValueError(f"the head has the active adapters {names}; LinearLogits takes one")
-    return names[0]
+def adapters_of(core: Any) -> list[str]:
+    """The active adapters of a layer of peft's, those that it has."""
+    active = core.active_adapters if hasattr(core, "active_adapters") else core.active_adapter
+    return [active] if isinstance(active, str) else list(active)
 
 
-def is_adapted(core: Any) -> bool:
-    """Whether a LoRA adapter of peft is in use."""
-    return hasattr(core, "lora_A") and not (core.merged or core.disable_adapters)
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How a head is used: `owners`, outermost first, hold the tensors of a linear head, with or
+    without LoRA; None for a head that is used by its own forward."""
+
+    owners: tuple[Any, ...] | None
+
+    @property
+    def within(self) -> tuple[Any, ...]:
+        return () if self.owners is None else self.owners[1:]
 
 
-def owners(head: nn.Module) -> list[Any]:
-    """The modules that own the head's tensors, outermost first."""
+def kind_of(head: nn.Module) -> Kind:
     core = core_of(head)
+    if is_linear(core):
+        return Kind((head,))
+    if not is_lora(core):
+        return Kind(None)
+    base = core.get_base_layer()
+    if not is_linear(core_of(base)):
+        return Kind(None)
+    if core.merged or core.disable_adapters:
+        return Kind((head, base))
+    names = [name for name in adapters_of(core) if name in core.lora_A]
+    if not names:
+        return Kind((head, base))
+    name = names[0]
+    dropout = core.lora_dropout[name]
+    drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
+    parts = core.lora_A[name], core.lora_B[name]
+    plain = all(is_linear(core_of(p)) and getattr(core_of(p), "bias", None) is None for p in parts)
+    if len(names) > 1 or drops or not plain or name in getattr(core, "lora_variant", {}):
+        return Kind(None)
+    return Kind((head, base, *parts))
+
+
+def is_linear(core: Any) -> bool:
+    """Whether a module is `F.linear(hidden, weight, bias)` and nothing else."""
+    own_forward = type(core).forward is nn.Linear.forward
+    replaced = "forward" in vars(core) and forward_name(core) == "forward"
+    weight = getattr(core, "weight", None)
+    return own_forward and not replaced and is_ordinary(weight)
+
+
+def is_ordinary(weight: Any) -> bool:
+    """No quantised or otherwise packed weight. A DTensor is whole while the model runs."""
+    from torch.distributed.tensor import DTensor
+
+    kind = type(weight)
+    plain = (
+        kind in (Tensor, nn.Parameter) or isinstance(weight, DTensor) or hasattr(weight, "ds_id")
+    )
+    return plain and weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
+def is_lora(core: Any) -> bool:
+    """peft's LoRA on a linear layer, its forward unchanged."""
     if not hasattr(core, "lora_A"):
-        return [head]
-    base = [head, core.get_base_layer()]
-    if not is_adapted(core):
-        return base
-    name = active_adapter(core)
-    return [*base, core.lora_A[name], core.lora_B[name]]
+        return False
+    from peft.tuners.lora import Linear
+
+    return type(core).forward is Linear.forward and not getattr(core, "fan_in_fan_out", False)
 
 
-def head_tensors(head: nn.Module) -> tuple[Tensor, Tensor | None, tuple | None]:
+def head_tensors(kind: Kind) -> tuple[Tensor, Tensor | None, tuple | None]:
     """(weight (V, D), bias (V,) or None, (A (r, D), B (V, r), scaling) or None)."""
-    core: Any = core_of(head)
-    if not hasattr(core, "lora_A"):
-        return core.weight, getattr(core, "bias", None), None
-    base = core_of(core.get_base_layer())
-    weight, bias = base.weight, getattr(base, "bias", None)
-    if not is_adapted(core):
-        return weight, bias, None
-    name = active_adapter(core)
-    dropout = getattr(core.lora_dropout[name], "p", 0.0)
-    if dropout:
-        raise ValueError(
-            f"the head's LoRA adapter has lora_dropout={dropout}; LinearLogits takes 0: leave the "
-            "head out of the adapter's target modules or set lora_dropout=0"
-        )
-    if getattr(core, "use_dora", {}).get(name):
-        raise ValueError("the head's adapter is DoRA; LinearLogits takes plain LoRA")
-    a, b = core_of(core.lora_A[name]), core_of(core.lora_B[name])
-    return weight, bias, (a.weight, b.weight, core.scaling[name])
+    head, *parts = kind.owners  # type: ignore[misc]
+    core = core_of(head)
+    base = core_of(parts[0]) if parts else core
+    lora = None
+    if len(parts) > 1:
+        name = next(name for name in core.lora_A if core.lora_A[name] is parts[1])
+        a, b = (core_of(part).weight for part in parts[1:])
+        lora = a, b, core.scaling[name]
+    return base.weight, getattr(base, "bias", None), lora
 
 
-def source_of(head: nn.Module, hidden: Tensor, transform: Transform) -> LinearLogits:
+def source_of(head: nn.Module, kind: Kind, forward: Callable, hidden: Tensor, does: Transform):
     """The logits of the model: those of its head at `hidden`, and what the model does to them."""
-    weight, bias, lora = head_tensors(head)
-    return transform.source(hidden, weight, bias, lora)
+    if kind.owners is not None:
+        weight, bias, lora = head_tensors(kind)
+        if type(weight).__name__ == "DTensor":
+            raise TypeError(
+                "the head is sharded by classes (tensor parallelism), which head_loss does not "
+                "take; leave lm_head out of the tp_plan"
+            )
+        return does.source(hidden, weight, bias, lora)
+    bias = None if does.bias is None else does.bias / does.scale
+    return ModuleLogits(
+        hidden, core_of(head), forward, does.softcap, does.scale, bias, does.num_classes
+    )
 
 
 def sharding_engine(model: Any) -> str | None:
@@ -245,6 +319,7 @@ class Call:
 
     def __init__(self, inner: Any, head: nn.Module, inside: Callable, checking: bool):
         self.inner, self.head, self.inside, self.checking = inner, head, inside, checking
+        self.kind = kind_of(head)
         self.calls = 0
         self.value: Any = None
         self.own: Tensor | None = None  # the head's logits of the last place, by its own forward
@@ -253,8 +328,7 @@ class Call:
         self.exits = contextlib.ExitStack()
 
     def __enter__(self) -> Call:
-        first, *self.within = owners(self.head)
-        core = core_of(first)
+        core = core_of(self.head)
         self.original = getattr(core, forward_name(core))
         forward = self.inner.forward
 
@@ -276,13 +350,50 @@ class Call:
 
     def head_forward(self, hidden: Tensor, *arguments, **keywords) -> Any:
         self.calls += 1
+        if not isinstance(hidden, Tensor):
+            raise TypeError(
+                f"the head of {type(self.inner).__name__} receives a {type(hidden).__name__}, not "
+                'hidden states; give the loss model(...).logits (LossMixin: head="logits")'
+            )
         if self.checking:
-            with torch.no_grad():
-                self.own = self.original(hidden[..., -1:, :], *arguments, **keywords)
-        self.value, last = nested(self.within, self.inside, hidden)
+            self.own = self.own_logits(hidden)
+            if self.kind.owners is None:
+                self.check_rows(hidden)
+        within = functools.partial(self.inside, self)
+        self.value, last = nested(self.kind.within, within, hidden)
         self.ours = last
         tensors = tuple(differentiable(self.value)) if torch.is_grad_enabled() else ()
         return (tensors, last) if tensors else last
+
+    @torch.no_grad()
+    def own_logits(self, hidden: Tensor, places: int = 1) -> Tensor:
+        """The head's logits (B, places, V) of the last places, by its own forward."""
+        with Repeatable(hidden.device):
+            return self.original(hidden[..., -places:, :])
+
+    def check_rows(self, hidden: Tensor) -> None:
+        """A head that is used by its own forward has to treat each place by itself."""
+        with evaluating(core_of(self.head)):
+            alone = self.own_logits(hidden)
+            among = self.own_logits(hidden, 4)[..., -1:, :]
+        error = (among - alone).abs().amax()
+        if error > max(8 * torch.finfo(alone.dtype).eps, 2e-7) * alone.abs().amax():
+            raise TypeError(
+                f"what the head of {type(self.inner).__name__} gives a place depends on the other "
+                "places, and head_loss makes the logits of some places at a time; give the loss "
+                'model(...).logits (LossMixin: head="logits")'
+            )
+
+    @torch.no_grad()
+    def last_logits(self, hidden: Tensor) -> Tensor:
+        """The same, as the loss makes them."""
+        if self.kind.owners is None:
+            return self.own_logits(hidden) if self.own is None else self.own
+        last = hidden[..., -1:, :].detach()
+        source = source_of(self.head, self.kind, self.original, last, Transform())
+        index = torch.arange(last.numel() // last.shape[-1], device=last.device)
+        with torch.autocast(last.device.type, enabled=False):
+            return source.rows(index).reshape(*last.shape[:-1], -1)
 
     def take(self, module, arguments, output):
         if isinstance(output, tuple):
@@ -334,6 +445,18 @@ def replaced(module: nn.Module, name: str, function: Callable) -> Iterator[None]
             delattr(module, name)
         else:
             setattr(module, name, before)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Every module below in evaluation mode, and then as it was."""
+    training = [part for part in module.modules() if part.training]
+    try:
+        module.eval()
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def nested(modules: Sequence[nn.Module], function: Callable, hidden: Tensor) -> Any:
@@ -412,9 +535,8 @@ def learn(model: Any, inner: Any, head: nn.Module, inputs: dict) -> Transform:
     """Run the model with a head that gives probes for logits, and look at what becomes of them."""
     given: list[Tensor] = []
 
-    def inside(hidden: Tensor) -> tuple[Any, Tensor]:
-        num_classes = head_tensors(head)[0].shape[0]
-        given.extend((probes(num_classes, hidden), hidden))
+    def inside(call: Call, hidden: Tensor) -> tuple[Any, Tensor]:
+        given.extend((probes(call.last_logits(hidden).shape[-1], hidden), hidden))
         return None, given[0].expand(*hidden.shape[:-2], *given[0].shape).clone()
 
     if inputs.get("past_key_values") is not None:  # which the pass would add to
@@ -434,40 +556,26 @@ def is_due(calls: int) -> bool:
     return calls & (calls - 1) == 0 if calls < 1024 else calls % 1024 == 0
 
 
-@torch.no_grad()
-def last_logits(head: nn.Module, hidden: Tensor) -> Tensor:
-    """The head's logits (B, 1, V) of the last place, before the model does anything to them."""
-    from segloss.linear import Head
-
-    last = source_of(head, hidden[..., -1:, :].detach(), Transform())
-    with torch.autocast(hidden.device.type, enabled=False):
-        rows = Head.of(last, None).logits()
-    return rows.data.reshape(*last.leading_shape, -1)
-
-
-def check_logits(inner: Any, state: State, call: Call, logits: Tensor) -> None:
-    """Compare the logits of the last place: ours with the head's, and the model's with both."""
-    name, own, ours = type(inner).__name__, call.own.double(), call.ours.double()  # type: ignore
-    eps = max(torch.finfo(t.dtype).eps for t in (call.own, call.ours, logits))  # type: ignore
+def check_logits(name: str, state: State, call: Call, logits: Tensor) -> None:
+    """Compare the logits of the last place: ours with the head's, and the model's with those."""
+    own, ours = call.own, call.ours
+    assert own is not None and ours is not None
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (own, ours, logits))
     wide = torch.float64 if eps == torch.finfo(torch.float64).eps else torch.float32
     tolerance = max(4 * eps, 256 * torch.finfo(wide).eps)
-    try:
-        if state.calls == 1 and (own.isnan() | (own == torch.inf)).any():
-            raise ValueError(
-                f"the logits of {name} are not finite: its weights or hidden states are not, or "
-                f"are too large for {call.own.dtype}"  # type: ignore
-            )
-        check_close(name, "its head's tensors", ours, own, tolerance)
-        check_close(name, "its head", state.transform(own), logits.double(), tolerance)
-    except ValueError:
-        STATES.pop(inner, None)  # the next call learns anew
-        raise
+    if state.calls == 1 and bool((own.isnan() | (own == torch.inf)).any()):
+        raise ValueError(
+            f"the logits of {name} are not finite: its weights or hidden states are not, or the "
+            f"products are too large for {own.dtype}"
+        )
+    check_close(name, "its head's weights", ours, own, tolerance)
+    check_close(name, "its head, transformed", state.transform(own), logits, tolerance)
 
 
 def check_close(name: str, what: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
     if ours.shape == theirs.shape:
         both = ours.isfinite() & theirs.isfinite()
-        ours, theirs = ours[both], theirs[both]
+        ours, theirs = ours[both].double(), theirs[both].double()
         if theirs.numel() == 0:
             return
         error = float((ours - theirs).abs().amax() / theirs.abs().amax().clamp(min=1e-30))
@@ -475,8 +583,8 @@ def check_close(name: str, what: str, ours: Tensor, theirs: Tensor, tolerance: f
             return
         by = f"by {error:.1%} of the largest"
     else:
-        by = f"in shape: {tuple(theirs.shape)}, not {tuple(ours.shape)}"
+        by = f"in shape, {tuple(theirs.shape)} and {tuple(ours.shape)}"
     raise ValueError(
-        f"the logits of {name} differ from those of {what} {by}: it does more than was learnt on "
-        'its first call; give the loss model(...).logits (LossMixin: head="logits")'
+        f"the logits of {name} differ from those of {what} {by}: it does more to them than it did "
+        'on its first call; give the loss model(...).logits (LossMixin: head="logits")'
     )

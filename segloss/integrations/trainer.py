@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from segloss.distributed import sum_over
@@ -213,23 +212,10 @@ class LossMixin(Trainer):
         return self._shift.of(base_of(self.model), batch, call, self.accelerator.reduce)
 
     def _label_side(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What a batch says of its labels, at the places of the logits.
-
-        An encoder's positions say nothing of a decoder's, and prompt tuning puts places before.
-        """
-        inner, prompt = base_of(self.model), virtual_tokens(self.model)
-        decodes = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
-        if not (decodes or prompt):
+        """What a batch says of its labels; an encoder's positions say nothing of a decoder's."""
+        if not getattr(getattr(base_of(self.model), "config", None), "is_encoder_decoder", False):
             return batch
-        own = {k: v for k, v in batch.items() if k in ("labels", "shift_labels", *LOSS_COLUMNS)}
-        if decodes or not prompt:
-            return own
-        fill = {"labels": self.loss.ignore_index, "shift_labels": self.loss.ignore_index}
-        return {
-            name: F.pad(value, (prompt, 0), value=fill.get(name, 0)) if value.dim() > 1 else value
-            for name, value in own.items()
-            if value is not None
-        }
+        return {k: v for k, v in batch.items() if k in ("labels", "shift_labels", *LOSS_COLUMNS)}
 
     def _samples(self, batch: Mapping[str, Any]) -> Samples:
         return Samples.of(self._label_side(batch), self._shifts(batch), self.loss.ignore_index)
@@ -484,14 +470,6 @@ def grouped(loss: Loss, group: Any) -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------- checks
-
-
-def virtual_tokens(model: Any) -> int:
-    """Places that a peft model puts before those of its input."""
-    config: Any = getattr(model, "active_peft_config", None)
-    if not getattr(config, "is_prompt_learning", False) or config.peft_type == "PREFIX_TUNING":
-        return 0
-    return config.num_virtual_tokens
 
 
 def given_columns(init: Any, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:

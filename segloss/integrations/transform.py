@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from segloss.logits import LinearLogits
+from segloss.sources import LinearLogits
 
 NUM_PROBES = 8
 SMALLEST, LARGEST = -10, 40  # exponents of 2: any scale is met, and any cap is reached

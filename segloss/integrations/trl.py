@@ -21,9 +21,8 @@ from segloss.integrations.forward import auxiliary_loss, model_inputs
 from segloss.integrations.fuse import InPlace
 from segloss.integrations.trainer import LossMixin
 from segloss.integrations.window import IGNORE, next_tokens
-from segloss.logits import LinearLogits
 from segloss.losses import CrossEntropyLoss, DFTLoss, Loss
-from segloss.statistics import logit_statistics
+from segloss.sources import LinearLogits, logit_statistics
 
 __all__ = [
     "DPOTrainer",

@@ -1,6 +1,6 @@
 """What segloss does with a model class: fused, from its logits, refused, or the class is not built.
 
-    python tests/models/sweep.py [class ...]       # the verdicts, as docs/models.md has them
+python tests/models/sweep.py [class ...]       # the verdicts, as docs/models.md has them
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def public(ending: str) -> set[str]:
 
 def classes() -> dict[str, list[str]]:
     """{kind of label: model classes} of the installed transformers."""
-    aligned = {name for name in names_of("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")}
+    aligned = names_of("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
     causal = public("ForCausalLM") | names_of("CAUSAL_LM")
     more = public("ForConditionalGeneration") - aligned - causal
     tokens, sequences = names_of("TOKEN_CLASSIFICATION"), names_of("SEQUENCE_CLASSIFICATION")
@@ -145,7 +145,9 @@ def target_of(model, inputs: dict, logits, labels, kind: str) -> tuple[torch.Ten
         ways = {"": labels}
     try:
         own = model(**inputs, labels=labels).loss
-        remark = "it has no loss of its own" if own is None else f"its own loss is another: {own:.4f}"
+        remark = (
+            "it has no loss of its own" if own is None else f"its own loss is another: {own:.4f}"
+        )
     except Exception as error:
         own, remark = None, "its own loss raises: " + one_line(error)
     for reason, target in ways.items():

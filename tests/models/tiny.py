@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import Any
 
@@ -20,13 +19,14 @@ SIZES: list[tuple[str, int]] = [
     (r"pad_token_id", 0),
     (r"bos_token_id|decoder_start_token_id|cls_token_id", 1),
     (r"eos_token_id|sep_token_id", 2),
-    (r"max_position_embeddings|max_position|n_positions|n_ctx|max_seq_len.*|max_sequence_length", 64),
+    (r"max_position_embeddings|max_position|n_positions|n_ctx", 64),
+    (r"max_seq_len.*|max_sequence_length", 64),
     (r"max_(source|target)_positions|seq_length|max_context_length|context_length", 64),
     (r"num_key_value_heads|num_kv_heads|.*_num_kv_heads|n_head_kv|multi_query_group_num", 2),
     (r".*key_value_heads", 2),
     (r"mamba_(n|num)_heads|linear_num_(key|value)_heads|linear_num_heads", HEADS),
     (r"num_attention_heads|.*attention_heads|num_heads|n_heads?|.*_num_heads|.*n_heads", HEADS),
-    (r"(mamba_)?(d_)?head_dim|(mamba_)?d_head|d_kv|v_head_dim|.*head_dim|attention_head_size|head_size", 8),
+    (r".*head_dim|.*d_head|d_kv|attention_head_size|head_size", 8),
     (r"qk_nope_head_dim|qk_rope_head_dim|kv_channels", 8),
     (r"q_lora_rank|kv_lora_rank|.*_rank", 8),
     (r"num_nextn_predict_layers|num_mtp_layers|.*mtp.*layers", 0),
@@ -36,14 +36,14 @@ SIZES: list[tuple[str, int]] = [
     (r"num_experts|.*num_experts|num_local_experts|n_routed_experts|moe_num_experts", 4),
     (r"n_group|topk_group|n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
     (r"moe_intermediate_size|.*expert_intermediate_size|expert_ffn_hidden_size", 16),
-    (r"intermediate_size.*|.*intermediate_size|.*ffn_dim|.*ffn_hidden_size|d_ff|n_inner|ffn_dim", 48),
+    (r"intermediate_size.*|.*intermediate_size|.*ffn_dim|.*ffn_hidden_size|d_ff|n_inner", 48),
     (r"inner_dim|mlp_dim|dim_feedforward|ffn_size|.*mlp_hidden_size", 48),
     (r"hidden_size|.*hidden_size|d_model|n_embd|.*embed_dim|dim|embedding_size|emb_dim", WIDTH),
     (r".*hidden_dim|.*_dim|.*embedding_dim|width|word_embed_proj_dim|lru_width", WIDTH),
     (r"(mamba_)?(d_)?ssm_state_size|state_size|mamba_d_state|ssm_d_state|.*d_state", 8),
     (r"image_size", 16),
     (r".*patch_size", 4),
-    (r"sliding_window|attention_window.*|window_size|local_attention|.*chunk_size|attention_chunk_size", 16),
+    (r"sliding_window|attention_window.*|window_size|local_attention|.*chunk_size", 16),
     (r"num_labels", 5),
 ]  # fmt: skip
 
