@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .class_stats import panel_log_prob, panel_rows, tile_probabilities
-from .common import Rows, exp_, jit, parallel, tl, use_triton
+from .common import Rows, exp_, jit, launcher, parallel, tl, use_triton
 
 
 class Candidates(NamedTuple):
@@ -31,7 +31,7 @@ def candidates_kernel(
     own_in,  # (N,) the row's own class as an index into `columns`
     columns_in,  # (K,)
     threshold,  # (B, K)
-    count,  # (N,) written by the count pass
+    count,  # (N,) written by the count pass, read by the write pass
     first,  # (N,) where a row's candidates start: read by the write pass
     row_out,  # (M,)
     class_out,  # (M,)
@@ -54,6 +54,8 @@ def candidates_kernel(
     sample = tl.load(sample_in + row)
     own = tl.load(own_in + row)
     at = tl.load(first + row) if WRITE else tl.full((), 0, tl.int64)
+    # logits that change between the passes must not lead a write astray
+    end = at + tl.load(count + row) if WRITE else at
     if sample >= 0:
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
@@ -68,14 +70,16 @@ def candidates_kernel(
             hits = chosen.to(tl.int32)
             if WRITE:
                 place = at + tl.cumsum(hits, axis=0) - 1
-                tl.store(row_out + place, tl.full((BLOCK_K,), row, tl.int64), mask=chosen)
-                tl.store(class_out + place, k.to(tl.int64), mask=chosen)
-                tl.store(prob_out + place, p, mask=chosen)
+                fits = chosen & (place < end)
+                tl.store(row_out + place, tl.full((BLOCK_K,), row, tl.int64), mask=fits)
+                tl.store(class_out + place, k.to(tl.int64), mask=fits)
+                tl.store(prob_out + place, p, mask=fits)
             at += tl.sum(hits, axis=0)
     if not WRITE:
         tl.store(count + row, at)
 
 
+@launcher
 def candidates_triton(rows, row_max, log_sum, columns, sample, own, threshold) -> Candidates:
     def launch(first, out, write):
         candidates_kernel[(rows.num_rows,)](

@@ -26,6 +26,7 @@ from .common import (
     cdiv,
     exp_,
     jit,
+    launcher,
     load_logits,
     parallel,
     row_offset,
@@ -303,6 +304,7 @@ def grad_entries_kernel(
     tl.store(dlogits + row * V + column, dz.to(dlogits.dtype.element_ty), mask=inside)
 
 
+@launcher
 def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
     n, num_classes = rows.num_rows, rows.num_classes
     spare = terms.row_max

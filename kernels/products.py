@@ -22,18 +22,23 @@ CONTRACT_COLUMNS = 512
 SPLIT_COLUMNS = 1024
 
 
+def widens(factor: Tensor) -> bool:
+    """Whether half-precision factors can be multiplied into float32: on NVIDIA's GPUs alone."""
+    return factor.is_cuda and torch.version.hip is None
+
+
 def product(a: Tensor, b: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """`a @ b * scale` (m, n), accumulated in float32, in a dtype with the range of float32.
 
-    float32 on a GPU. On a CPU, which has no such product, bfloat16 stays (it has the range) and
-    float16 is multiplied as float32: unscaled sums over tokens overflow its range.
+    float32 on NVIDIA's GPUs. Elsewhere there is no such product: bfloat16 stays (it has the range)
+    and float16 is multiplied as float32, since unscaled sums over tokens overflow its range.
     """
     if a.dtype == torch.float16:
-        full = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+        full = torch.mm(a, b, out_dtype=torch.float32) if widens(a) else a.float() @ b.float()
         return full * scale
     if isinstance(scale, Tensor) or scale != 1.0:
         b = (b * scale).to(b.dtype)  # exact for a power of two, and smaller than the result
-    if a.is_cuda and a.dtype == torch.bfloat16:
+    if a.dtype == torch.bfloat16 and widens(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b
 

@@ -17,6 +17,7 @@ from .common import (
     bounds,
     exp_,
     jit,
+    launcher,
     load_logits,
     parallel,
     row_offset,
@@ -179,6 +180,7 @@ def row_stats_kernel(
         tl.store(num_finite_out + row, count)
 
 
+@launcher
 def row_stats_triton(
     rows: Rows,
     target: Tensor,  # (N,)
