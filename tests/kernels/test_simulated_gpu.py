@@ -8,95 +8,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import (
-    LOSSES,
-    SET_LOSSES,
-    TOLERANCE,
-    fused,
-    naive,
-    random_weights,
-    relative_error,
-    upstream_like,
+from gpu_helpers import (
+    CASE_MODES,
+    HALF,
+    MODES,
+    OPTIONS,
+    SET_OPTIONS,
+    TOKENS,
+    TRANSFORM,
+    V,
+    call_options,
+    compare,
+    compare_on_logits,
 )
-from linear_helpers import (
-    CASES,
-    EVERYTHING,
-    TOKEN_CASES,
-    problem,
-    source,
-    stored,
-)
+from helpers import SET_LOSSES, fused, naive, random_weights, relative_error
+from linear_helpers import CASES, EVERYTHING, TOKEN_CASES, problem, stored
 
 import segloss
-from bench.simulated import SimulatedGpu, deterministic, gradients, on_cpu
+from bench.simulated import SimulatedGpu, deterministic, on_cpu
 from segloss.losses import lovasz
-
-HALF = torch.bfloat16
-# V: blocks of a vocabulary that does not divide evenly; tokens in samples, some of them ignored
-V, TOKENS = 37, (3, 8)
-CHUNK = V * 7 * 2  # of bfloat16 logits: seven rows, which does not divide evenly either
-
-# what is trainable, the source's options and the reduction: each way of computing, and each option
-MODES = {
-    "fused": (EVERYTHING, {}, {}),
-    "fused, compact": (EVERYTHING, {"compact": True}, {}),
-    "fused, one chunk": (("hidden", "weight"), {"chunk_bytes": None}, {}),
-    "fused, frozen head": (("hidden",), {}, {}),
-    "fused, head only": (("weight",), {}, {}),
-    "fused, adapter": (("hidden", "a", "b"), {}, {}),
-    "frozen": (("hidden",), {}, {"reduction": "none"}),
-    "recompute": (EVERYTHING, {}, {"reduction": "none"}),
-    "recompute, compact": (("hidden", "weight"), {"compact": True}, {"reduction": "none"}),
-    "recompute, some kept": (EVERYTHING, {"memory_budget": 2 * CHUNK}, {"reduction": "none"}),
-    "recompute, adapter": (("hidden", "a", "b"), {}, {"reduction": "none"}),
-    "no grad": ((), {}, {}),
-}
-CASE_MODES = [
-    (name, mode)
-    for name in CASES
-    for mode in MODES
-    if name != "0.6 ce + 0.4 lovasz" or "reduction" not in MODES[mode][2]
-]
-TRANSFORM = {"softcap": 20.0, "scale": 0.75}
-
-
-def run(loss, logits_of, tensors, target, trainable, on=None, **options):
-    """[value, a gradient per trainable tensor], `on` a simulated GPU or plainly."""
-    names = [name for name in trainable if name in tensors]
-    leaves = {n: t.detach().clone().requires_grad_(n in names) for n, t in tensors.items()}
-    wanted = [leaves[n] for n in names]
-    if on is None:
-        value = loss(logits_of(leaves), target, **options)
-        return [value.detach(), *torch.autograd.grad(value, wanted, upstream_like(value))] if (
-            wanted
-        ) else [value.detach()]  # fmt: skip
-    up = {}  # by shape; its dice are thrown outside, on the CPU
-    with on:
-        value = loss(logits_of(leaves), target, **options)
-    up = upstream_like(value.detach())
-    with on:
-        return [value.detach(), *(gradients(value, wanted, up) if wanted else [])]
-
-
-def compare(name, ours, truth, tensors, target, trainable=("hidden", "weight"), dtype=HALF, **how):
-    """Ours on a simulated GPU as close to float64 as plain PyTorch; the GPU.
-
-    `how`: the options of each call, `source_options` of ours and `transform` of both.
-    """
-    source_options, transform = how.pop("source_options", {}), how.pop("transform", {})
-    gpu = how.pop("gpu", None) or SimulatedGpu()
-    more = {"compact": False, "chunk_bytes": CHUNK} | source_options | transform
-    small = {key: x.to(dtype) for key, x in tensors.items()}
-    exact = {key: x.double() for key, x in small.items()}
-    true = run(truth, lambda t: stored(t, **transform), exact, target, trainable, **how)
-    plain = run(truth, lambda t: stored(t, **transform), small, target, trainable, **how)
-    mine = run(ours, lambda t: source(t, **more), small, target, trainable, gpu, **how)
-    for place, (a, b, c) in enumerate(zip(mine, plain, true, strict=True)):
-        allowed = 2 * relative_error(b, c) + max(TOLERANCE[dtype], torch.finfo(dtype).eps)
-        error = relative_error(a, c)
-        assert error <= allowed, f"{name}, result {place}: {error:.2g} > {allowed:.2g}"
-    assert gpu.faults == []
-    return gpu
 
 
 @pytest.mark.parametrize("name, mode", CASE_MODES)
@@ -110,27 +40,6 @@ def test_every_loss_and_way_of_computing(name, mode):
         assert gpu.waits == {}
 
 
-def call_options() -> dict[str, dict]:
-    some = random_weights(*TOKENS, seed=2)
-    some.view(-1)[::3] = 0
-    return {
-        "sum": {"reduction": "sum"},
-        "token weight": {"token_weight": some},
-        "class weight": {"weight": random_weights(V)},
-        "normalizer": {"normalizer": 40.0},
-    }
-
-
-SET_OPTIONS = {
-    "all": {"classes": "all"},
-    "per sample": {"per_sample": True},
-    "per sample, all": {"per_sample": True, "classes": "all", "reduction": "none"},
-    "sample ids": {"per_sample": True, "sample_ids": torch.arange(24).view(TOKENS) % 5 - 2},
-}
-OPTIONS = [(name, option) for name in LOSSES for option in call_options()]
-OPTIONS += [(name, option) for name in SET_LOSSES for option in SET_OPTIONS]
-
-
 @pytest.mark.parametrize("name, option", OPTIONS)
 def test_every_option_on_hidden_states(name, option):
     options = (call_options() | SET_OPTIONS)[option]
@@ -142,23 +51,9 @@ def test_every_option_on_hidden_states(name, option):
 
 @pytest.mark.parametrize("name, option", OPTIONS)
 def test_every_option_on_logits(name, option):
-    """The logits are one large tensor, strided."""
     options = (call_options() | SET_OPTIONS)[option]
-    tensors, target = problem(*TOKENS, v=V, d=8, names=("hidden", "weight"))
-    logits = stored({key: x.to(HALF) for key, x in tensors.items()})
-    wider = torch.cat([logits, logits[:, :1]], 1)
-    pair = {"hidden": wider}
-
-    def rows(leaves):
-        return leaves["hidden"][:, :-1]
-
-    true = run(naive(name), rows, {"hidden": wider.double()}, target, pair, **options)
-    plain = run(naive(name), rows, pair, target, pair, **options)
-    gpu = SimulatedGpu()
-    mine = run(fused(name), rows, pair, target, pair, gpu, **options)
-    for a, b, c in zip(mine, plain, true, strict=True):
-        assert relative_error(a, c) <= 2 * relative_error(b, c) + TOLERANCE[HALF]
-    assert gpu.faults == []
+    tensors, target = problem(*TOKENS, v=V, d=8, names=("hidden", "weight"), dtype=HALF)
+    gpu = compare_on_logits(name, fused(name), naive(name), stored(tensors), target, **options)
     if name not in SET_LOSSES:
         assert gpu.waits == {}
 
