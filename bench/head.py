@@ -105,7 +105,9 @@ def ours(name: str, grad_filter: float = 0.0) -> Callable[..., Tensor]:
     def run(hidden: Tensor, weight: Tensor, target: Tensor, share: float = 1.0) -> Tensor:
         chunk = None
         if share < 1:
-            whole = segloss.LinearLogits(hidden, weight).chunk_rows(int(len(target) / share))
+            whole = (
+                segloss.LinearLogits(hidden, weight).inputs().chunk_rows(int(len(target) / share))
+            )
             chunk = max(1, int(share * whole)) * weight.shape[0] * weight.element_size()
         source = segloss.LinearLogits(hidden, weight, chunk_bytes=chunk, grad_filter=grad_filter)
         return loss(source, target)
@@ -253,7 +255,7 @@ def bare(products: int, tensors: Tensors) -> Callable[[], None]:
 def one_pass(tensors: Tensors) -> Callable[[], None]:
     """Each logit read and written once, in the part of them that a chunk holds."""
     hidden, weight, _ = tensors
-    rows = segloss.LinearLogits(hidden, weight).chunk_rows(hidden.shape[0])
+    rows = segloss.LinearLogits(hidden, weight).inputs().chunk_rows(hidden.shape[0])
     chunk = torch.zeros(rows, weight.shape[0], dtype=hidden.dtype)
     written = torch.empty_like(chunk)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from segloss.head.matrices import Head
 from segloss.integrations.window import (
     IGNORE,
     LOSS_COLUMNS,
@@ -32,10 +33,8 @@ from segloss.integrations.window import (
     weigh,
 )
 from segloss.kernels.common import widest
-from segloss.linear import Head
-from segloss.logits import LinearLogits
 from segloss.losses import CrossEntropyLoss, Loss
-from segloss.statistics import logit_statistics
+from segloss.sources import LinearLogits, logit_statistics
 from segloss.weighting import CoBa, SampleWeighting
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ def check_once(model: Any, source: LinearLogits, logits: Tensor) -> None:
     if getattr(model, "_segloss_head_checked", False):
         return
     last = source.hidden[:, -1:].detach()
-    head = Head.of(replace(source, hidden=last), None)
+    head = Head.of(replace(source, hidden=last).inputs(), None)
     with torch.no_grad(), torch.autocast(source.device.type, enabled=False):
         rows = head.logits()
         ours = rows.load(rows.data)[0]

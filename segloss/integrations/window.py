@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from segloss.checks import describe
 from segloss.distributed import sum_over
 from segloss.kernels.common import widest
-from segloss.logits import describe
-from segloss.statistics import logit_statistics
+from segloss.sources import logit_statistics
 from segloss.weighting import SampleWeighting, sample_losses, token_weights
 
 IGNORE = -100
