@@ -13,7 +13,7 @@ written p (prob_coef + v) + v (1 - p), with v (1 - p) from the row's accurate lo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -265,9 +265,13 @@ def grad_entries_kernel(
     ROW_WEIGHTED: tl.constexpr,
     LISTED: tl.constexpr,
     PANEL: tl.constexpr,
+    GATHERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Single elements written again with more terms: all (row, listed column) or M entries."""
+    """Single elements written again with more terms: all (row, listed column) or M entries.
+
+    GATHERED: `logits` holds theirs alone, (N, K) or (M,), since dlogits lie over all others.
+    """
     if PANEL:
         row = tl.program_id(0).to(tl.int64) + tl.zeros((BLOCK,), tl.int64)
         k = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -278,7 +282,10 @@ def grad_entries_kernel(
         row = tl.load(entry_row + at, mask=inside, other=0)
         k = tl.load(entry_class + at, mask=inside, other=0)
     column = tl.load(columns_in + k, mask=inside, other=0) if LISTED else k
-    pointers = logits + row_offset(row, T, stride_b, stride_t) + column * stride_v
+    if GATHERED:
+        pointers = logits + (row * K + k if PANEL else at)
+    else:
+        pointers = logits + row_offset(row, T, stride_b, stride_t) + column * stride_v
     z = load_logits(pointers, inside, softcap, scale, SOFTCAP, SCALED, DOUBLE)
     y = tl.load(target + row, mask=inside, other=-1)
     row_m, row_l, coef, coef_y, rest_y, row_h, grad_h, grad_t = load_row_terms(
@@ -337,8 +344,16 @@ def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
     covers_all = terms.class_grad is not None and terms.columns is None
     listed = terms.class_grad is not None and not covers_all and terms.class_grad.numel() > 0
     single = terms.entry_grad is not None and terms.entry_grad.numel() > 0
-    if (listed or single) and dlogits.data_ptr() == rows.data.data_ptr():
-        rows = replace(rows, data=rows.data.clone())  # the later passes read the logits again
+    # the later passes read logits again: where dlogits lie over them, a copy of those few
+    in_place = dlogits.data_ptr() == rows.data.data_ptr()
+    panel_logits = rows.data
+    if listed and in_place:
+        panel_logits = rows.data[:, :, terms.columns].contiguous()
+    entry_logits = rows.data
+    if single and in_place:
+        column = terms.entry_class if terms.columns is None else terms.columns[terms.entry_class]
+        time = rows.data.shape[1]
+        entry_logits = rows.data[terms.entry_row // time, terms.entry_row % time, column]
     grad_rows_kernel[(n,)](
         rows.data,
         dlogits,
@@ -351,9 +366,9 @@ def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
         **row_tile(rows),
     )
 
-    def entries(grid, panel, num_entries, entry):
+    def entries(grid, logits, panel, num_entries, entry):
         grad_entries_kernel[grid](
-            rows.data,
+            logits,
             dlogits,
             *entry,
             valid,
@@ -367,17 +382,18 @@ def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
             CLASSES=terms.class_grad is not None,
             LISTED=terms.columns is not None,
             PANEL=panel,
+            GATHERED=in_place,
             BLOCK=256,
             num_warps=4,
         )
 
     if listed:
         grid = (n, cdiv(terms.class_grad.shape[1], 256))
-        entries(grid, True, 0, (terms.target, terms.target, spare))
+        entries(grid, panel_logits, True, 0, (terms.target, terms.target, spare))
     if single:
         num_entries = terms.entry_grad.numel()
         entry = (terms.entry_row, terms.entry_class, terms.entry_grad)
-        entries((cdiv(num_entries, 256),), False, num_entries, entry)
+        entries((cdiv(num_entries, 256),), entry_logits, False, num_entries, entry)
 
 
 @dataclass
@@ -503,7 +519,7 @@ def logit_grad(rows: Rows, terms: GradTerms, dlogits: Tensor) -> Tensor:
     """Fills dlogits (N, V), contiguous, with the gradient of the logits; returns it.
 
     dlogits may be the memory of the logits. On a GPU, listed columns and entries then cost a copy
-    of them.
+    of their own logits.
     """
     if rows.num_rows:
         run = logit_grad_triton if use_triton(rows.data) else logit_grad_torch
