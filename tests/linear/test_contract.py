@@ -225,7 +225,7 @@ def test_matrix_products_and_allocations(name, trainable, of_source, options, pr
     if trainable == ("hidden",):
         assert (V_LARGE, D_LARGE) not in [shape for shape, _ in made.seen]
     if name in LOSSES:
-        assert f"{products} x 2NDV" in logits.explain(module(name, **options), target)
+        assert f"{products:.3g} x 2NDV" in logits.explain(module(name, **options), target)
 
 
 def test_ignored_rows_are_left_out_of_the_products():
