@@ -205,7 +205,7 @@ class SimulatedGpu(TorchFunctionMode):
         self.stack.close()
 
     def launched(self, name: str, given: list) -> None:
-        tensors = [t for t in given if isinstance(t, Tensor)]
+        tensors = [t for t in tree_leaves(given) if isinstance(t, Tensor)]
         self.launches[name] += 1
         with torch._C.DisableTorchFunction():
             self.rows[name] += tensors[0].numel()

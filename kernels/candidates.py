@@ -91,7 +91,7 @@ def candidates_triton(rows, row_max, log_sum, columns, sample, own, threshold) -
         rows.new(num, dtype=torch.int64), rows.new(num, dtype=torch.int64), rows.new(num)
     )
     if num:
-        launch(None, total - count, out)
+        launch(count, total - count, out)
     return out
 
 
