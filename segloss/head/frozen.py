@@ -22,7 +22,7 @@ from segloss.kernels.common import Rows
 from segloss.kernels.logit_grad import GradTerms, logit_grad
 from segloss.kernels.products import GradBlock, product
 from segloss.sweep.batch import Batch
-from segloss.sweep.terms import row_slice
+from segloss.sweep.terms import row_slices
 
 
 class Frozen:
@@ -55,6 +55,9 @@ class Frozen:
 
     def saved(self) -> dict[str, Any]:
         return {"qw": torch.cat(self.parts)}
+
+    def left(self) -> None:
+        return None
 
 
 def probabilities_off_target(z: Rows, stats, valid: Tensor, target: Tensor) -> Tensor:
@@ -99,9 +102,8 @@ def hidden_grad(inputs: Inputs, head: Head, terms: GradTerms, saved: dict) -> Te
     )  # fmt: skip
     slices = panel_slices(inputs, own.numel(), columns.numel())
     out = chunk_buffer(panel, slices)
-    for here in slices:
+    for here, part in zip(slices, row_slices(only, slices), strict=True):
         z = panel.take(here).logits(out)
-        part = row_slice(only, here)
-        dlogits = logit_grad(z, part, torch.empty_like(z.data[0]))
+        dlogits = logit_grad(z, part, z.data[0])
         result[here] += panel.times_weight(GradBlock(dlogits))
     return result

@@ -40,7 +40,7 @@ def crossings(
     """(all collectives of a call and its backward, {kind of ranks: how many})."""
     group = source.token_group(loss.group)
     fused = loss.is_row_sum and source.forms_gradients
-    spread = source.spread(batch)
+    spread = source.spread(batch, fused)
     every = list(spread.crossings)
     sizes = {}
     if spread.vocabulary > 1:

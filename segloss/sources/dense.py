@@ -115,7 +115,7 @@ class DenseLogits(Source):
         ]
         return "\n".join(lines)
 
-    def spread(self, batch: Batch) -> Spread:
+    def spread(self, batch: Batch, fused: bool) -> Spread:
         trained = torch.is_grad_enabled() and self.logits.requires_grad
         return Spread(batch.target.numel(), trained, self.layout.vocabulary)
 

@@ -43,7 +43,8 @@ class LinearLogits(Source):
             count on a GPU, which compact=False avoids (CUDA graphs).
         chunk_bytes: what the logits of one chunk may take; None for a measured default.
         memory_budget: bytes of logits that may be kept from forward to backward where they would
-            otherwise be computed again.
+            otherwise be computed again (region and ranking losses, reduction="none"); None keeps
+            one chunk's, in memory that forward needs anyway, 0 none.
         grad_filter: columns of a block of 256 rows in which every |dlogits| (before the mean and
             the upstream gradient) is below this are multiplied as one rank-1 term; 0 for none.
             With more than 65,536 classes the limit falls as 65,536 / V.
@@ -73,7 +74,7 @@ class LinearLogits(Source):
     lora: tuple[Tensor, Tensor, float] | None = None
     compact: bool = True
     chunk_bytes: int | None = None
-    memory_budget: int = 0
+    memory_budget: int | None = None
     grad_filter: float = 0.0
     vocab: VocabShard | None = None
     layout: Layout = field(init=False, repr=False)
@@ -139,7 +140,7 @@ class LinearLogits(Source):
             raise TypeError(f"compact is {self.compact!r}; it takes True or False")
         for name in ("chunk_bytes", "memory_budget"):
             value = getattr(self, name)
-            if name == "chunk_bytes" and value is None:
+            if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} is {describe(value)}; it takes a number of bytes")
@@ -240,7 +241,7 @@ class LinearLogits(Source):
     def plan(self, batch: Batch, row_sum: bool) -> str:
         return explain(self.inputs(crossing=False), batch, row_sum)
 
-    def spread(self, batch: Batch) -> Spread:
+    def spread(self, batch: Batch, fused: bool) -> Spread:
         inputs, layout = self.inputs(crossing=False), self.layout
         rows = kept_rows(inputs, batch)
         num_rows = batch.target.numel() if rows is None else rows.numel()
@@ -249,7 +250,7 @@ class LinearLogits(Source):
             num_rows,
             any(needed.values()),
             layout.vocabulary,
-            len(chunk_slices(inputs, num_rows)),
+            len(chunk_slices(inputs, num_rows, needed["weight"], fused)),
             layout.crossings(
                 self.hidden,
                 {name: t for name, t in inputs.tensors.items() if needed[name]},

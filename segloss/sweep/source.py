@@ -102,8 +102,8 @@ class Source(ABC):
         """In words and bytes what a loss and its backward cost; `row_sum`: whether it is one."""
 
     @abstractmethod
-    def spread(self, batch: Batch) -> Spread:
-        """How it lies on the ranks; asks none of them."""
+    def spread(self, batch: Batch, fused: bool) -> Spread:
+        """How it lies on the ranks, of which none is asked; `fused`: by `row_sum`."""
 
     @abstractmethod
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

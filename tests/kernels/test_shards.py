@@ -1,5 +1,7 @@
 """Columns of which others lie on other ranks: a target, an own class or every column elsewhere."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from grad_helpers import TERMS, Problem
@@ -10,7 +12,8 @@ from segloss.kernels.class_stats import class_peaks, class_sums, row_dots
 from segloss.kernels.common import Rows
 from segloss.kernels.logit_grad import logit_grad
 from segloss.kernels.row_stats import row_stats
-from segloss.sweep.terms import column_slice
+from segloss.sharding import Sharding
+from segloss.sweep.terms import own_terms
 
 V, CUT = 507, 200
 SHARDS = [slice(0, CUT), slice(CUT, V)]
@@ -84,8 +87,14 @@ def test_the_gradient_of_some_columns_is_that_of_all_cut(columns, name, memory):
     ex = example(7, V, poisoned=True)
     memory.forbid_ignored(ex)
     problem = Problem(ex, **TERMS[name])
-    terms = column_slice(problem.terms, columns.start, columns.stop)
-    rows = part_of(ex.rows, columns)
+    terms, width = problem.terms, columns.stop - columns.start
+    if terms.entry_class is not None:  # entries are found where their columns are
+        column = terms.entry_class if terms.columns is None else terms.columns[terms.entry_class]
+        here = (column >= columns.start) & (column < columns.stop)
+        chosen = {n: getattr(terms, n)[here] for n in ("entry_row", "entry_class", "entry_grad")}
+        terms = replace(terms, **chosen)
+    sharding = Sharding(V, columns.start, width, width, group="others")
+    terms, rows = own_terms(terms, sharding), part_of(ex.rows, columns)
 
     def run():
         return logit_grad(rows, terms, torch.empty(7, rows.num_classes))
