@@ -29,7 +29,11 @@ NAMES = ("ce, all options", "focal, none", "dice, all", "lovasz, per sample", "a
 
 
 def logits_of(x: dict) -> torch.Tensor:
-    return (x["hidden"] @ x["weight"].T).detach()
+    """With rows that have no finite logit on some ranks, and on all but one."""
+    logits = (x["hidden"] @ x["weight"].T).detach()
+    logits[x["target"] >= 16, :16] = -torch.inf
+    logits[x["target"] == V - 1, : V - 1] = -torch.inf
+    return logits
 
 
 def statistics(source, target, leaves, classes) -> dict:
@@ -424,7 +428,7 @@ def test_memory_is_divided_by_the_ranks(found, name, parts):
 @pytest.mark.parametrize("name", ["ce", "dice"])
 def test_a_filter_merges_the_small_columns_of_each_slice(found, name):
     shares = [rank["filter"][name, 1e-2][2] for rank in found]
-    assert len(set(shares)) == 1 and 0.02 < shares[0] < 0.9
+    assert len(set(shares)) == 1 and 1e-3 < shares[0] < 0.9
     exact, filtered = ([r["filter"][name, limit] for r in found] for limit in (0.0, 1e-2))
     # another approximation than unsharded: each slice's small columns are one term
     for own in filtered:
