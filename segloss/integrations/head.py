@@ -22,8 +22,16 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from segloss.checks import describe
+from segloss.checks import describe, is_dtensor
 from segloss.integrations.own_forward import ModuleLogits, Repeatable
+from segloss.integrations.tensor_parallel import (
+    gathered_logits,
+    on_mesh,
+    placed,
+    takes_dtensors,
+    whole,
+    wrapped_by_transformers,
+)
 from segloss.integrations.transform import Transform, learnt, probes
 
 __all__ = ["head_logits", "head_loss"]
@@ -92,7 +100,7 @@ def head_loss(
     call.tidy(outputs, value)
     if call.checking:
         try:
-            check_logits(type(inner).__name__, state, call, outputs.logits)
+            check_logits(type(inner).__name__, state, call, whole(outputs.logits))
         except ValueError:
             STATES.pop(inner, None)  # the next call learns anew
             raise
@@ -235,8 +243,9 @@ def is_linear(core: Any) -> bool:
     """Whether a module is `F.linear(hidden, weight, bias)` and nothing else."""
     own_forward = type(core).forward is nn.Linear.forward
     replaced = "forward" in vars(core) and forward_name(core) == "forward"
+    cut = wrapped_by_transformers(vars(core).get("forward")) is not None
     weight = getattr(core, "weight", None)
-    return own_forward and not replaced and is_ordinary(weight)
+    return own_forward and (cut or not replaced) and is_ordinary(weight)
 
 
 def is_ordinary(weight: Any) -> bool:
@@ -276,12 +285,14 @@ def source_of(head: nn.Module, kind: Kind, forward: Callable, hidden: Tensor, do
     """The logits of the model: those of its head at `hidden`, and what the model does to them."""
     if kind.owners is not None:
         weight, bias, lora = head_tensors(kind)
-        if type(weight).__name__ == "DTensor":
-            raise TypeError(
-                "the head is sharded by classes (tensor parallelism), which head_loss does not "
-                "take; leave lm_head out of the tp_plan"
-            )
+        if is_dtensor(weight):
+            hidden = placed(hidden, forward, weight)
         return does.source(hidden, weight, bias, lora)
+    if any(is_dtensor(parameter) for parameter in core_of(head).parameters()):
+        raise TypeError(
+            "the head is cut by classes (tensor parallelism) and more than a linear layer, which "
+            'head_loss does not take; give the loss model(...).logits (LossMixin: head="logits")'
+        )
     bias = None if does.bias is None else does.bias / does.scale
     return ModuleLogits(
         hidden, core_of(head), forward, does.softcap, does.scale, bias, does.num_classes
@@ -340,8 +351,13 @@ class Call:
 
         self.exits.enter_context(replaced(core, forward_name(core), self.head_forward))
         self.exits.enter_context(replaced(self.inner, "forward", model_forward))
-        # the engine's hooks on the head have seen the loss before
-        handle = self.head.register_forward_hook(self.take)
+        # the engine's hooks on the head have seen the loss before; those of parallelize_module
+        # take no loss
+        first = takes_dtensors(self.head)
+        if first:
+            self.check_group()
+            self.exits.callback(self.head.register_forward_hook(self.check_whole).remove)
+        handle = self.head.register_forward_hook(self.take, prepend=first)
         self.exits.callback(handle.remove)
         return self
 
@@ -363,13 +379,34 @@ class Call:
         self.value, last = nested(self.kind.within, within, hidden)
         self.ours = last
         tensors = tuple(differentiable(self.value)) if torch.is_grad_enabled() else ()
+        if takes_dtensors(self.head):
+            last = on_mesh(last, core_of(self.head).weight)
         return (tensors, last) if tensors else last
+
+    def check_group(self) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        if isinstance(self.head, FSDPModule):
+            raise TypeError(
+                "the head is cut by parallelize_module and is an FSDP2 group of its own, whose "
+                "hooks would not see the loss; call fully_shard on the model alone, or on the "
+                "layers and the model"
+            )
+
+    def check_whole(self, module, arguments, output) -> None:
+        classes = core_of(module).weight.shape[0]
+        if not is_dtensor(output) and output.shape[-1] != classes:
+            raise TypeError(
+                f"the head gives each rank {output.shape[-1]} of the logits of {classes} classes; "
+                "head_loss takes ColwiseParallel(output_layouts=Replicate()) of it, or "
+                "use_local_output=False"
+            )
 
     @torch.no_grad()
     def own_logits(self, hidden: Tensor, places: int = 1) -> Tensor:
         """The head's logits (B, places, V) of the last places, by its own forward."""
         with Repeatable(hidden.device):
-            return self.original(hidden[..., -places:, :])
+            return whole(self.original(hidden[..., -places:, :]))
 
     def check_rows(self, hidden: Tensor) -> None:
         """A head that is used by its own forward has to treat each place by itself."""
@@ -390,6 +427,9 @@ class Call:
         if self.kind.owners is None:
             return self.own_logits(hidden) if self.own is None else self.own
         last = hidden[..., -1:, :].detach()
+        weight, bias, _ = head_tensors(self.kind)
+        if is_dtensor(weight):
+            return gathered_logits(placed(last, self.original, weight), weight, bias)
         source = source_of(self.head, self.kind, self.original, last, Transform())
         index = torch.arange(last.numel() // last.shape[-1], device=last.device)
         with torch.autocast(last.device.type, enabled=False):
@@ -548,7 +588,7 @@ def learn(model: Any, inner: Any, head: nn.Module, inputs: dict) -> Transform:
     ):
         outputs = model(**inputs)
     call.check_called()
-    return learnt(type(inner).__name__, given[0], outputs.logits, given[1].dtype)
+    return learnt(type(inner).__name__, given[0], whole(outputs.logits), given[1].dtype)
 
 
 def is_due(calls: int) -> bool:
