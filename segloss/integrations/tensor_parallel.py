@@ -70,7 +70,9 @@ def on_mesh(z: Tensor, weight: Any, shape: tuple[int, ...] | None = None) -> Any
         return DTensor.from_local(z, mesh, [Replicate()] * mesh.ndim, run_check=False)
     placements = [Shard(len(shape) - 1) if p.is_shard() else p for p in weight.placements]
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(z, mesh, placements, run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(
+        z, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
 
 
 def local(x: Any) -> Tensor:

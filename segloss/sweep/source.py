@@ -101,9 +101,9 @@ class Source(ABC):
     def plan(self, batch: Batch, row_sum: bool) -> str:
         """In words and bytes what a loss and its backward cost; `row_sum`: whether it is one."""
 
-    @abstractmethod
     def spread(self, batch: Batch, fused: bool) -> Spread:
         """How it lies on the ranks, of which none is asked; `fused`: by `row_sum`."""
+        return Spread(batch.target.numel(), torch.is_grad_enabled())
 
     @abstractmethod
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import ranks
 import torch
@@ -11,6 +13,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from vocab_cases import D, V, losses
 
 import segloss
+from segloss.losses.crossing import crossings
+from segloss.sweep.batch import make_batch
 
 B, T = 4, 8
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
@@ -37,7 +41,16 @@ OPTIONS = {
     "lora": ("frozen", "lora"),
     "target is a DTensor": ("target",),
 }
-NAMES = ("ce", "focal, none", "dice, all", "lovasz", "all kinds")
+PAIRS = [
+    (where, title)
+    for where in HEADS
+    for title in OPTIONS
+    if title == "plain" or where in ("dp x tp", "tp, sequence parallel")
+]
+NAMES = ("ce", "focal, none", "dice, all", "all kinds")
+every_head = pytest.mark.parametrize(
+    "name, where, title", [(name, *pair) for name in NAMES for pair in PAIRS]
+)
 
 
 def problem() -> dict:
@@ -84,6 +97,23 @@ def upstream(value):
     return torch.full_like(value, 0.75)
 
 
+def told_of(loss, source, target) -> dict[str, int]:
+    """Collectives by kind, as `explain` has them."""
+    batch = make_batch(source, target)
+    told: Counter = Counter()
+    for crossing in crossings(loss, loss.request(), source, batch)[0]:
+        told[crossing.kind] += crossing.count
+    return dict(told)
+
+
+# of c10d, which segloss calls, and of the functional collectives that DTensor calls
+KINDS = {
+    **{"allreduce_": "all-reduce", "all_reduce": "all-reduce"},
+    **{"_allgather_base_": "all-gather", "all_gather_into_tensor": "all-gather"},
+    "reduce_scatter_tensor": "reduce-scatter",
+}
+
+
 def placed(x: torch.Tensor, mesh, placements) -> DTensor:
     return distribute_tensor(x.clone(), mesh, placements).requires_grad_(x.is_floating_point())
 
@@ -99,7 +129,7 @@ def results(rank, group):
         for where, (dims, of_hidden, of_weight) in HEADS.items():
             on = mesh[dims]
             for title, options in OPTIONS.items():
-                if title != "plain" and where not in ("dp x tp", "tp, sequence parallel"):
+                if (where, title) not in PAIRS:
                     continue
                 x = problem()
                 spread = dict.fromkeys(("weight", "bias", "lora_b"), of_weight)
@@ -110,6 +140,7 @@ def results(rank, group):
                 tokens = [p if d == "dp" else R for d, p in zip(dims, of_hidden, strict=True)]
                 target = placed(x["target"], on, tokens)
                 target = target if "target" in options else target.to_local()
+                told = told_of(losses()[name], head(x, options), target)
                 with CommDebugMode() as comm:
                     value, grads = evaluated(
                         losses()[name], head(x, options), target, [x[n] for n in wanted(options)]
@@ -122,6 +153,7 @@ def results(rank, group):
                         for n, g in zip(wanted(options), grads, strict=True)
                     ),
                     "comm": {str(k): n for k, n in comm.get_comm_counts().items()},
+                    "told": told,
                     "tokens": whole(placed(torch.arange(B * T).view(B, T), on, tokens).to_local()),
                 }
         for where, (dims, placements) in LOGITS.items():
@@ -160,13 +192,19 @@ def assert_equal_to_one_process(found, key, true) -> None:
         assert own.get("placements", True), "a gradient lies otherwise than its tensor"
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("where", HEADS)
-@pytest.mark.parametrize("title", OPTIONS)
+@every_head
 def test_a_head_by_placements(found, name, where, title):
+    assert_equal_to_one_process(found, (name, where, title), true_of(name, OPTIONS[title]))
+
+
+@every_head
+def test_no_collective_beyond_the_table(found, name, where, title):
     key = (name, where, title)
-    if key in found[0]:
-        assert_equal_to_one_process(found, key, true_of(name, OPTIONS[title]))
+    for own in (rank[key] for rank in found):
+        counted: Counter = Counter()
+        for call, count in own["comm"].items():
+            counted[KINDS[call.rpartition(".")[2]]] += count
+        assert dict(counted) == own["told"]
 
 
 @pytest.mark.parametrize("name", NAMES)
