@@ -110,8 +110,9 @@ class LossMixin(Trainer):
                 f"label_smoothing_factor is {smoothing} and loss is given; "
                 "give the loss its label_smoothing"
             )
-        if self.compute_loss_func is not None:
+        if callable(self.compute_loss_func):
             raise ValueError("compute_loss_func is given to a LossMixin; it takes loss")
+        self.compute_loss_func = None  # what TRL puts there for older releases of transformers
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"n_gpu is {self.args.n_gpu}: one process with several GPUs wraps the model in "
