@@ -549,7 +549,17 @@ def learn(model: Any, inner: Any, head: nn.Module, inputs: dict) -> Transform:
         torch.random.fork_rng(devices, device_type=next(iter(devices)).type if devices else "cuda"),
         Call(inner, head, inside, checking=False) as call,
     ):
-        outputs = model(**inputs)
+        try:
+            outputs = model(**inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, LookupError) as error:
+            if not call.calls:
+                raise
+            raise TypeError(
+                f"{type(inner).__name__} fails with logits of a few places ({error}); give the "
+                'loss model(...).logits (LossMixin: head="logits")'
+            ) from error
     call.check_called()
     return learnt(type(inner).__name__, given[0], outputs.logits, given[1].dtype)
 
