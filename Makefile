@@ -23,9 +23,12 @@ BENCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# beside .venv and reading it: transformers and accelerate behave in another way where it is installed
+DEEPSPEED := .venv-deepspeed
+DEEPSPEED_READY := $(DEEPSPEED)/.ready
 PEERS_READY := $(VENV)/.peers
 
-.PHONY: help setup test test-kernels test-package demo bench results kernels gpu
+.PHONY: help setup test test-kernels test-package test-models test-deepspeed demo bench results kernels gpu
 .PHONY: lint lint-style lint-types lint-layers lint-rules stubs
 .PHONY: format clean distclean
 
@@ -55,6 +58,22 @@ test-kernels: $(READY)
 
 test-package: $(READY)
 	SEGLOSS_NO_SKIPS=1 $(BIN)/pytest --ignore=tests/kernels
+
+test-models: $(READY) ## every model class of transformers against docs/models.md
+	SEGLOSS_NO_SKIPS=1 $(BIN)/pytest -m models tests/models
+
+test-deepspeed: $(DEEPSPEED_READY) ## ZeRO-1, 2 and 3 on two processes
+	SEGLOSS_NO_SKIPS=1 DS_ACCELERATOR=cpu $(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/distributed
+
+# There is no wheel of DeepSpeed: building it takes a C++ compiler and what .venv has.
+$(DEEPSPEED_READY): $(READY)
+	$(BIN)/python -m venv --clear $(DEEPSPEED)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	> $$($(DEEPSPEED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
+	$(DEEPSPEED)/bin/python -m pip install --quiet setuptools wheel ninja
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(DEEPSPEED)/bin/python -m pip install --quiet \
+	--no-build-isolation --editable ".[deepspeed]"
+	touch $@
 
 demo: $(READY) ## fine-tune a small language model on three real tasks
 	$(BIN)/segloss train --output $(RUN)
@@ -104,4 +123,4 @@ clean: ## remove what builds and tests leave behind; runs/ stays
 	find kernels segloss bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also remove .venv
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(DEEPSPEED)

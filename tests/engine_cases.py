@@ -38,35 +38,37 @@ def true_loss(name: str, logits, target):
     return LOSSES[name][1](logits, target)
 
 
-def llama(**options):
-    from transformers import LlamaConfig, LlamaForCausalLM
+def gpt2(**options):
+    """In float64 throughout: a Llama's norms round to float32, and a last bit then shows."""
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **options))
+    sizes = {"vocab_size": V, "n_positions": TOKENS, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    special = {"bos_token_id": 1, "eos_token_id": 2}
+    options = {"tie_word_embeddings": False, "attn_implementation": "eager"} | options
+    return GPT2LMHeadModel(GPT2Config(**sizes, **drops, **special, **options))
 
 
 def soft_capped():
-    """As Gemma2, whose norms would sum in float32 over the rows of a process."""
-    from transformers import LlamaForCausalLM
+    from transformers import GPT2LMHeadModel
 
-    class CappedLlama(LlamaForCausalLM):
+    class CappedGPT2(GPT2LMHeadModel):
         def forward(self, *arguments, **keywords):
             outputs = super().forward(*arguments, **keywords)
             outputs.logits = 2.0 * torch.tanh(0.7 * outputs.logits / 2.0)
             return outputs
 
-    return CappedLlama(llama().config)
+    return CappedGPT2(gpt2().config)
 
 
 def frozen():
-    model = llama()
+    model = gpt2()
     model.lm_head.requires_grad_(False)
     return model
 
 
 def head_alone():
-    model = llama().requires_grad_(False)
+    model = gpt2().requires_grad_(False)
     model.lm_head.requires_grad_(True)
     return model
 
@@ -74,10 +76,10 @@ def head_alone():
 def lora(*modules: str):
     import peft
 
-    config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=list(modules))
-    with warnings.catch_warnings():  # peft reads a name that transformers means to drop
-        warnings.simplefilter("ignore", FutureWarning)
-        model = peft.get_peft_model(llama(), config)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(modules), fan_in_fan_out=True)
+    with warnings.catch_warnings():  # of what peft makes of GPT-2's transposed weights
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(gpt2(), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would leave A without a gradient
             torch.nn.init.normal_(parameter, std=0.1)
@@ -85,12 +87,12 @@ def lora(*modules: str):
 
 
 MODELS: dict[str, Callable] = {
-    "trainable": llama,
+    "trainable": gpt2,
     "frozen": frozen,
     "head alone": head_alone,
-    "lora": lambda: lora("q_proj", "lm_head"),
+    "lora": lambda: lora("c_fc", "lm_head"),
     "lora on the head": lambda: lora("lm_head"),
-    "tied": lambda: llama(tie_word_embeddings=True),
+    "tied": lambda: gpt2(tie_word_embeddings=True),
     "soft-capped": soft_capped,
 }
 

@@ -49,7 +49,8 @@ def head_loss(
         model: a transformers causal model, as its engine wrapped it.
         criterion: a segloss loss, or any callable of (logits source, target) that returns a loss,
             `Statistics`, or a tuple, list or dict of them.
-        target: (B, T) the class each place predicts, -100 for none; nothing is shifted.
+        target: (B, T) the class each place predicts, -100 for none; nothing is shifted. With prompt
+            tuning also (B, virtual tokens + T), whose last virtual token predicts the first token.
         inputs: of the model's forward, `labels` left out.
 
     Returns what `criterion` does, and the model's outputs: `logits` are those of the last place
@@ -72,7 +73,9 @@ def head_loss(
     prompt = prompt_length(model, inputs)
 
     def inside(call: Call, hidden: Tensor) -> tuple[Any, Tensor]:
-        places = hidden if prompt is None else hidden[..., hidden.shape[-2] - prompt :, :]
+        places = hidden
+        if prompt is not None and (target is None or target.shape != hidden.shape[:-1]):
+            places = hidden[..., hidden.shape[-2] - prompt :, :]
         source = source_of(head, call.kind, call.original, places, state.transform)
         if target is None:
             return criterion(source, target), call.last_logits(hidden)
@@ -546,7 +549,17 @@ def learn(model: Any, inner: Any, head: nn.Module, inputs: dict) -> Transform:
         torch.random.fork_rng(devices, device_type=next(iter(devices)).type if devices else "cuda"),
         Call(inner, head, inside, checking=False) as call,
     ):
-        outputs = model(**inputs)
+        try:
+            outputs = model(**inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, LookupError) as error:
+            if not call.calls:
+                raise
+            raise TypeError(
+                f"{type(inner).__name__} fails with logits of a few places ({error}); give the "
+                'loss model(...).logits (LossMixin: head="logits")'
+            ) from error
     call.check_called()
     return learnt(type(inner).__name__, given[0], outputs.logits, given[1].dtype)
 
@@ -575,7 +588,7 @@ def check_logits(name: str, state: State, call: Call, logits: Tensor) -> None:
 def check_close(name: str, what: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
     if ours.shape == theirs.shape:
         both = ours.isfinite() & theirs.isfinite()
-        ours, theirs = ours[both].double(), theirs[both].double()
+        ours, theirs = ours[both].cpu().double(), theirs[both].cpu().double()
         if theirs.numel() == 0:
             return
         error = float((ours - theirs).abs().amax() / theirs.abs().amax().clamp(min=1e-30))

@@ -15,9 +15,9 @@ CHOSEN = [*CASES, *EMPTY]
 
 
 def sharded(model, kinds=None):
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-    policy = ModuleWrapPolicy({LlamaDecoderLayer, *(kinds or [])})
+    policy = ModuleWrapPolicy({GPT2Block, *(kinds or [])})
     return FSDP(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
 
 

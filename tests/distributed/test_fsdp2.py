@@ -18,12 +18,12 @@ def sharded(*, layers=True, head=None, **root):
         mesh = init_device_mesh("cpu", (2,))
         inner = decoder(model)
         if layers:
-            for layer in inner.model.layers:
+            for layer in inner.transformer.h:
                 fully_shard(layer, mesh=mesh)
         if head == "alone":
             fully_shard(inner.lm_head, mesh=mesh)
         elif head == "tail":
-            fully_shard([inner.model.norm, inner.lm_head], mesh=mesh)
+            fully_shard([inner.transformer.ln_f, inner.lm_head], mesh=mesh)
         return fully_shard(model, mesh=mesh, **root)
 
     return wrap
