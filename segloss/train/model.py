@@ -121,12 +121,17 @@ def quiet() -> Iterator[None]:
     """Without transformers' own notes on loading: what matters is refused with a message."""
     from transformers.utils import logging as theirs
 
-    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    level = theirs.get_verbosity()
     theirs.set_verbosity(logging.ERROR)
-    theirs.disable_progress_bar()
     try:
         yield
     finally:
         theirs.set_verbosity(level)
-        if bars:
-            theirs.enable_progress_bar()
+
+
+def no_bars() -> None:
+    import datasets
+    from transformers.utils import logging as theirs
+
+    datasets.disable_progress_bars()
+    theirs.disable_progress_bar()

@@ -333,15 +333,15 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
     import torch
     import trl
     from accelerate import PartialState
-    from datasets import Dataset, disable_progress_bars
+    from datasets import Dataset
 
     from . import data as of_data
     from . import evaluation, model
     from .trainer import Trainer
 
     PartialState()  # of the backend that the arguments say
-    if not sys.stderr.isatty():
-        disable_progress_bars()
+    if not sys.stderr.isatty():  # progress is lines there
+        model.no_bars()
     name = settings.model.model_name_or_path
     of_data.say(f"loading {name}")
     network, tokenizer = model.load(name, **model_options(settings))
@@ -364,8 +364,9 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
     training.model_init_kwargs = None
     try:
         with warnings.catch_warnings(), model.quiet():
-            for told in ("gradient_checkpointing", "`label_smoothing", "use_liger", ".*tie_word"):
-                warnings.filterwarnings("ignore", message=told)
+            # names that transformers lets go and TRL and peft still use
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
             trainer = Trainer(
                 model=network,
                 args=training,

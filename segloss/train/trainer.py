@@ -169,12 +169,19 @@ class Recorder(TrainerCallback):
         tasks: their names, in the order of `task_ids`.
         deadline: when training must end, by `time.monotonic`.
         coba: the `CoBaCallback`, whose losses are noted.
+        title: of the lines of progress; with it nothing is written to disk.
     """
 
     def __init__(
-        self, trainer: Trainer, tasks: Sequence[str], deadline: float = math.inf, coba: Any = None
+        self,
+        trainer: Trainer,
+        tasks: Sequence[str],
+        deadline: float = math.inf,
+        coba: Any = None,
+        title: str = "",
     ):
         self.trainer, self.tasks, self.deadline, self.coba = trainer, tasks, deadline, coba
+        self.title = title
         self.stopped = ""
         """What ended training before its last step: "time limit", "interrupt"."""
         self.counts = torch.zeros(len(WEIGHT_EDGES) + 1, dtype=torch.long)
@@ -185,7 +192,8 @@ class Recorder(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._first, self._begun = state.global_step, time.monotonic()
         if state.is_world_process_zero:
-            self._file = reopened(Path(args.output_dir) / METRICS, state.global_step)
+            if not self.title:
+                self._file = reopened(Path(args.output_dir) / METRICS, state.global_step)
             if sys.stderr.isatty() and not args.disable_tqdm:
                 from tqdm.auto import tqdm
 
@@ -247,10 +255,12 @@ class Recorder(TrainerCallback):
                     f"the training's {name} is {logs[name]} at step {state.global_step}; a lower "
                     f"--learning_rate may help; the steps before are in {args.output_dir}"
                 )
-        if logs and self._file is not None and "train_runtime" not in logs:
+        if not logs or not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        if self._file is not None:
             self._write(self._row(logs, state))
-            if "loss" in logs:
-                self._progress(logs, state)
+        if "loss" in logs:
+            self._progress(logs, state)
 
     def _row(self, logs: dict[str, Any], state: Any) -> dict[str, Any]:
         row: dict[str, Any] = {"step": state.global_step}
@@ -283,7 +293,7 @@ class Recorder(TrainerCallback):
         each = (time.monotonic() - self._begun) / max(1, done)
         left = each * (state.max_steps - state.global_step)
         say(
-            f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.3f}, "
+            f"{self.title}step {state.global_step} of {state.max_steps}: loss {logs['loss']:.3f}, "
             f"{each:.2f} s a step, {left // 60:.0f} min {left % 60:.0f} s left"
         )
 
