@@ -26,7 +26,7 @@ def main(output: str) -> None:
             for line in file.read_text(encoding="utf-8").splitlines():
                 subjects.setdefault(json.loads(line)["question"].strip(), file.stem)
     rows = [
-        {"prompt": f"Question: {question}\nSubject:", "completion": f" {name.replace('_', ' ')}"}
+        {"prompt": f"{question}\nSubject:", "completion": f" {name.replace('_', ' ')}"}
         for question, name in subjects.items()
         if 0 < len(question) <= LONGEST
     ]

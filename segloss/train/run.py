@@ -443,7 +443,9 @@ def coba(options: Any, num_tasks: int, steps: int, device: Any) -> Any:
 
     warmup = options.coba_warmup or max(2, steps // 10)
     return segloss.CoBa(
-        *(num_tasks, warmup, options.coba_history or 4 * warmup),
+        num_tasks,
+        warmup=warmup,
+        history=options.coba_history or 4 * warmup,
         tau=options.coba_tau,
         mode=options.coba_mode,
         divergence_window=steps + 1,
