@@ -89,9 +89,9 @@ def train(words: list[str]) -> None:
     past = stored(folder)
     if "target" in past:
         raise UserError(f"{folder} is a run of segloss select, which leaves no model")
-    from .run import RESULTS, TABLE, Path
+    from .run import RESULTS, TABLE, TRAINED, Path
 
-    if (Path(folder) / RESULTS).exists():
+    if all((Path(folder) / name).exists() for name in (RESULTS, TRAINED)):
         raise UserError(f"--resume {folder}: the run is finished, its results are in {TABLE}")
     fine_tune(settings(words, past), resumed=True)
 

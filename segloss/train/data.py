@@ -85,21 +85,17 @@ def read(source: str, config: str | None = None, split: str = "train", test: str
     path = Path(source)
     lines = {".jsonl": json_lines, ".ndjson": json_lines, ".json": json_file}
     lines |= {".csv": csv_rows, ".tsv": csv_rows}
-    try:
-        if path.suffix in lines:
-            return {split: lines[path.suffix](source)}, path.stem
-        import datasets
+    if path.suffix in lines:
+        return {split: lines[path.suffix](source)}, path.stem
+    import datasets
 
+    try:
         if path.suffix == ".parquet":
             found: Any = datasets.load_dataset("parquet", data_files=source)
         elif any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(source)
         else:
             found = datasets.load_dataset(source, name=config)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot read {source}: {error.strerror or first_line(error)}") from None
     except Exception as error:  # foreign data fail in many ways
         raise UserError(
             f"cannot read {source}: {type(error).__name__}: {first_line(error)} (it takes .jsonl, "
@@ -116,15 +112,22 @@ def numbered(source: str, rows: Iterable[dict]) -> Iterator[tuple[str, dict]]:
     return ((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
+def content(source: str) -> bytes:
+    try:
+        return Path(source).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {source}: {error.strerror}") from None
+
+
 def json_lines(source: str) -> Iterator[tuple[str, dict]]:
-    for number, line in enumerate(Path(source).read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(content(source).split(b"\n"), start=1):
         if line.strip():
             yield f"{source}, line {number}", parsed(line, f"{source}, line {number}")
 
 
 def json_file(source: str) -> Iterator[tuple[str, dict]]:
     """An array of objects, or one object a line."""
-    text = Path(source).read_bytes()
+    text = content(source)
     if not text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         yield from json_lines(source)
         return
@@ -147,9 +150,9 @@ def parsed(text: bytes, where: str) -> Any:
 def csv_rows(source: str) -> Iterator[tuple[str, dict]]:
     """Cells are text; those of lists and numbers are JSON. An empty cell is not there."""
     try:
-        text = Path(source).read_bytes().decode("utf-8-sig")
+        text = content(source).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = Path(source).read_bytes()[: error.start].count(b"\n") + 1
+        line = content(source)[: error.start].count(b"\n") + 1
         raise UserError(f"{source}, line {line}: not UTF-8 ({error.reason})") from None
     csv.field_size_limit(1 << 30)
     delimiter = "\t" if source.endswith(".tsv") else ","
@@ -169,7 +172,7 @@ def csv_rows(source: str) -> Iterator[tuple[str, dict]]:
                     cells[name] = parsed(cells[name].encode(), f"{where}, {name}")
             yield where, cells
     except csv.Error as error:
-        raise UserError(f"{source}, line {reader.line_num}: not CSV ({error})") from None
+        raise UserError(f"{source}, line {reader.reader.line_num}: not CSV ({error})") from None
 
 
 # ----------------------------------------------------------------------------------- one row

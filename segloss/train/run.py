@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
 import sys
@@ -59,11 +61,12 @@ def train(settings: Settings, resumed: bool = False) -> None:
     if not resumed:
         require_new(output, settings)
     run = prepare(settings)
-    run.open(resumed)
     timing = {"load": time.monotonic() - start}
-    before = run.before(timing)
-    stopped, steps = run.fit(start, timing, resumed)
-    run.after(start, timing, before, stopped, steps)
+    run.open(resumed)
+    with run.alone():
+        before = run.before(timing)
+        stopped, steps = run.fit(start, timing, resumed)
+        run.after(start, timing, before, stopped, steps)
 
 
 def require_new(output: Path, settings: Settings) -> None:
@@ -130,6 +133,12 @@ class Run:
                 raise UserError(f"cannot write to {self.output}: {error.strerror}") from None
         self.trainer.accelerator.wait_for_everyone()
 
+    def alone(self) -> contextlib.AbstractContextManager:
+        """Of the first process: nobody else may be at work in the folder."""
+        from .trainer import METRICS, locked
+
+        return locked(self.output / METRICS) if self.is_main else contextlib.nullcontext()
+
     def before(self, timing: dict[str, float]) -> list[dict] | None:
         """The results before training, from the file that an interrupted run has left."""
         if not self.settings.options.evaluate_before or not self.held_out:
@@ -192,7 +201,13 @@ class Run:
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state.global_step = past["global_step"]
         else:
-            trainer.train(str(checkpoint) if checkpoint else None)
+            try:
+                trainer.train(str(checkpoint) if checkpoint else None)
+            except pickle.UnpicklingError as error:
+                raise UserError(
+                    f"{checkpoint} holds a pickle that torch.load(weights_only=True) refuses: "
+                    f"{first_line(error)}"
+                ) from None
         timing["training"] = time.monotonic() - begun
         steps = trainer.state.global_step
         if recorder.stopped == "interrupt":
@@ -206,8 +221,7 @@ class Run:
         stopped = recorder.stopped
         if not stopped and steps < trainer.state.max_steps:
             stopped = "patience"
-        self.leave_model()
-        if self.is_main:
+        if self.leave_model() and self.is_main:
             self.save(TRAINED, {"steps": steps, "stopped": stopped, "seconds": timing["training"]})
         return stopped, steps
 
@@ -231,14 +245,15 @@ class Run:
         self.trainer.add_callback(callback)
         return callback
 
-    def leave_model(self) -> None:
+    def leave_model(self) -> bool:
         """The model, or its adapter, with the tokenizer, as `from_pretrained` reads them."""
         trainer = self.trainer
-        trainer.attempt("the model", lambda: trainer.save_model(str(self.output)))
+        written = trainer.attempt("the model", lambda: trainer.save_model(str(self.output)))
         merge = self.settings.options.merge
         adapted = hasattr(trainer.model, "merge_and_unload")
         if adapted and (self.is_gguf if merge is None else merge) and self.is_main:
-            trainer.attempt("merged", self._merge)
+            written &= trainer.attempt("merged", self._merge)
+        return written
 
     def _merge(self) -> None:
         """The adapters' products added to the weights, in a copy that training does not see."""
@@ -298,8 +313,6 @@ def write(path: Path, value: Any) -> None:
 
 def progress(title: str, total: int, shown: bool):
     """A context whose value is called with the items done: a bar on a terminal, lines elsewhere."""
-    import contextlib
-
     from .data import say
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ that `torch.load(weights_only=True)` refuses.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,19 @@ class Trainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self._written = True
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any) -> Any:
+        """TRL ends a text with the end of text, and some tokenizers do so again."""
+        prepared = super()._prepare_dataset(dataset, processing_class, *args)
+        end = processing_class.eos_token_id
+        if processing_class("x")["input_ids"][-1:] != [end]:
+            return prepared
+
+        def once(row: dict[str, Any]) -> dict[str, Any]:
+            twice = row["input_ids"][-2:] == [end, end]
+            return {k: row[k][:-1] if twice else row[k] for k in ("input_ids", "labels")}
+
+        return prepared.map(once)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._written = self.attempt(
@@ -191,6 +205,9 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._first, self._begun = state.global_step, time.monotonic()
+        for row in state.log_history:  # a resumed run goes on counting
+            if "num_tokens" in row:
+                self.trainer._num_tokens.fill_(int(row["num_tokens"]))
         if state.is_world_process_zero:
             if not self.title:
                 self._file = reopened(Path(args.output_dir) / METRICS, state.global_step)
@@ -299,18 +316,8 @@ class Recorder(TrainerCallback):
 
 
 def reopened(path: Path, step: int) -> Any:
-    """metrics.jsonl without the lines after a step, to append to; nobody else may have it open."""
+    """metrics.jsonl without the lines after a step, to append to."""
     file = path.open("ab", buffering=0)
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        pass
-    except BlockingIOError:
-        raise UserError(f"the run in {path.parent} is still going on in another process") from None
-    except OSError:  # a file system without locks
-        pass
     kept = b""
     for line in path.read_bytes().splitlines(keepends=True):
         try:
@@ -320,6 +327,23 @@ def reopened(path: Path, step: int) -> Any:
             break
     file.truncate(len(kept))
     return file
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Have a file to oneself. Raises `UserError` where another process has it."""
+    with path.open("ab") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"the run in {path.parent} is still going on in another process"
+            ) from None
+        except (ImportError, OSError):  # Windows; a file system without locks
+            pass
+        yield
 
 
 def finite(value: Any) -> Any:
