@@ -245,7 +245,11 @@ def build_parser(
             return unknown
 
     own = (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
-    return Parser((options, *own), prog=prog, description=description, allow_abbrev=False)
+    parser = Parser((options, *own), prog=prog, description=description, allow_abbrev=False)
+    for action in parser._actions:
+        if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
+            action.nargs, action.const = "?", True  # --bf16 alone is yes
+    return parser
 
 
 def expanded(words: Sequence[str]) -> tuple[list[str], str | None]:

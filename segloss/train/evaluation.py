@@ -177,6 +177,9 @@ class Evaluator:
             try:
                 source = head_logits(model, **inputs, use_cache=False)
             except (TypeError, ValueError, AttributeError) as error:
+                for name, weight in model.named_parameters():
+                    if not weight.isfinite().all():
+                        raise UserError(f"the weights of {name} are not finite") from None
                 raise UserError(
                     f"{first_line(error)}; --head logits takes the model's own logits"
                 ) from None
