@@ -70,7 +70,7 @@ class Options:
     validation_items: int | None = doc(
         None,
         "further items of each task that are not trained on: CoBa, --patience and --eval_strategy "
-        "read their loss (default: 32 where something reads it)",
+        "read their loss (default: where something does, a tenth, at most 32)",
     )
     equal_tasks: bool = doc(
         False, "draw every task equally often, repeating the smaller ones, instead of by its size"

@@ -476,9 +476,11 @@ class Split:
         distinct = {content_of(row): row for row in rows}
         test = {content_of(row): row for row in self.test if row["task"] == task}
         rng = random.Random(f"{self.settings.training.seed} split {task}")
-        watches = options.task_weights == "coba" or self.settings.training.eval_strategy != "no"
+        evaluates = self.settings.training.eval_strategy != "no" and not test
         number = options.validation_items
-        number = 32 * watches if number is None else number
+        if number is None:
+            watched = options.task_weights == "coba" or evaluates
+            number = watched * min(32, max(1, len(distinct) // 10))
         if test:
             held_out = list(test.values())
             rng.shuffle(held_out)

@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,9 @@ class Trainer(SFTTrainer):
     def attempt(self, name: str, write: Any) -> bool:
         """Call `write`; whether it could."""
         try:
-            write()
+            with warnings.catch_warnings():  # peft's, of an adapter on the head
+                warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+                write()
         except Exception as error:
             if not isinstance(error, WRITING) and type(error).__name__ != "SafetensorError":
                 raise

@@ -13,7 +13,7 @@ from segloss.train.evaluation import Evaluator, Item, branch, macro_f1, results,
 from segloss.train.run import prepare
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def run(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     rows = examples("a", 24)
@@ -161,7 +161,7 @@ def test_weights_that_are_not_finite(train, model_folder, tmp_path):
     code, _, err = train("--model", folder)
     assert code == 2 and "Traceback" not in err
     assert "the weights of model.norm.weight are not finite" in err
-    code, _, err = train("--model", folder, "--head", "logits")
+    code, _, err = train("--model", folder, "--head", "logits", "--output", tmp_path / "two")
     assert code == 2 and "the loss on the held-out items of 'parity' is nan" in err
 
 

