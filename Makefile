@@ -26,7 +26,7 @@ READY := $(VENV)/.ready
 PEERS_READY := $(VENV)/.peers
 
 .PHONY: help setup test test-kernels test-package demo bench results kernels gpu
-.PHONY: lint lint-style lint-types lint-rules
+.PHONY: lint lint-style lint-types lint-layers lint-rules stubs
 .PHONY: format clean distclean
 
 help: ## list the targets
@@ -78,7 +78,7 @@ gpu: $(READY) ## on a GPU: the tests that need one, then the measurements
 	$(BIN)/pytest -m gpu
 	$(BIN)/python -m bench.gpu
 
-lint: lint-style lint-types lint-rules ## check style, types and the rules of .pre-commit-config.yaml
+lint: lint-style lint-types lint-layers lint-rules ## check style, types, layers and the rules of .pre-commit-config.yaml
 
 lint-style: $(READY)
 	$(BIN)/ruff check
@@ -87,8 +87,14 @@ lint-style: $(READY)
 lint-types: $(READY)
 	$(BIN)/mypy
 
+lint-layers: $(READY)
+	$(BIN)/python tests/layers.py
+
 lint-rules: $(READY)
 	SKIP=ruff-check,ruff-format,mypy $(BIN)/pre-commit run --all-files
+
+stubs: $(READY) ## write segloss/functional.pyi from the losses' constructors
+	$(BIN)/python tests/stubs.py
 
 format: $(READY) ## rewrite the code in the house style
 	$(BIN)/ruff check --fix

@@ -21,7 +21,7 @@ import torch
 
 import segloss
 from bench.common import Report, Section, options
-from segloss import statistics
+from segloss.sweep import dense
 
 TASKS = ("asdiv", "siqa")
 LOSS = 0.6 * segloss.CrossEntropyLoss() + 0.4 * segloss.LovaszSoftmaxLoss()
@@ -43,11 +43,11 @@ class Counter:
 
 def batches(tokenizer, examples: int, generator: random.Random):
     """Endless (input_ids, attention_mask, target) of `BATCH` examples, shuffled every epoch."""
-    from segloss.train.tasks import built_in_examples
+    from bench.tasks import examples as read
 
     texts = []
     for task in TASKS:
-        texts += [e.prompt + e.completion for e in built_in_examples((task,))[: examples // 2]]
+        texts += [prompt + answer for prompt, answer in read(task)[: examples // 2]]
     rows = [[*tokenizer(text)["input_ids"][:LENGTH], tokenizer.eos_token_id] for text in texts]
     while True:
         generator.shuffle(rows)
@@ -70,7 +70,7 @@ def train(steps: int, examples: int, rate: float) -> dict[str, list[float]]:
     network.train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.0)
     torch.manual_seed(0)
-    counter = Counter(statistics.candidates)
+    counter = Counter(dense.candidates)
     found: dict[str, list[float]] = {
         name: [] for name in ("tokens", "classes", "candidates", "p", "saturated", "loss")
     }
@@ -81,11 +81,11 @@ def train(steps: int, examples: int, rate: float) -> dict[str, list[float]]:
         with torch.autocast("cpu", torch.bfloat16):
             logits = network(input_ids=ids, attention_mask=mask, use_cache=False).logits
         # on logits that exist: one call a step, whatever the fused head's chunks
-        original, statistics.candidates = statistics.candidates, counter
+        original, dense.candidates = dense.candidates, counter
         try:
             loss, stats = LOSS(logits, target, return_statistics=True)
         finally:
-            statistics.candidates = original
+            dense.candidates = original
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

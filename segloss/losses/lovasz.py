@@ -9,12 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from segloss.batch import Batch
+from segloss.checks import check_number
 from segloss.distributed import concatenate_over
 from segloss.kernels.common import cdiv, parallel
-from segloss.losses.base import check_number
 from segloss.losses.region import ClassLoss
-from segloss.statistics import Request, Sweep, group_sum
+from segloss.sweep.batch import Batch
+from segloss.sweep.classes import group_sum
+from segloss.sweep.request import Request, Sweep
+
+__all__ = ["LovaszSoftmaxLoss"]
 
 # Entries sorted at a time: a saturated foreground token makes all its class's rows candidates, and
 # sorting takes some ten numbers per entry.
@@ -86,7 +89,7 @@ def weights_in_parts(error, group, foreground, weight, num_groups: int) -> Tenso
     return result
 
 
-class LovaszSoftmaxLoss(ClassLoss):
+class LovaszSoftmaxLoss(ClassLoss, function="lovasz_softmax", short="lovasz"):
     """Lovász-Softmax: the convex surrogate of one minus the Jaccard index, mean over classes.
 
         p = torch.softmax(logits.float(), -1)                      # for each class c present:

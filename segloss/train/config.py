@@ -17,9 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import UserError, first_line
-from .expression import LOSSES, parse_loss  # the one place that says where they are
-
-__all__ = ["LOSSES", "Options", "Settings", "build_parser", "parse_loss", "settings"]
 
 ALIASES = {
     "model": "model_name_or_path",

@@ -218,7 +218,12 @@ class Evaluator:
                 item.found["choice"] = item.options[alive[0]].strip()
             left = [state for state in left if len(state[2]) > 1]
             rows = [item.prompt_ids + item.option_ids[alive[0]][:at] for _, item, alive, at in left]
-            others = [i for i, row in enumerate(rows) if left[i][1].input_ids[: len(row)] != row]
+            known = isinstance(source, Tensor) or type(source) is segloss.LinearLogits
+            others = [
+                i
+                for i, row in enumerate(rows)
+                if not known or left[i][1].input_ids[: len(row)] != row
+            ]
             logits = dict(zip(others, self._next(model, [rows[i] for i in others]), strict=True))
             for i, (place, item, alive, at) in enumerate(left):
                 following = torch.tensor([item.option_ids[option][at] for option in alive])

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import Settings, parse_loss
+import segloss
+
+from .config import Settings
 from .errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -241,7 +243,7 @@ class Run:
             names = ("input_ids", "labels", "task_ids")
             batch = self.trainer.data_collator([{n: row[n] for n in names} for row in rows])
             batches.append(batch)
-        callback = CoBaCallback(coba, batches)
+        callback = CoBaCallback(coba, batches, head=self.settings.options.head)
         self.trainer.add_callback(callback)
         return callback
 
@@ -339,7 +341,11 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
     Without `to_train` all rows of a task may be held out, and the model gets no adapters.
     """
     require_packages()
-    loss = None if settings.options.loss is None else parse_loss(settings.options.loss)
+    try:
+        expression = settings.options.loss
+        loss = None if expression is None else segloss.parse_loss(expression)
+    except ValueError as error:
+        raise UserError(f"--loss: {error}") from None
     options, training = settings.options, settings.training
     if not settings.model.model_name_or_path:
         raise UserError("there is no model: give --model, a folder, a hub id or a GGUF file")
@@ -452,8 +458,6 @@ def callbacks(options: Any) -> list:
 def coba(options: Any, num_tasks: int, steps: int, device: Any) -> Any:
     if options.task_weights == "none":
         return None
-    import segloss
-
     warmup = options.coba_warmup or max(2, steps // 10)
     return segloss.CoBa(
         num_tasks,
@@ -469,16 +473,10 @@ def coba(options: Any, num_tasks: int, steps: int, device: Any) -> Any:
 def sample_weighting(options: Any) -> Any:
     if options.sample_weights == "none":
         return None
-    import torch
-
-    import segloss
-
-    initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
     return segloss.SampleWeighting(
         *(options.sample_weights, options.sample_temperature, options.sample_burn_in),
         fraction=options.sample_fraction,
         band=options.sample_band,
-        group=torch.distributed.group.WORLD if initialised else None,
     )
 
 
@@ -521,8 +519,6 @@ def describe(settings: Settings, trainer: Trainer, data: Data, network: Any) -> 
     import torch
 
     names = ("torch", "transformers", "trl", "datasets", "accelerate", "numpy")
-    import segloss
-
     versions = {"python": platform.python_version(), "segloss": segloss.__version__}
     return {
         "given": settings.given,

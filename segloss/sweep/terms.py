@@ -1,0 +1,129 @@
+"""The terms of the one backward, from the gradients of a sweep's statistics.
+
+N tokens, V classes, K classes looked at, B samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from segloss.kernels.logit_grad import GradTerms
+from segloss.sweep.classes import group_sum
+
+
+def grad_terms(saved: dict[str, Tensor], grads: dict[str, Tensor]) -> GradTerms:
+    """The terms of `kernels/logit_grad.py`, but for the class sums' part of `s_i`."""
+    zero = torch.zeros_like(saved["row_max"])
+    target_coef = grads.get("log_prob", zero)
+    terms = GradTerms(
+        valid=saved["valid"],
+        target=saved["target"],
+        row_max=saved["row_max"],
+        log_sum=saved["log_sum"],
+        prob_coef=grads.get("lse", zero) - target_coef,
+        target_coef=target_coef,
+        target_rest=target_coef * -torch.expm1(saved["log_prob"]),
+    )
+    if "entropy" in grads:
+        terms.entropy, terms.entropy_grad = saved["entropy"], grads["entropy"]
+    if "logit_sum" in grads:
+        terms.sum_grad, terms.column_weight = grads["logit_sum"], saved.get("column_weight")
+    if "prob_sum" in grads:
+        terms.sample, terms.class_grad = saved["sample"], grads["prob_sum"].contiguous()
+        terms.columns, terms.row_weight = saved.get("classes"), saved.get("row_weight")
+    add_entries(terms, candidate_entries(saved, grads), peak_entries(saved, grads))
+    return terms
+
+
+def add_entries(terms: GradTerms, candidate: tuple | None, peak: tuple | None) -> None:
+    """The entries with a gradient of their own, ordered by row and column, each once."""
+    if candidate is None and peak is None:
+        return
+    if peak is None:
+        row, column, grad, prob = candidate
+    else:
+        both = [entry for entry in (candidate, peak) if entry is not None]
+        row, column, grad, prob = (torch.cat(part) for part in zip(*both, strict=True))
+    terms.prob_coef = terms.prob_coef - group_sum(prob * grad, row, terms.row_max.numel())
+    if peak is not None and row.numel():
+        # a candidate and a peak may be the same entry
+        width = int(column.max()) + 1
+        key, inverse = torch.unique(row * width + column, return_inverse=True)
+        row, column, grad = key // width, key % width, group_sum(grad, inverse, key.numel())
+    if terms.class_grad is not None and terms.columns is not None:
+        column = torch.searchsorted(terms.columns, column)
+    terms.entry_row, terms.entry_class, terms.entry_grad = row, column, grad
+
+
+def candidate_entries(saved, grads) -> tuple | None:
+    if "candidate_prob" not in grads:
+        return None
+    column = saved["present"][saved["candidate_class"]]
+    return saved["candidate_row"], column, grads["candidate_prob"], saved["candidate_prob"]
+
+
+def peak_entries(saved, grads) -> tuple | None:
+    if "peak_prob" not in grads:
+        return None
+    used = (grads["peak_prob"] != 0) & (saved["peak_row"] >= 0)
+    row, column = saved["peak_row"][used], used.nonzero()[:, 1]
+    return row, column, grads["peak_prob"][used], saved["peak_prob"][used]
+
+
+def rescale(terms: GradTerms) -> Tensor:
+    """Take a power of two out of all terms, so that the largest is about 1: it goes back in after
+    the products. Folded into half-precision dlogits, 1 / N would flush most of them to 0."""
+    parts = ("prob_coef", "target_coef", "entropy_grad", "sum_grad", "class_grad", "entry_grad")
+    present = [p for p in (getattr(terms, name) for name in parts) if p is not None and p.numel()]
+    largest = torch.stack([p.abs().amax() for p in present] or [terms.prob_coef.sum()]).amax()
+    usable = (largest > 0) & (largest < torch.inf)
+    scale = torch.exp2(torch.ceil(torch.log2(torch.where(usable, largest, 1))))
+    for name in (*parts, "target_rest"):
+        value = getattr(terms, name)
+        if value is not None:
+            setattr(terms, name, value / scale)
+    return scale
+
+
+def row_slice(terms: GradTerms, here: slice) -> GradTerms:
+    """The terms of some rows."""
+    per_row = (
+        "valid", "target", "row_max", "log_sum", "prob_coef", "target_coef", "target_rest",
+        "entropy", "entropy_grad", "sum_grad", "sample", "row_weight",
+    )  # fmt: skip
+    part = {name: getattr(terms, name) for name in per_row}
+    part = {name: None if value is None else value[here] for name, value in part.items()}
+    if terms.entry_row is not None:
+        bounds = torch.tensor([here.start, here.stop], device=terms.entry_row.device)
+        entries = slice(*torch.searchsorted(terms.entry_row, bounds).tolist())
+        part["entry_row"] = terms.entry_row[entries] - here.start
+        part["entry_class"] = terms.entry_class[entries]
+        part["entry_grad"] = terms.entry_grad[entries]
+    return replace(terms, **part)
+
+
+def column_slice(terms: GradTerms, first: int, last: int) -> GradTerms:
+    """The terms of a block of the vocabulary; a target outside it becomes -1."""
+    inside = (terms.target >= first) & (terms.target < last)
+    part: dict = {"target": torch.where(inside, terms.target - first, -1)}
+    if terms.column_weight is not None:
+        part["column_weight"] = terms.column_weight[first:last]
+    entry_class = terms.entry_class
+    if terms.class_grad is not None and terms.columns is None:
+        part["class_grad"] = terms.class_grad[:, first:last].contiguous()
+    elif terms.class_grad is not None:
+        bounds = torch.tensor([first, last], device=terms.columns.device)
+        here = slice(*torch.searchsorted(terms.columns, bounds).tolist())
+        part["columns"] = terms.columns[here] - first
+        part["class_grad"] = terms.class_grad[:, here].contiguous()
+    if entry_class is not None:
+        column = entry_class if terms.columns is None else terms.columns[entry_class]
+        chosen = ((column >= first) & (column < last)).nonzero()[:, 0]
+        shift = first if terms.columns is None else here.start
+        part["entry_class"] = entry_class[chosen] - shift
+        part["entry_row"] = terms.entry_row[chosen]
+        part["entry_grad"] = terms.entry_grad[chosen]
+    return replace(terms, **part)
