@@ -154,7 +154,7 @@ def report(words: list[str]) -> None:
     )
     parser.error = refuse  # type: ignore[method-assign, assignment]
     arguments = parser.parse_args(words)
-    from .report import report as write
+    from .page import report as write
 
     write(arguments.runs, arguments.output)
 

@@ -35,7 +35,7 @@ ALIASES = {
 }
 """Short names, and whose they are."""
 
-IMPLIED = {
+IMPLIED: dict[str, dict[str, Any]] = {
     "save_every": {"save_strategy": "steps"},
     "validate_every": {"eval_strategy": "steps"},
     "lora_rank": {"use_peft": True},
@@ -192,9 +192,10 @@ def settings(
     try:
         with warnings.catch_warnings():  # TRL's own use of names that transformers lets go
             warnings.simplefilter("ignore", FutureWarning)
-            return Settings(*parser.parse_dict(raw, allow_extra_keys=True), given)
+            ours, script, training, model, mixture = parser.parse_dict(raw, allow_extra_keys=True)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(first_line(error)) from None
+    return Settings(ours, script, training, model, mixture, given)
 
 
 def build_parser(

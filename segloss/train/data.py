@@ -389,7 +389,7 @@ def load(settings: Settings, chat: bool, to_train: bool = True) -> Data:
     return Data(
         *(tasks, data, held_out, validation, split.counts),
         majority={
-            t: Counter(a).most_common(1)[0][0] for t, a in answers.items() if a[:1] != [None]
+            t: Counter(a).most_common(1)[0][0] for t, a in answers.items() if a and None not in a
         },
         answers={t: sorted(set(a)) for t, a in answers.items() if closed(a)},
     )
@@ -539,7 +539,8 @@ def take(groups: list[list[dict]], count: int, rng: random.Random) -> list[dict]
     number = min(len(groups), max(1, round(count / size)))
     first = {int((i + 0.5) * len(groups) / number) for i in range(number)}
     order = [order[i] for i in sorted(first)] + [g for i, g in enumerate(order) if i not in first]
-    taken, used = [], set()
+    taken: list[dict] = []
+    used: set[int] = set()
     for group in order:
         if len(taken) >= count:
             break

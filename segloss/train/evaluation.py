@@ -183,7 +183,7 @@ class Evaluator:
                 raise UserError(
                     f"{first_line(error)}; --head logits takes the model's own logits"
                 ) from None
-        statistics = segloss.logit_statistics(source, target, entropy=True, argmax=True)
+        statistics: Any = segloss.logit_statistics(source, target, entropy=True, argmax=True)
         hits = (statistics.argmax == target) & statistics.valid
         sums = torch.stack(
             [-statistics.log_prob.double(), hits, statistics.entropy.double(), statistics.valid]
@@ -231,7 +231,7 @@ class Evaluator:
                     scores = logits[i][following]
                 else:
                     scores = scores_of(source, place, len(rows[i]) - 1, following)
-                best = following[scores.argmax().item()]
+                best = following[int(scores.argmax())]
                 kept = [option for option in alive if item.option_ids[option][at] == best]
                 left[i] = (place, item, kept, at + 1)
 

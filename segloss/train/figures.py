@@ -11,8 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .report import SCORES, Record, entries, scored
-from .trainer import WEIGHT_EDGES
+from .report import SCORES, WEIGHT_EDGES, Record, entries, scored
 
 # Okabe and Ito: told apart with any colour vision
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]

@@ -28,7 +28,9 @@ def load(name: str, quantization: Any = None, **options: Any):
 
     folder, gguf = located(name)
     options = {"dtype": torch.float32, **options}
-    where = {k: options.pop(k) for k in ("revision", "trust_remote_code") if k in options}
+    where: dict[str, Any] = {
+        k: options.pop(k) for k in ("revision", "trust_remote_code") if k in options
+    }
     if gguf is not None:
         require("gguf", f"--model {name}")
         where["gguf_file"] = gguf

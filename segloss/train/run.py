@@ -24,14 +24,14 @@ import segloss
 
 from .config import Settings
 from .errors import UserError, first_line
+from .report import METRICS, RESULTS, SETTINGS
 
 if TYPE_CHECKING:
     from .data import Data
     from .evaluation import Item
     from .trainer import Trainer
 
-SETTINGS, TRAINED, RESULTS, TABLE = "segloss.json", "trained.json", "results.json", "results.md"
-BEFORE = "before.json"
+TRAINED, BEFORE, TABLE = "trained.json", "before.json", "results.md"
 PACKAGES = ("trl", "transformers", "datasets", "accelerate", "peft", "safetensors", "yaml")
 # room in the time limit for what is written, and for evaluation after training being slower
 SPARE_SECONDS, SPARE_FACTOR = 10.0, 1.2
@@ -137,7 +137,7 @@ class Run:
 
     def alone(self) -> contextlib.AbstractContextManager:
         """Of the first process: nobody else may be at work in the folder."""
-        from .trainer import METRICS, locked
+        from .trainer import locked
 
         return locked(self.output / METRICS) if self.is_main else contextlib.nullcontext()
 
@@ -152,7 +152,7 @@ class Run:
                 self.save(BEFORE, {"seconds": timing["evaluating before"], "tasks": found})
             self.trainer.accelerator.wait_for_everyone()
         stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        timing["evaluating before"] = stored.get("seconds", timing.get("evaluating before"))
+        timing["evaluating before"] = stored.get("seconds", timing.get("evaluating before", 0.0))
         return stored.get("tasks", found if not stored else None)
 
     def evaluate(self, title: str, timing: dict[str, float]) -> list[dict]:
@@ -229,7 +229,7 @@ class Run:
 
     def validation_callback(self) -> Any:
         """What measures CoBa's losses, on items of each task in turn."""
-        coba = self.trainer.task_weights
+        coba: Any = self.trainer.task_weights
         if coba is None:
             return None
         from segloss.integrations.transformers import CoBaCallback

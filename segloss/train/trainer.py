@@ -30,11 +30,9 @@ from segloss.integrations.trl import SFTTrainer
 
 from .data import say
 from .errors import UserError, first_line
+from .report import METRICS, WEIGHT_EDGES
 
-METRICS, MANIFEST, PREFIX = "metrics.jsonl", "manifest.json", "checkpoint-"
-# How sample weights are counted, as multiples of an equal one: below the first, between each two,
-# above the last. 1 is in the middle of a bin.
-WEIGHT_EDGES = [2.0 ** (k / 2 + 0.25) for k in range(-13, 13)]
+MANIFEST, PREFIX = "manifest.json", "checkpoint-"
 WRITING = (OSError, RuntimeError)
 
 
@@ -203,7 +201,9 @@ class Recorder(TrainerCallback):
         """What ended training before its last step: "time limit", "interrupt"."""
         self.counts = torch.zeros(len(WEIGHT_EDGES) + 1, dtype=torch.long)
         self.samples = 0
-        self._pending, self._file, self._bar = b"", None, None
+        self._pending = b""
+        self._file: Any = None
+        self._bar: Any = None
         self._begun = self._step_begun = time.monotonic()
 
     def on_train_begin(self, args, state, control, **kwargs):
