@@ -19,13 +19,15 @@ AXOLOTL := axolotl==0.19.0
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 # options of the measurements
 BENCH ?=
+# rows of the table that `make compat` writes; none for all
+COMPAT ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS_READY := $(VENV)/.peers
 
-.PHONY: help setup test test-kernels test-package demo bench results kernels gpu
+.PHONY: help setup test test-kernels test-package compat demo bench results kernels gpu
 .PHONY: lint lint-style lint-types lint-rules
 .PHONY: format clean distclean
 
@@ -55,6 +57,9 @@ test-kernels: $(READY)
 
 test-package: $(READY)
 	SEGLOSS_NO_SKIPS=1 $(BIN)/pytest --ignore=tests/kernels
+
+compat: $(READY) ## try the oldest and newest torch, triton, transformers, TRL and Axolotl; COMPAT=trl
+	$(BIN)/python tests/compat.py $(COMPAT)
 
 demo: $(READY) ## fine-tune a small language model on three real tasks
 	$(BIN)/segloss train --output $(RUN)
