@@ -28,7 +28,7 @@ READY := $(VENV)/.ready
 PEERS_READY := $(VENV)/.peers
 
 .PHONY: help setup test test-kernels test-package compat demo bench results kernels gpu
-.PHONY: lint lint-style lint-types lint-rules
+.PHONY: lint lint-style lint-types lint-layers lint-rules stubs
 .PHONY: format clean distclean
 
 help: ## list the targets
@@ -78,12 +78,11 @@ results: $(READY) ## make bench/RESULTS.md and its plots from bench/results/*.js
 kernels: $(READY) ## compile the kernels for GPUs that are not there; fails over bench/limits.py
 	$(BIN)/python -m bench.kernels
 
-# figures of kernels that fail their tests mean nothing, hence the order
-gpu: $(READY) ## on a GPU: the tests that need one, then the measurements
-	$(BIN)/pytest -m gpu
-	$(BIN)/python -m bench.gpu
+# torch, triton and pytest are all it takes: with or without .venv
+gpu: ## on a GPU: its tests, then every measurement; BENCH="--output DIR --seconds 470"
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench.gpu $(BENCH)
 
-lint: lint-style lint-types lint-rules ## check style, types and the rules of .pre-commit-config.yaml
+lint: lint-style lint-types lint-layers lint-rules ## check style, types, layers and the rules of .pre-commit-config.yaml
 
 lint-style: $(READY)
 	$(BIN)/ruff check
@@ -92,8 +91,14 @@ lint-style: $(READY)
 lint-types: $(READY)
 	$(BIN)/mypy
 
+lint-layers: $(READY)
+	$(BIN)/python tests/layers.py
+
 lint-rules: $(READY)
 	SKIP=ruff-check,ruff-format,mypy $(BIN)/pre-commit run --all-files
+
+stubs: $(READY) ## write segloss/functional.pyi from the losses' constructors
+	$(BIN)/python tests/stubs.py
 
 format: $(READY) ## rewrite the code in the house style
 	$(BIN)/ruff check --fix

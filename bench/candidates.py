@@ -21,7 +21,7 @@ import torch
 
 import segloss
 from bench.common import Report, Section, options
-from segloss import statistics
+from segloss.sweep import dense
 
 TASKS = ("asdiv", "siqa")
 LOSS = 0.6 * segloss.CrossEntropyLoss() + 0.4 * segloss.LovaszSoftmaxLoss()
@@ -70,7 +70,7 @@ def train(steps: int, examples: int, rate: float) -> dict[str, list[float]]:
     network.train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.0)
     torch.manual_seed(0)
-    counter = Counter(statistics.candidates)
+    counter = Counter(dense.candidates)
     found: dict[str, list[float]] = {
         name: [] for name in ("tokens", "classes", "candidates", "p", "saturated", "loss")
     }
@@ -81,11 +81,11 @@ def train(steps: int, examples: int, rate: float) -> dict[str, list[float]]:
         with torch.autocast("cpu", torch.bfloat16):
             logits = network(input_ids=ids, attention_mask=mask, use_cache=False).logits
         # on logits that exist: one call a step, whatever the fused head's chunks
-        original, statistics.candidates = statistics.candidates, counter
+        original, dense.candidates = dense.candidates, counter
         try:
             loss, stats = LOSS(logits, target, return_statistics=True)
         finally:
-            statistics.candidates = original
+            dense.candidates = original
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

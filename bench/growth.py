@@ -20,7 +20,7 @@ import torch
 from bench import core, head, inputs, peers
 from bench.common import Report, Section, elapsed, interleaved, options, quartiles, too_large
 from bench.memory import EAGER_BYTES_PER_LOGIT
-from segloss.logits import CPU_CHUNK_BYTES, CPU_CHUNK_ROWS
+from segloss.head.inputs import CPU_CHUNK_BYTES, CPU_CHUNK_ROWS
 
 TOKENS = (256, 512, 1024, 2048, 4096, 16384)
 CLASSES = (8192, 16384, 32768, 65536, 131072, 262144)

@@ -22,8 +22,8 @@ import torch
 
 import segloss
 from bench import inputs, peers
+from segloss.head.explain import dweight_bytes
 from segloss.kernels.common import cdiv
-from segloss.linear import dweight_bytes
 from segloss.train.expression import parse_loss
 
 # bfloat16 logits, their float32 copy, log-probabilities, two gradients
@@ -87,7 +87,8 @@ def accumulator_bytes(name: str, size: Sequence[int]) -> int:
         return 0
     hidden = torch.empty(num_tokens, width, dtype=torch.bfloat16)
     source = segloss.LinearLogits(hidden, torch.empty(num_classes, width, dtype=torch.bfloat16))
-    return dweight_bytes(source, cdiv(num_tokens, source.chunk_rows(num_tokens)))
+    inputs = source.inputs()
+    return dweight_bytes(inputs, cdiv(num_tokens, inputs.chunk_rows(num_tokens)))
 
 
 def measured(name: str, size: Sequence[int], whole: bool = False) -> int:

@@ -1,98 +1,23 @@
-"""Fused losses over large vocabularies: the probabilities are never stored."""
+"""Fused losses over large vocabularies: the probabilities are never stored.
 
-from segloss.functional import (
-    cross_entropy,
-    dft_loss,
-    dice_loss,
-    focal_loss,
-    focal_tversky_loss,
-    generalized_cross_entropy,
-    generalized_dice_loss,
-    jaccard_loss,
-    linear_cross_entropy,
-    linear_dft_loss,
-    linear_dice_loss,
-    linear_focal_loss,
-    linear_focal_tversky_loss,
-    linear_generalized_cross_entropy,
-    linear_generalized_dice_loss,
-    linear_jaccard_loss,
-    linear_lovasz_softmax,
-    linear_poly_loss,
-    linear_self_adjusting_dice_loss,
-    linear_tversky_loss,
-    lovasz_softmax,
-    poly_loss,
-    self_adjusting_dice_loss,
-    tversky_loss,
-)
-from segloss.logits import DenseLogits, LinearLogits
-from segloss.losses import (
-    CombinedLoss,
-    CrossEntropyLoss,
-    DFTLoss,
-    DiceLoss,
-    FocalLoss,
-    FocalTverskyLoss,
-    GeneralizedCrossEntropyLoss,
-    GeneralizedDiceLoss,
-    JaccardLoss,
-    LovaszSoftmaxLoss,
-    PolyLoss,
-    SelfAdjustingDiceLoss,
-    TverskyLoss,
-)
-from segloss.selection import GradEx
-from segloss.statistics import Statistics, logit_statistics
-from segloss.weighting import CoBa, SampleWeighting, sample_losses, token_weights
+Every loss is a class and two functions here, exported where it is written: `FocalLoss`,
+`focal_loss(logits, target)`, `linear_focal_loss(hidden, weight, target)`.
+"""
+
+from segloss.functional import *  # noqa: F403
+from segloss.losses import parse_loss as parse_loss
+from segloss.losses.combined import *  # noqa: F403
+from segloss.losses.lovasz import *  # noqa: F403
+from segloss.losses.region import *  # noqa: F403
+from segloss.losses.token import *  # noqa: F403
+from segloss.selection import GradEx as GradEx
+from segloss.sources import DenseLogits as DenseLogits
+from segloss.sources import LinearLogits as LinearLogits
+from segloss.sources import logit_statistics as logit_statistics
+from segloss.sweep.request import Statistics as Statistics
+from segloss.weighting import CoBa as CoBa
+from segloss.weighting import SampleWeighting as SampleWeighting
+from segloss.weighting import sample_losses as sample_losses
+from segloss.weighting import token_weights as token_weights
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "CoBa",
-    "CombinedLoss",
-    "CrossEntropyLoss",
-    "DFTLoss",
-    "DenseLogits",
-    "DiceLoss",
-    "FocalLoss",
-    "FocalTverskyLoss",
-    "GeneralizedCrossEntropyLoss",
-    "GeneralizedDiceLoss",
-    "GradEx",
-    "JaccardLoss",
-    "LinearLogits",
-    "LovaszSoftmaxLoss",
-    "PolyLoss",
-    "SampleWeighting",
-    "SelfAdjustingDiceLoss",
-    "Statistics",
-    "TverskyLoss",
-    "cross_entropy",
-    "dft_loss",
-    "dice_loss",
-    "focal_loss",
-    "focal_tversky_loss",
-    "generalized_cross_entropy",
-    "generalized_dice_loss",
-    "jaccard_loss",
-    "linear_cross_entropy",
-    "linear_dft_loss",
-    "linear_dice_loss",
-    "linear_focal_loss",
-    "linear_focal_tversky_loss",
-    "linear_generalized_cross_entropy",
-    "linear_generalized_dice_loss",
-    "linear_jaccard_loss",
-    "linear_lovasz_softmax",
-    "linear_poly_loss",
-    "linear_self_adjusting_dice_loss",
-    "linear_tversky_loss",
-    "logit_statistics",
-    "lovasz_softmax",
-    "poly_loss",
-    "sample_losses",
-    "self_adjusting_dice_loss",
-    "token_weights",
-    "tversky_loss",
-]

@@ -2,6 +2,8 @@
 
 segloss.focal_loss(logits, target, gamma=1.5, token_weight=w)
 segloss.FocalLoss(gamma=1.5)(logits, target, token_weight=w)       # the same
+
+Every loss with a `function` name has two here; `make stubs` writes `functional.pyi` from them.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ import inspect
 from collections.abc import Callable
 
 from segloss import losses
-from segloss.logits import LinearLogits
 from segloss.losses.base import constructor_options
+from segloss.sources import LinearLogits
 
 CALL = [
     parameter
@@ -71,35 +73,11 @@ def linear_functional(name: str, loss_class: type[losses.Loss]) -> Callable:
     return function
 
 
-cross_entropy = functional("cross_entropy", losses.CrossEntropyLoss)
-focal_loss = functional("focal_loss", losses.FocalLoss)
-poly_loss = functional("poly_loss", losses.PolyLoss)
-generalized_cross_entropy = functional(
-    "generalized_cross_entropy", losses.GeneralizedCrossEntropyLoss
-)
-dft_loss = functional("dft_loss", losses.DFTLoss)
-self_adjusting_dice_loss = functional("self_adjusting_dice_loss", losses.SelfAdjustingDiceLoss)
-dice_loss = functional("dice_loss", losses.DiceLoss)
-generalized_dice_loss = functional("generalized_dice_loss", losses.GeneralizedDiceLoss)
-jaccard_loss = functional("jaccard_loss", losses.JaccardLoss)
-tversky_loss = functional("tversky_loss", losses.TverskyLoss)
-focal_tversky_loss = functional("focal_tversky_loss", losses.FocalTverskyLoss)
-lovasz_softmax = functional("lovasz_softmax", losses.LovaszSoftmaxLoss)
-linear_cross_entropy = linear_functional("linear_cross_entropy", losses.CrossEntropyLoss)
-linear_focal_loss = linear_functional("linear_focal_loss", losses.FocalLoss)
-linear_poly_loss = linear_functional("linear_poly_loss", losses.PolyLoss)
-linear_generalized_cross_entropy = linear_functional(
-    "linear_generalized_cross_entropy", losses.GeneralizedCrossEntropyLoss
-)
-linear_dft_loss = linear_functional("linear_dft_loss", losses.DFTLoss)
-linear_self_adjusting_dice_loss = linear_functional(
-    "linear_self_adjusting_dice_loss", losses.SelfAdjustingDiceLoss
-)
-linear_dice_loss = linear_functional("linear_dice_loss", losses.DiceLoss)
-linear_generalized_dice_loss = linear_functional(
-    "linear_generalized_dice_loss", losses.GeneralizedDiceLoss
-)
-linear_jaccard_loss = linear_functional("linear_jaccard_loss", losses.JaccardLoss)
-linear_tversky_loss = linear_functional("linear_tversky_loss", losses.TverskyLoss)
-linear_focal_tversky_loss = linear_functional("linear_focal_tversky_loss", losses.FocalTverskyLoss)
-linear_lovasz_softmax = linear_functional("linear_lovasz_softmax", losses.LovaszSoftmaxLoss)
+FUNCTIONS: dict[str, Callable] = {}
+for _loss in losses.LOSSES.values():
+    if _loss.function is not None:
+        FUNCTIONS[_loss.function] = functional(_loss.function, _loss)
+        linear = f"linear_{_loss.function}"
+        FUNCTIONS[linear] = linear_functional(linear, _loss)
+globals().update(FUNCTIONS)  # `functional.pyi` says the same to mypy and editors
+__all__ = sorted(FUNCTIONS)

@@ -41,8 +41,10 @@ CORE = (
     "tests/test_torch_compile.py",
 )
 KERNELS = ("tests/kernels",)  # interpreted, hence in a process of their own
-TRANSFORMERS = ("tests/integrations/test_transformers.py", "tests/integrations/test_trainer.py")
-TRL = ("tests/integrations/test_trl.py",)
+TRANSFORMERS = tuple(
+    f"tests/integrations/test_{part}.py" for part in ("transformers", "trainer", "labels", "fuse")
+)
+TRL = ("tests/integrations/test_trl.py", "tests/integrations/test_preferences.py")
 AXOLOTL = ("tests/integrations/test_axolotl.py",)
 
 
@@ -157,7 +159,7 @@ def try_row(row: Row) -> tuple[str, ...]:
         result = f"not run: {error}"
     finally:
         shutil.rmtree(folder)
-    where = ", ".join(path.removeprefix("tests/") for path in row.tests)
+    where = ", ".join(path.removeprefix("tests/").removesuffix(".py") for path in row.tests)
     return row.asked, shown, where, result, time.strftime("%Y-%m-%d")
 
 

@@ -7,23 +7,13 @@ from torch import Tensor
 
 import segloss
 from segloss import reference
+from segloss.losses import registry
 
-TOKEN_LOSSES = {
-    "cross_entropy": "CrossEntropyLoss",
-    "focal_loss": "FocalLoss",
-    "poly_loss": "PolyLoss",
-    "generalized_cross_entropy": "GeneralizedCrossEntropyLoss",
-    "dft_loss": "DFTLoss",
-    "self_adjusting_dice_loss": "SelfAdjustingDiceLoss",
-}
-REGION_LOSSES = {
-    "dice_loss": "DiceLoss",
-    "generalized_dice_loss": "GeneralizedDiceLoss",
-    "jaccard_loss": "JaccardLoss",
-    "tversky_loss": "TverskyLoss",
-    "focal_tversky_loss": "FocalTverskyLoss",
-}
-LOVASZ = {"lovasz_softmax": "LovaszSoftmaxLoss"}
+# every loss of the registry: {function: name of its class}
+TOKEN_LOSSES, REGION_LOSSES, LOVASZ = (
+    {loss.function: loss.__name__ for loss in registry.LOSSES.values() if issubclass(loss, kind)}
+    for kind in (segloss.TokenLoss, segloss.RegionLoss, segloss.LovaszSoftmaxLoss)
+)
 SET_LOSSES = REGION_LOSSES | LOVASZ
 LOSSES = TOKEN_LOSSES | SET_LOSSES
 

@@ -18,6 +18,7 @@ from helpers import (
     random_weights,
     upstream_like,
 )
+from own_losses import OWN
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -94,10 +95,11 @@ def weighted_sum(terms: list[tuple[float, str]]) -> tuple[Callable, Callable]:
 
 # name: (ours, in plain PyTorch)
 CASES = {name: (fused(name), naive(name)) for name in LOSSES} | {
+    **{name: (ours, truth) for name, (_, ours, truth) in OWN.items()},
     "token sum": weighted_sum([(0.5, "focal_loss"), (1.5, "cross_entropy"), (-0.25, "poly_loss")]),
     "0.6 ce + 0.4 lovasz": weighted_sum([(0.6, "cross_entropy"), (0.4, "lovasz_softmax")]),
 }
-TOKEN_CASES = [*TOKEN_LOSSES, "token sum"]
+TOKEN_CASES = [*TOKEN_LOSSES, "token sum", "robust_loss"]
 SET_CASES = [name for name in CASES if name not in TOKEN_CASES]
 
 

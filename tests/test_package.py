@@ -56,7 +56,8 @@ with NoTensors():
     import segloss
 assert settings() == before
 assert not torch.cuda.is_initialized()
-heavy = {"transformers", "matplotlib", "accelerate", "gguf", "safetensors"} & set(sys.modules)
+heavy = {"transformers", "matplotlib", "accelerate", "gguf", "safetensors", "torch._dynamo"}
+heavy &= set(sys.modules)
 assert not heavy, heavy
 """)
 

@@ -102,11 +102,11 @@ def test_two_losses_of_one_kind_do_not_meet():
 
 
 def test_operators_pass_opcheck():
-    from segloss.compiled import remember
+    from segloss.losses.compiled import remember
 
     key = remember(
-        segloss.FocalLoss().description, False, (("scale", 1.0),),
-        ("target", "logits"), None, True, (False, True), "mean",
+        segloss.FocalLoss().description, "DenseLogits", (("scale", 1.0),),
+        ("target", "source.logits"), None, True, (False, True), "mean",
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.segloss.loss.default,

@@ -15,7 +15,7 @@ import torch
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, Field, field_validator
 
-from segloss.train.expression import parse_loss
+from segloss.losses import parse_loss
 from segloss.weighting import SampleWeighting
 
 __all__ = ["SeglossArgs", "SeglossPlugin"]

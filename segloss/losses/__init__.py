@@ -1,37 +1,9 @@
 """The losses: formulas on the small vectors that one sweep over the logits returns."""
 
-from segloss.losses.base import Loss
-from segloss.losses.combined import CombinedLoss
-from segloss.losses.lovasz import LovaszSoftmaxLoss
-from segloss.losses.region import (
-    DiceLoss,
-    FocalTverskyLoss,
-    GeneralizedDiceLoss,
-    JaccardLoss,
-    TverskyLoss,
-)
-from segloss.losses.token import (
-    CrossEntropyLoss,
-    DFTLoss,
-    FocalLoss,
-    GeneralizedCrossEntropyLoss,
-    PolyLoss,
-    SelfAdjustingDiceLoss,
-)
-
-__all__ = [
-    "CombinedLoss",
-    "CrossEntropyLoss",
-    "DFTLoss",
-    "DiceLoss",
-    "FocalLoss",
-    "FocalTverskyLoss",
-    "GeneralizedCrossEntropyLoss",
-    "GeneralizedDiceLoss",
-    "JaccardLoss",
-    "Loss",
-    "LovaszSoftmaxLoss",
-    "PolyLoss",
-    "SelfAdjustingDiceLoss",
-    "TverskyLoss",
-]
+from segloss.losses.token import *  # noqa: F403  # isort: skip - losses are listed as imported
+from segloss.losses.base import Loss as Loss
+from segloss.losses.combined import *  # noqa: F403 - a loss is exported where it is written
+from segloss.losses.expression import parse_loss as parse_loss
+from segloss.losses.lovasz import *  # noqa: F403
+from segloss.losses.region import *  # noqa: F403
+from segloss.losses.registry import LOSSES as LOSSES

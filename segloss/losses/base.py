@@ -8,35 +8,22 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from segloss.batch import Batch, make_batch
-from segloss.compiled import compiled_loss
+from segloss.checks import check_choice, describe
 from segloss.distributed import sum_over
-from segloss.linear import FusedPlan, fused_loss
-from segloss.logits import LinearLogits, as_source, describe
-from segloss.statistics import Request, Statistics, Sweep, make_sweep, public_statistics
+from segloss.losses import registry
+from segloss.sources import as_source, public_statistics
+from segloss.sweep.batch import Batch, make_batch
+from segloss.sweep.request import Request, RowSum, Statistics, Sweep
+from segloss.sweep.source import Source
 
 REDUCTIONS = ("mean", "sum", "none")
-
-
-def check_choice(name: str, value, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it takes {' or '.join(map(repr, choices))}")
-
-
-def check_number(name: str, value, low: float = 0.0, high: float = math.inf) -> float:
-    """A finite number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {describe(value)}; it takes a number")
-    if not (low <= value <= high and value < math.inf):
-        span = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-        raise ValueError(f"{name} is {value}; it takes a number {span}")
-    return float(value)
 
 
 def constructor_options(loss_class: type) -> list[inspect.Parameter]:
@@ -61,13 +48,27 @@ def described(init: Callable) -> Callable:
     between two losses. Options are therefore fixed once a loss is made.
     """
 
+    parameters = list(inspect.signature(init).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
     @functools.wraps(init)
     def wrapped(self, *arguments, **options):
         init(self, *arguments, **options)
-        if type(self).__init__ is wrapped:  # the outermost, so that every option is set
-            self.description = self.describe()
+        if type(self).__init__ is not wrapped:
+            return  # a base's: the outermost alone sees every option
+        self.description = None
+        if len(arguments) <= len(names):
+            given = dict(zip(names[: len(arguments)], arguments, strict=True))
+            self.description = self.describe(given | options)
 
     return wrapped
+
+
+def is_literal(value) -> bool:
+    """Whether `repr` of the value can be read again."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, (bool, int, str))
 
 
 class Loss(nn.Module):
@@ -80,15 +81,22 @@ class Loss(nn.Module):
         group: process group the tokens are sharded over, or None. Every rank returns the global
             loss, and its logits get the gradient of the global loss; under averaging data
             parallelism multiply the loss by the world size.
+
+    A class of one's own has all that the built-in ones have. With `short="hinge"` behind its bases
+    it is known by that name to `parse_loss`; without, as `mypackage.losses:Hinge`.
     """
 
     weight: Tensor | None
     is_token_loss = False
-    description: str
+    description: str | None  # what `torch.compile` keeps of it; None if an option is no plain value
+    key: ClassVar[str]
+    function: ClassVar[str | None]  # of segloss, the loss as a function
+    short: ClassVar[str | None]
     option_names: tuple[str, ...] = ()  # of the constructor, `weight` and `group` apart
 
-    def __init_subclass__(cls, **keywords):
+    def __init_subclass__(cls, function: str | None = None, short: str | None = None, **keywords):
         super().__init_subclass__(**keywords)
+        registry.register(cls, function, short)
         names = (option.name for option in constructor_options(cls))
         cls.option_names = tuple(n for n in names if n not in ("weight", "group"))
         if "__init__" in vars(cls):
@@ -137,14 +145,18 @@ class Loss(nn.Module):
                 multiplied by (weight of this batch's tokens / normalizer).
             return_statistics: also return detached log_prob, lse, entropy and argmax.
         """
-        if torch.compiler.is_compiling() and self.compiles:
+        if torch.compiler.is_compiling():
+            # here, not above: what traces takes longer to import than all the rest
+            from segloss.losses.compiled import compiled_loss, eager_loss
+
             keywords = {
                 "token_weight": token_weight,
                 "sample_ids": sample_ids,
                 "normalizer": normalizer,
                 "return_statistics": return_statistics,
             }
-            return compiled_loss(self, logits, target, keywords)
+            called = compiled_loss if self.compiles else eager_loss
+            return called(self, logits, target, keywords)
         source = as_source(logits)
         batch = make_batch(
             source,
@@ -159,12 +171,11 @@ class Loss(nn.Module):
         request = self.request()
         if return_statistics:
             request = replace(request, entropy=True, argmax=True)
-        if isinstance(source, LinearLogits) and fusible(self) and source.needs_grad():
-            plan = self.fused_plan(batch, normalizer, request)
-            loss, sweep = fused_loss(source, batch, plan)
+        if self.is_row_sum and source.forms_gradients:
+            loss, stats = source.row_sum(batch, self.row_sum(batch, normalizer, request))
             loss = sum_over(loss, self.group)
-            return (loss, public_statistics(sweep, batch)) if return_statistics else loss
-        sweep = make_sweep(source, batch, request)
+            return (loss, public_statistics(stats, batch)) if return_statistics else loss
+        sweep = source.sweep(batch, request)
         with torch.autocast(source.device.type, enabled=False):
             loss = self.value(sweep, batch, normalizer)
         if not return_statistics:
@@ -174,17 +185,38 @@ class Loss(nn.Module):
             setattr(statistics, name, getattr(statistics, name).detach())
         return loss, statistics
 
+    def explain(self, logits, target: Tensor) -> str:
+        """What `self(logits, target)` and its backward do: chunks, matrix products, bytes."""
+        source = as_source(logits)
+        batch = make_batch(source, target, ignore_index=self.ignore_index)
+        return source.plan(batch, self.is_row_sum)
+
+    @property
+    def is_row_sum(self) -> bool:
+        """Whether the value is a sum over rows of numbers with constant factors."""
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        return self.is_token_loss and self.reduction != "none" and not trained
+
     @property
     def compiles(self) -> bool:
         """Whether one custom op can stand for a call: its value's shape must be known."""
-        return self.group is None and (self.reduction != "none" or self.is_token_loss)
+        known = self.reduction != "none" or self.is_token_loss
+        plain = self.description is not None and not any(True for _ in self.parameters())
+        return self.group is None and known and plain
 
-    def describe(self) -> str:
-        """A literal `(class name, ((option, value), ...))`, without the tensors."""
-        options = ", ".join([f"({name!r}, {getattr(self, name)!r})" for name in self.option_names])
-        return f"({type(self).__name__!r}, ({options},))"
+    def describe(self, options: Mapping[str, Any]) -> str | None:
+        """A literal `(key, ((option, value), ...))`; a tensor option is the buffer of its name."""
+        buffers = [name for name, _ in self.named_buffers()]
+        parts = []
+        for name, value in options.items():
+            if name == "group" or (isinstance(value, Tensor) and name in buffers):
+                continue
+            if not is_literal(value):
+                return None
+            parts.append(f"({name!r}, {value!r}), ")
+        return f"({self.key!r}, ({''.join(parts)}))"
 
-    def check(self, source) -> None:
+    def check(self, source: Source) -> None:
         """Options that only the logits can prove wrong."""
         if self.weight is None:
             return
@@ -204,40 +236,32 @@ class Loss(nn.Module):
         """The reduced loss."""
         raise TypeError(f"{type(self).__name__} does not define value(sweep, batch, normalizer)")
 
-    def fused_plan(self, batch: Batch, normalizer: Tensor | None, request: Request) -> FusedPlan:
-        """This loss as factors known before the logits are; only of a `fusible` loss."""
+    def row_sum(self, batch: Batch, normalizer: Tensor | None, request: Request) -> RowSum:
+        """This loss as factors known before the logits are, where `is_row_sum`."""
         raise TypeError(f"{type(self).__name__} is not a sum over tokens")
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.option_names)
+        shown = {name: getattr(self, name) for name in self.option_names if hasattr(self, name)}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
     # weighted sums: `0.6 * CrossEntropyLoss() + 0.4 * LovaszSoftmaxLoss()`
 
     def __mul__(self, coefficient: float) -> Loss:
-        from segloss.losses.combined import CombinedLoss
-
-        return CombinedLoss([(coefficient, self)])
+        return registry.find("combined:CombinedLoss")([(coefficient, self)])
 
     __rmul__ = __mul__
 
     def __add__(self, other: Loss) -> Loss:
-        from segloss.losses.combined import CombinedLoss
-
         if not isinstance(other, Loss):
             return NotImplemented
-        return CombinedLoss([(1.0, self), (1.0, other)])
+        return registry.find("combined:CombinedLoss")([(1.0, self), (1.0, other)])
 
     def __radd__(self, other) -> Loss:
         # so that sum([...]) works
         return self if other == 0 else NotImplemented
 
 
-def fusible(loss: Loss) -> bool:
-    """Whether a scalar sum over tokens: its gradients can be formed while a chunk's logits live."""
-    return loss.is_token_loss and loss.reduction != "none"
-
-
-def check_normalizer(normalizer, reduction: str, source) -> Tensor | None:
+def check_normalizer(normalizer, reduction: str, source: Source) -> Tensor | None:
     if normalizer is None:
         return None
     if reduction != "mean":
@@ -247,7 +271,8 @@ def check_normalizer(normalizer, reduction: str, source) -> Tensor | None:
     if isinstance(normalizer, (int, float)) and not isinstance(normalizer, bool):
         if not 0 <= normalizer < math.inf:
             raise ValueError(f"normalizer is {normalizer}; it takes a number >= 0")
-        return torch.tensor(normalizer, dtype=source.dtype, device=source.device)
+        # filled on the device: a copy of the host's number would wait
+        return torch.full((), float(normalizer), dtype=source.dtype, device=source.device)
     raise TypeError(f"normalizer is {describe(normalizer)}; it takes a number or a 0-dim tensor")
 
 

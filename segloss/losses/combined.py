@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from segloss.batch import Batch
-from segloss.linear import FusedPlan
-from segloss.logits import describe
+from segloss.checks import describe
 from segloss.losses.base import Loss
-from segloss.statistics import Request, Sweep
+from segloss.sweep.batch import Batch
+from segloss.sweep.request import Request, RowSum, Sweep
+from segloss.sweep.source import Source
+
+__all__ = ["CombinedLoss"]
 
 
 class CombinedLoss(Loss):
@@ -58,11 +60,13 @@ class CombinedLoss(Loss):
     def terms(self) -> list[tuple[float, Loss]]:
         return list(zip(self.coefficients, cast(list[Loss], self.parts), strict=True))
 
-    def describe(self) -> str:
-        parts = ", ".join([f"({c!r}, {part.description})" for c, part in self.terms])
-        return f"('CombinedLoss', ({parts},))"
+    def describe(self, options: Mapping[str, Any]) -> str | None:
+        parts = [f"({c!r}, {part.description})" for c, part in self.terms]
+        if any(part.description is None for part in self.parts):
+            return None
+        return f"({self.key!r}, ({', '.join(parts)},))"
 
-    def check(self, source) -> None:
+    def check(self, source: Source) -> None:
         for _, part in self.terms:
             part.check(source)
 
@@ -73,14 +77,14 @@ class CombinedLoss(Loss):
     def is_token_loss(self) -> bool:  # type: ignore[override]
         return all(part.is_token_loss for _, part in self.terms)
 
-    def fused_plan(self, batch: Batch, normalizer: Tensor | None, request: Request) -> FusedPlan:
-        plans = [part.fused_plan(batch, normalizer, request) for _, part in self.terms]
+    def row_sum(self, batch: Batch, normalizer: Tensor | None, request: Request) -> RowSum:
+        plans = [part.row_sum(batch, normalizer, request) for _, part in self.terms]
         terms = [
-            (coefficient * factor, part)
+            (coefficient * factor, values)
             for coefficient, plan in zip(self.coefficients, plans, strict=True)
-            for factor, part in plan.terms
+            for factor, values in plan.terms
         ]
-        return FusedPlan(terms, request, plans[0].denominator)
+        return RowSum(terms, request, plans[0].denominator)
 
     def value(self, sweep: Sweep, batch: Batch, normalizer: Tensor | None) -> Tensor:
         values = [

@@ -11,10 +11,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from segloss.batch import Batch
+from segloss.checks import check_choice, check_number
 from segloss.distributed import sum_over
-from segloss.losses.base import Loss, check_choice, check_number, power, ratio
-from segloss.statistics import Request, Sweep, group_sum
+from segloss.losses.base import Loss, power, ratio
+from segloss.sweep.batch import Batch
+from segloss.sweep.classes import group_sum
+from segloss.sweep.request import Request, Sweep
+
+__all__ = [
+    "DiceLoss",
+    "FocalTverskyLoss",
+    "GeneralizedDiceLoss",
+    "JaccardLoss",
+    "RegionLoss",
+    "TverskyLoss",
+]
 
 
 class ClassSums(NamedTuple):
@@ -175,7 +186,7 @@ class RegionLoss(ClassLoss):
         return region_scale(reduce_samples(value, occupied, self.reduction), batch, normalizer)
 
 
-class DiceLoss(RegionLoss):
+class DiceLoss(RegionLoss, function="dice_loss", short="dice"):
     """Soft Dice over classes of the vocabulary.
 
         p = torch.softmax(logits.float(), -1).flatten(0, -2)
@@ -190,14 +201,14 @@ class DiceLoss(RegionLoss):
         return 1 - (2 * tp + self.smooth) / (p + n + self.smooth)
 
 
-class JaccardLoss(RegionLoss):
+class JaccardLoss(RegionLoss, function="jaccard_loss", short="jaccard"):
     """Soft Jaccard (intersection over union): `1 - (TP + smooth) / (P + n - TP + smooth)`."""
 
     def formula(self, tp: Tensor, p: Tensor, n: Tensor) -> Tensor:
         return 1 - (tp + self.smooth) / (p + n - tp + self.smooth)
 
 
-class TverskyLoss(RegionLoss):
+class TverskyLoss(RegionLoss, function="tversky_loss", short="tversky"):
     """Tversky loss: `1 - (TP + s) / (TP + alpha FP + beta FN + s)`.
 
     alpha weighs false positives, beta false negatives; alpha = beta = 0.5 is Dice, both 1 Jaccard.
@@ -214,7 +225,7 @@ class TverskyLoss(RegionLoss):
         return 1 - (tp + self.smooth) / (weighed + self.smooth)
 
 
-class FocalTverskyLoss(TverskyLoss):
+class FocalTverskyLoss(TverskyLoss, function="focal_tversky_loss", short="focal_tversky"):
     """Focal Tversky: each class's Tversky loss to the power gamma, then the mean.
 
     gamma below 1 as in the paper's 3/4 raises classes that are nearly right; the slope at 0 is
@@ -229,7 +240,7 @@ class FocalTverskyLoss(TverskyLoss):
         return power(super().formula(tp, p, n), self.gamma)
 
 
-class GeneralizedDiceLoss(RegionLoss):
+class GeneralizedDiceLoss(RegionLoss, function="generalized_dice_loss", short="gdice"):
     """Generalised Dice: one ratio over all classes, each weighed by 1 / n_c^2.
 
         w = torch.where(n > 0, weight / n**2, 0)

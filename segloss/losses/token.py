@@ -8,18 +8,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from segloss.batch import Batch
+from segloss.checks import check_number
 from segloss.distributed import sum_over
-from segloss.linear import FusedPlan
-from segloss.losses.base import Loss, check_number, power, ratio
-from segloss.statistics import Request, Sweep, TokenStats
+from segloss.losses.base import Loss, power, ratio
+from segloss.sweep.batch import Batch
+from segloss.sweep.classes import class_index
+from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
+
+__all__ = [
+    "CrossEntropyLoss",
+    "DFTLoss",
+    "FocalLoss",
+    "GeneralizedCrossEntropyLoss",
+    "PolyLoss",
+    "SelfAdjustingDiceLoss",
+    "TokenLoss",
+]
 
 
 class TokenLoss(Loss):
     """A loss that is a sum over tokens of a function of the token's own row.
 
-    A subclass gives `formula(stats) -> (N,)`. Reductions, with token weights t and class weights w:
-    mean `sum_i t_i w_yi l_i / sum_i t_i w_yi`, sum `sum_i t_i w_yi l_i`, none `t_i w_yi l_i`.
+    A subclass gives `formula(stats) -> (N,)`, with `stats.log_prob`, `stats.lse` and `stats.target`
+    (class ids, 0 where ignored), and what its `request()` asks for.
+    Reductions, with token weights t and class weights w: mean
+    `sum_i t_i w_yi l_i / sum_i t_i w_yi`, sum `sum_i t_i w_yi l_i`, none `t_i w_yi l_i`.
     """
 
     is_token_loss = True
@@ -32,8 +45,7 @@ class TokenLoss(Loss):
         """w_yi (N,), None for ones."""
         if self.weight is None:
             return None
-        # a target out of range (only met on a GPU) is NaN already: never read outside
-        return self.weight[torch.where(valid, target, 0).clamp(0, self.weight.shape[0] - 1)]
+        return self.weight[class_index(target, valid, self.weight.shape[0])]
 
     def token_values(self, stats: TokenStats, target: Tensor, valid: Tensor) -> Tensor:
         """Value of each token (N,) with its class weight; read only where valid."""
@@ -53,10 +65,10 @@ class TokenLoss(Loss):
             counted = counted * weight.to(batch.dtype)
         return sum_over(counted.sum(), batch.group)
 
-    def fused_plan(self, batch: Batch, normalizer: Tensor | None, request: Request) -> FusedPlan:
+    def row_sum(self, batch: Batch, normalizer: Tensor | None, request: Request) -> RowSum:
         denominator = self.denominator(batch, normalizer)
         denominator = torch.where(denominator == 0, 1, denominator)
-        return FusedPlan([(1 / denominator, self)], request, denominator)
+        return RowSum([(1 / denominator, self.token_values)], request, denominator)
 
     def value(self, sweep: Sweep, batch: Batch, normalizer: Tensor | None) -> Tensor:
         value = self.token_values(sweep, batch.target, batch.valid)
@@ -70,7 +82,7 @@ class TokenLoss(Loss):
         return ratio(total, self.denominator(batch, normalizer))
 
 
-class CrossEntropyLoss(TokenLoss):
+class CrossEntropyLoss(TokenLoss, function="cross_entropy", short="ce"):
     """Cross-entropy with label smoothing and z-loss.
 
         torch.nn.functional.cross_entropy(logits.float(), target, weight, label_smoothing=e)
@@ -119,7 +131,7 @@ class CrossEntropyLoss(TokenLoss):
         return value
 
 
-class FocalLoss(TokenLoss):
+class FocalLoss(TokenLoss, function="focal_loss", short="focal"):
     """Focal loss: tokens that are already likely count less.
 
         p = torch.softmax(logits.float(), -1).gather(-1, target[..., None])[..., 0]
@@ -165,7 +177,7 @@ class _Focal(torch.autograd.Function):
         return -grad * miss**ctx.gamma * slope, None
 
 
-class PolyLoss(TokenLoss):
+class PolyLoss(TokenLoss, function="poly_loss", short="poly"):
     """Poly-1: cross-entropy with its first polynomial coefficient raised by epsilon.
 
         (-p.log() + epsilon * (1 - p)).mean()
@@ -188,7 +200,7 @@ class PolyLoss(TokenLoss):
         return -stats.log_prob - self.epsilon * torch.expm1(stats.log_prob)
 
 
-class GeneralizedCrossEntropyLoss(TokenLoss):
+class GeneralizedCrossEntropyLoss(TokenLoss, function="generalized_cross_entropy", short="gce"):
     """Generalised cross-entropy, between cross-entropy (q -> 0) and 1 - p (q = 1).
 
         ((1 - p**q) / q).mean()
@@ -214,7 +226,7 @@ class GeneralizedCrossEntropyLoss(TokenLoss):
         return -torch.expm1(self.q * stats.log_prob) / self.q
 
 
-class DFTLoss(TokenLoss):
+class DFTLoss(TokenLoss, function="dft_loss", short="dft"):
     """Dynamic fine-tuning: the gradient of cross-entropy scaled by the target's probability.
 
         (p.detach() * -p.log()).mean()
@@ -229,7 +241,7 @@ class DFTLoss(TokenLoss):
         return -p * log_prob.clamp(min=torch.finfo(log_prob.dtype).min)
 
 
-class SelfAdjustingDiceLoss(TokenLoss):
+class SelfAdjustingDiceLoss(TokenLoss, function="self_adjusting_dice_loss", short="sadl"):
     """Self-adjusting Dice loss of single tokens.
 
         q = (1 - p) ** alpha * p

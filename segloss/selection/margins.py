@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segloss.batch import make_batch
-from segloss.logits import DenseLogits, LinearLogits, as_source
-from segloss.statistics import logit_statistics
+from segloss.sources import DenseLogits, as_source, logit_statistics
+from segloss.sweep.batch import make_batch
+from segloss.sweep.source import Source
 
 
-def output_margin(
-    logits: Tensor | DenseLogits | LinearLogits, target: Tensor, *, ignore_index: int = -100
-) -> Tensor:
+def output_margin(logits: Tensor | Source, target: Tensor, *, ignore_index: int = -100) -> Tensor:
     """`z_y - logsumexp_{j != y} z_j`, the log-odds of every target token; differentiable.
 
         rest = logits.float().scatter(-1, target[..., None], -torch.inf)
@@ -39,7 +37,7 @@ def output_margin(
         raise ValueError("logits have 1 class; a margin takes at least 2")
     rows = batch.valid.nonzero()[:, 0]
     y = batch.target[rows]
-    z = raw_logits(source, rows)
+    z = source.rows(rows)
     rest = DenseLogits(z.scatter(1, y[:, None], -torch.inf), source.softcap, source.scale)
     # the log-sum-exp does not depend on which class is asked for
     lse = logit_statistics(rest, (y + 1) % source.num_classes).lse
@@ -48,20 +46,6 @@ def output_margin(
         z_y = source.softcap * torch.tanh(z_y / source.softcap)
     margin = lse.new_zeros(batch.target.numel()).index_put((rows,), z_y - lse)
     return margin.view(batch.shape)
-
-
-def raw_logits(source: DenseLogits | LinearLogits, rows: Tensor) -> Tensor:
-    """Logits (N', V) of some rows, before scale and softcap; differentiable."""
-    if isinstance(source, DenseLogits):
-        return source.logits.reshape(-1, source.num_classes)[rows]
-    named, dtype = dict(source.named_tensors()), source.product_dtype
-    hidden = source.hidden.reshape(-1, source.hidden.shape[-1])[rows].to(dtype)
-    bias = named["bias"].to(dtype) if "bias" in named else None
-    z = F.linear(hidden, named["weight"].to(dtype), bias)
-    if source.lora is not None:
-        a, b, scaling = source.lora
-        z = z + scaling * F.linear(F.linear(hidden, a.to(dtype)), b.to(dtype))
-    return z
 
 
 def answer_margin(token_margin: Tensor) -> Tensor:

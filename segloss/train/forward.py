@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from segloss.integrations.transformers import head_logits
-from segloss.logits import LinearLogits
+from segloss.sources import LinearLogits
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None):

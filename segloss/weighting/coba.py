@@ -11,10 +11,10 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from segloss.checks import describe
 from segloss.distributed import sum_over
 from segloss.kernels.common import widest
 from segloss.kernels.task_weights import Moment, TaskHistory, TaskWeights, task_weights
-from segloss.logits import describe
 
 MODES = ("paper", "published")
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from segloss.batch import INTEGERS
+from segloss.checks import INTEGERS, describe
 from segloss.distributed import concatenate_over, gather_sizes, sum_over
 from segloss.kernels.common import widest
 from segloss.kernels.sample_weights import (
@@ -22,7 +22,6 @@ from segloss.kernels.sample_weights import (
     sample_means_and_weights,
     sample_weights,
 )
-from segloss.logits import describe
 from segloss.weighting.coba import check_integer
 
 SCHEMES = ("irdro", "linupper", "quadratic", "extremes", "rank")

@@ -79,7 +79,7 @@ def test_a_head_on_both_backends(loss):
 @pytest.mark.parametrize("wrong", [67, -1, 10**6])
 def test_a_target_out_of_range_is_nan_and_never_a_stray_read(name, wrong, monkeypatch, memory):
     """As on a GPU, where nobody looks at the values first; the memory guard sees every access."""
-    monkeypatch.setattr(segloss.batch, "check_range", lambda *arguments: None)
+    monkeypatch.setattr(segloss.sweep.batch, "check_range", lambda *arguments: None)
     logits, target = example(3, 5, 67)
     target[1, 2] = wrong
     value, _ = value_and_grad(getattr(segloss, name), logits, target)

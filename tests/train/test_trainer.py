@@ -9,7 +9,7 @@ from train.tiny import build_model
 
 import segloss
 from segloss import reference
-from segloss.logits import as_source
+from segloss.sources import as_source
 from segloss.train import data
 from segloss.train.config import TrainConfig
 from segloss.train.expression import parse_loss

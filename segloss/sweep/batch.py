@@ -10,10 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from segloss.checks import INTEGERS, describe
 from segloss.distributed import union_over
-from segloss.logits import describe
-
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 @dataclass

@@ -1,112 +1,29 @@
-"""Where logits come from: a tensor, or a hidden state and a head that are never multiplied out."""
+"""Hidden states and a head that are never multiplied out."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from segloss.checks import FLOATS, check_plain, check_transform, describe
+from segloss.head.explain import explain
+from segloss.head.fused import row_sum
+from segloss.head.inputs import Inputs, Options
+from segloss.head.sweep import sweep
+from segloss.sweep.batch import Batch
+from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
+from segloss.sweep.source import Source
 
-def describe(value) -> str:
-    """How an error message shows what it was given."""
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    if isinstance(value, (list, tuple)):
-        return f"a {type(value).__name__} ({', '.join(map(describe, value))})"
-    return repr(value)
-
-
-def check_plain(name: str, tensor: Tensor) -> None:
-    """Refuse tensors that only stand for data that lies elsewhere."""
-    if type(tensor).__name__ == "DTensor":
-        raise TypeError(
-            f"{name} is a DTensor; pass {name}.full_tensor(), or {name}.to_local() with group= "
-            "where its rows are sharded over tokens"
-        )
-    if tensor.numel() == 0 and hasattr(tensor, "ds_shape"):
-        raise TypeError(
-            f"{name} is an empty ZeRO-3 placeholder; gather it first with "
-            "deepspeed.zero.GatheredParameters"
-        )
-
-
-def check_transform(softcap: float | None, scale: float) -> None:
-    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < torch.inf):
-        raise ValueError(f"softcap is {describe(softcap)}; it takes a positive number or None")
-    if not (isinstance(scale, (int, float)) and 0 < scale < torch.inf):
-        raise ValueError(f"scale is {describe(scale)}; it takes a positive number")
+PLAIN_OPTIONS = ("softcap", "scale", "compact", "chunk_bytes", "memory_budget", "grad_filter")
 
 
 @dataclass(frozen=True)
-class DenseLogits:
-    """`softcap * torch.tanh(scale * logits / softcap)`, transformed on the fly.
-
-    A plain tensor given to a loss means `DenseLogits(tensor)`.
-
-    Args:
-        logits: (..., V), float64, float32, bfloat16 or float16, at least one leading dimension.
-        softcap: positive number, or None for no cap (Gemma-2 style logit soft-capping).
-        scale: positive number the logits are multiplied by before the cap (1 / temperature).
-
-    -inf stays -inf through the cap, with gradient 0.
-    """
-
-    logits: Tensor
-    softcap: float | None = None
-    scale: float = 1.0
-
-    def __post_init__(self):
-        check_transform(self.softcap, self.scale)
-        logits = self.logits
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"logits is {describe(logits)}; it takes a tensor of shape (..., V)")
-        check_plain("logits", logits)
-        if logits.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(
-                f"logits is {describe(logits)}; it takes float64, float32, bfloat16 or float16"
-            )
-        if logits.dim() < 2 or logits.shape[-1] == 0:
-            raise ValueError(
-                f"logits is {describe(logits)}; it takes shape (..., V): at least two dimensions, "
-                "at least one class"
-            )
-        if logits.device.type == "meta":
-            raise ValueError(f"logits is {describe(logits)}; it takes a tensor with data")
-
-    @property
-    def leading_shape(self) -> torch.Size:
-        return self.logits.shape[:-1]
-
-    @property
-    def num_classes(self) -> int:
-        return self.logits.shape[-1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.logits.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of statistics and losses."""
-        return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
-
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Logits of one row chunk, in bytes, where the caller gives none (measured: bench/NOTES.md)
-CPU_CHUNK_BYTES = 64 << 20
-GPU_CHUNK_BYTES = 512 << 20
-# with fewer rows than these the matrix units wait for the weight to be read again
-CPU_CHUNK_ROWS = 512
-GPU_CHUNK_ROWS = 1024
-# up to this many classes grad_filter is taken as it is; small columns add up, so more of them are
-# held to a lower limit (measured: bench/NOTES.md)
-FILTER_CLASSES = 1 << 16
-
-
-@dataclass(frozen=True)
-class LinearLogits:
+class LinearLogits(Source):
     """`softcap * tanh(scale * F.linear(hidden, weight, bias) / softcap)`, never stored.
 
     Takes the place of the logits in every loss: they are made, used and dropped a chunk of rows at
@@ -123,7 +40,8 @@ class LinearLogits:
             count on a GPU, which compact=False avoids (CUDA graphs).
         chunk_bytes: what the logits of one chunk may take; None for a measured default.
         memory_budget: bytes of logits that may be kept from forward to backward where they would
-            otherwise be computed again.
+            otherwise be computed again (region and ranking losses, reduction="none"); None keeps
+            one chunk's, in memory that forward needs anyway, 0 none.
         grad_filter: columns of a block of 256 rows in which every |dlogits| (before the mean and
             the upstream gradient) is below this are multiplied as one rank-1 term; 0 for none.
             With more than 65,536 classes the limit falls as 65,536 / V.
@@ -140,7 +58,7 @@ class LinearLogits:
     lora: tuple[Tensor, Tensor, float] | None = None
     compact: bool = True
     chunk_bytes: int | None = None
-    memory_budget: int = 0
+    memory_budget: int | None = None
     grad_filter: float = 0.0
     # of the matrix products: autocast's where it is on
     product_dtype: torch.dtype = field(init=False, repr=False)
@@ -202,7 +120,7 @@ class LinearLogits:
             raise TypeError(f"compact is {self.compact!r}; it takes True or False")
         for name in ("chunk_bytes", "memory_budget"):
             value = getattr(self, name)
-            if name == "chunk_bytes" and value is None:
+            if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} is {describe(value)}; it takes a number of bytes")
@@ -239,37 +157,57 @@ class LinearLogits:
         """Of statistics and losses."""
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
 
+    def inputs(self) -> Inputs:
+        """What the engine is given."""
+        tensors = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
+        lora_scale = 0.0
+        if self.lora is not None:
+            tensors["lora_a"], tensors["lora_b"], lora_scale = self.lora
+        options = Options(
+            self.product_dtype,
+            self.softcap,
+            self.scale,
+            lora_scale,
+            self.compact,
+            self.chunk_bytes,
+            self.memory_budget,
+            self.grad_filter,
+            self.report,
+        )
+        return Inputs({name: t for name, t in tensors.items() if t is not None}, options)
+
+    def sweep(self, batch: Batch, request: Request) -> Sweep:
+        return sweep(self.inputs(), batch, request)
+
     @property
-    def filter_limit(self) -> float:
-        """`grad_filter` as each column is held to it."""
-        return self.grad_filter * min(1.0, FILTER_CLASSES / self.num_classes)
+    def forms_gradients(self) -> bool:
+        return any(self.inputs().needed().values())
 
-    def needs_grad(self) -> bool:
-        return torch.is_grad_enabled() and any(t.requires_grad for _, t in self.named_tensors())
+    def row_sum(self, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenStats]:
+        return row_sum(self.inputs(), batch, plan)
 
-    def chunk_rows(self, num_rows: int) -> int:
-        """Rows of a chunk: from the byte budget alone, never from V / D."""
-        on_gpu = self.device.type == "cuda"
-        budget = self.chunk_bytes or (GPU_CHUNK_BYTES if on_gpu else CPU_CHUNK_BYTES)
-        rows = budget // (self.num_classes * self.product_dtype.itemsize)
-        if self.chunk_bytes is None:
-            rows = max(GPU_CHUNK_ROWS if on_gpu else CPU_CHUNK_ROWS, rows)
-        if rows >= num_rows:
-            return max(1, num_rows)
-        # equal chunks: a small last one would reread the weight for little
-        count = -(-num_rows // max(1, rows))
-        even = -(-num_rows // count)
-        return even if even < 128 else min(num_rows, -(-even // 128) * 128 if rows >= 128 else even)
+    def rows(self, index: Tensor) -> Tensor:
+        named, dtype = self.inputs().tensors, self.product_dtype
+        named = {name: tensor.to(dtype) for name, tensor in named.items() if name != "hidden"}
+        hidden = self.hidden.reshape(-1, self.hidden.shape[-1])[index].to(dtype)
+        z = F.linear(hidden, named["weight"], named.get("bias"))
+        if self.lora is not None:
+            z = z + self.lora[2] * F.linear(F.linear(hidden, named["lora_a"]), named["lora_b"])
+        return z
 
-    def explain(self, loss, target: Tensor) -> str:
-        """What `loss(self, target)` and its backward do: chunks, matrix products, bytes."""
-        from segloss.linear import explain
+    def plan(self, batch: Batch, row_sum: bool) -> str:
+        return explain(self.inputs(), batch, row_sum)
 
-        return explain(self, loss, target)
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        inputs = self.inputs()
+        options = {name: getattr(self, name) for name in PLAIN_OPTIONS}
+        if self.lora is not None:
+            options["lora_scale"] = self.lora[2]
+        return inputs.tensors, options
 
-
-Source = DenseLogits | LinearLogits
-
-
-def as_source(logits) -> Source:
-    return logits if isinstance(logits, (DenseLogits, LinearLogits)) else DenseLogits(logits)
+    @classmethod
+    def unpacked(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> LinearLogits:
+        options = dict(options)
+        if "lora_a" in tensors:
+            options["lora"] = (tensors["lora_a"], tensors["lora_b"], options.pop("lora_scale"))
+        return cls(tensors["hidden"], tensors["weight"], tensors.get("bias"), **options)

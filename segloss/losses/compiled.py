@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from segloss.logits import DenseLogits, LinearLogits, Source
-from segloss.statistics import Statistics
+from segloss.losses import registry
+from segloss.sources import SOURCES, as_source
+from segloss.sweep.request import Statistics
 
-if TYPE_CHECKING:
-    from segloss.losses import Loss
-
-DIFFERENTIABLE = ("logits", "hidden", "head", "bias", "lora_a", "lora_b")
-LINEAR_OPTIONS = ("softcap", "scale", "compact", "chunk_bytes", "memory_budget", "grad_filter")
 STATISTICS = ("log_prob", "lse", "entropy", "argmax", "valid")
+SOURCE, LOSS = "source.", "loss."  # in front of the names of their tensors
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,7 @@ class Call:
     """Everything of a call but its tensors."""
 
     loss: str  # Loss.description
-    linear: bool  # hidden and weight, not logits
+    source: str  # name of its class
     options: tuple[tuple[str, object], ...]  # of the source
     names: tuple[str, ...]  # of the tensors, in order
     normalizer: float | None
@@ -42,33 +38,34 @@ class Call:
 CALLS: dict[str, Call] = {}
 
 
-def build_loss(description: tuple, weights: dict[str, Tensor], path: str = "") -> Loss:
-    """The loss that was described, with its class weights."""
-    from segloss import losses
+def named(given: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in given.items() if n.startswith(prefix)}
 
-    kind, options = description
-    if kind == "CombinedLoss":
+
+def build_loss(description: tuple, buffers: dict[str, Tensor]):
+    """The loss that was described, with its buffers."""
+    key, options = description
+    loss_class = registry.find(key)
+    if loss_class is registry.find("combined:CombinedLoss"):
         parts = [
-            (coefficient, build_loss(part, weights, f"{path}parts.{i}."))
+            (coefficient, build_loss(part, named(buffers, f"parts.{i}.")))
             for i, (coefficient, part) in enumerate(options)
         ]
-        return losses.CombinedLoss(parts)
-    return getattr(losses, kind)(weight=weights.get(f"{path}weight"), **dict(options))
+        return loss_class(parts)
+    as_options = {n: t for n, t in buffers.items() if n == "weight" or n in loss_class.option_names}
+    loss = loss_class(**as_options, **dict(options))
+    for name, tensor in buffers.items():
+        owner, _, own_name = name.rpartition(".")
+        setattr(loss.get_submodule(owner), own_name, tensor)
+    return loss
 
 
 def run(call: Call, tensors: list[Tensor]) -> list[Tensor]:
     """The eager call: its loss, then its statistics."""
     given = dict(zip(call.names, tensors, strict=True))
-    options: dict[str, Any] = dict(call.options)
-    if "lora_a" in given:
-        options["lora"] = (given["lora_a"], given["lora_b"], options.pop("lora_scale"))
-    source: Source
-    if call.linear:
-        source = LinearLogits(given["hidden"], given["head"], given.get("bias"), **options)
-    else:
-        source = DenseLogits(given["logits"], **options)
-    result = build_loss(ast.literal_eval(call.loss), given)(
-        source,
+    loss = build_loss(ast.literal_eval(call.loss), named(given, LOSS))
+    result = loss(
+        SOURCES[call.source].unpacked(named(given, SOURCE), dict(call.options)),
         given["target"],
         token_weight=given.get("token_weight"),
         sample_ids=given.get("sample_ids"),
@@ -77,8 +74,8 @@ def run(call: Call, tensors: list[Tensor]) -> list[Tensor]:
     )
     if not call.return_statistics:
         return [result]
-    loss, statistics = result
-    return [loss, *(getattr(statistics, name) for name in STATISTICS)]
+    value, statistics = result
+    return [value, *(getattr(statistics, name) for name in STATISTICS)]
 
 
 def run_with_grad(call: Call, tensors: list[Tensor], grad: Tensor | None) -> list[Tensor]:
@@ -115,7 +112,7 @@ def loss_op(tensors: list[Tensor], key: str) -> list[Tensor]:
 def _(tensors: list[Tensor], key: str) -> list[Tensor]:
     call = CALLS[key]
     given = dict(zip(call.names, tensors, strict=True))
-    target, logits = given["target"], given["hidden" if call.linear else "logits"]
+    target, logits = given["target"], next(iter(named(given, SOURCE).values()))
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     shape = target.shape if call.reduction == "none" else ()
     out = [logits.new_empty(shape, dtype=dtype)]
@@ -165,37 +162,34 @@ def remember(*fields) -> str:
     return repr(call)
 
 
+@torch.compiler.disable
+def eager_loss(loss, logits, target: Tensor, keywords: dict):
+    """The call outside any graph."""
+    return loss.forward(logits, target, **keywords)
+
+
 def compiled_loss(loss, logits, target: Tensor, keywords: dict):
     """What `Loss.forward` returns while compiling."""
-    named: dict[str, Tensor | None] = {"target": target}
-    options: list[tuple[str, object]] = []
-    linear = isinstance(logits, LinearLogits)
-    if linear:
-        named |= {"hidden": logits.hidden, "head": logits.weight, "bias": logits.bias}
-        options = [(name, getattr(logits, name)) for name in LINEAR_OPTIONS]
-        if logits.lora is not None:
-            named |= {"lora_a": logits.lora[0], "lora_b": logits.lora[1]}
-            options.append(("lora_scale", logits.lora[2]))
-    elif isinstance(logits, DenseLogits):
-        named["logits"] = logits.logits
-        options = [("softcap", logits.softcap), ("scale", logits.scale)]
-    else:
-        named["logits"] = logits
+    source = as_source(logits)
+    tensors, options = source.packed()
     normalizer = keywords["normalizer"]
+    given: dict[str, Tensor] = {"target": target}
+    for name, tensor in tensors.items():
+        given[SOURCE + name] = tensor
     for name in ("token_weight", "sample_ids"):
-        named[name] = keywords[name]
+        if keywords[name] is not None:
+            given[name] = keywords[name]
     if isinstance(normalizer, Tensor):
-        named["normalizer"], normalizer = normalizer, None
+        given["normalizer"], normalizer = normalizer, None
     for name, buffer in loss.named_buffers():
-        named[name] = buffer
-    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+        given[LOSS + name] = buffer
     grad = torch.is_grad_enabled()
-    needed = tuple([grad and n in DIFFERENTIABLE and t.requires_grad for n, t in given.items()])
+    needed = tuple([grad and n.startswith(SOURCE) and t.requires_grad for n, t in given.items()])
     with_statistics = keywords["return_statistics"]
     key = remember(
         loss.description,
-        linear,
-        tuple(options),
+        type(source).__name__,
+        tuple(options.items()),
         tuple(given),
         normalizer,
         with_statistics,

@@ -1,0 +1,56 @@
+"""How arguments are checked, and how an error message shows what it was given."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def describe(value) -> str:
+    """How an error message shows what it was given."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} ({', '.join(map(describe, value))})"
+    return repr(value)
+
+
+def check_choice(name: str, value, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it takes {' or '.join(map(repr, choices))}")
+
+
+def check_number(name: str, value, low: float = 0.0, high: float = math.inf) -> float:
+    """A finite number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {describe(value)}; it takes a number")
+    if not (low <= value <= high and value < math.inf):
+        span = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name} is {value}; it takes a number {span}")
+    return float(value)
+
+
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Refuse tensors that only stand for data that lies elsewhere."""
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor; pass {name}.full_tensor(), or {name}.to_local() with group= "
+            "where its rows are sharded over tokens"
+        )
+    if tensor.numel() == 0 and hasattr(tensor, "ds_shape"):
+        raise TypeError(
+            f"{name} is an empty ZeRO-3 placeholder; gather it first with "
+            "deepspeed.zero.GatheredParameters"
+        )
+
+
+def check_transform(softcap: float | None, scale: float) -> None:
+    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < torch.inf):
+        raise ValueError(f"softcap is {describe(softcap)}; it takes a positive number or None")
+    if not (isinstance(scale, (int, float)) and 0 < scale < torch.inf):
+        raise ValueError(f"scale is {describe(scale)}; it takes a positive number")

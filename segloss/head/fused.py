@@ -1,0 +1,163 @@
+"""A sum over rows: gradients are formed while a chunk's logits are there, by three products.
+
+N tokens, R rows of a chunk, V classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from segloss.head.gradients import Gradients, factored_block
+from segloss.head.inputs import Inputs
+from segloss.head.matrices import Head
+from segloss.head.rows import chunk_buffer, chunk_slices, compact_batch, kept_rows, spread
+from segloss.kernels.logit_grad import logit_grad
+from segloss.kernels.products import GradBlock
+from segloss.kernels.row_stats import row_stats
+from segloss.kernels.scale import scaled
+from segloss.sweep.attach import only_once
+from segloss.sweep.batch import Batch
+from segloss.sweep.classes import class_index
+from segloss.sweep.request import RowSum, TokenStats
+from segloss.sweep.terms import grad_terms
+
+
+def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenStats]:
+    """(value (), detached per-token statistics (N,))."""
+    with torch.autocast(inputs.device.type, enabled=False):
+        names, options = tuple(inputs.tensors), inputs.options
+        value, *stats = _RowSum.apply(names, options, batch, plan, *inputs.tensors.values())
+    return value, TokenStats(*stats)
+
+
+def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
+    """The value, the row statistics, the gradients of the tensors and what they are still to be
+    multiplied by, beside the upstream gradient."""
+    rows = kept_rows(inputs, batch)
+    inner = compact_batch(batch, rows)
+    head = Head.of(inputs, rows, inner.valid)
+    weights = inner.weights()
+    # only float16 has too small a range for dlogits that hold 1 / N
+    half = head.hidden.dtype == torch.float16
+    scale: Tensor | float = power_of_two(plan, weights) if half else 1.0
+    num_rows = head.hidden.shape[0]
+    slices = chunk_slices(inputs, num_rows, needed["weight"], row_sum=True)
+    total = Gradients(inputs, head, needed, groups=len(slices), held=True)
+    total.threshold = inputs.filter_limit / (plan.denominator * scale)
+    loss = torch.zeros((), dtype=inputs.dtype, device=inputs.device)
+    request = plan.request
+    collected = []
+    out = chunk_buffer(head, slices)
+    whole = slice(0, head.weight.shape[0])
+    # smoothing adds to every column and a filter reads dlogits itself; on a GPU the exponentials
+    # would take a second read anyway, and the target's part a synchronisation
+    factored = not (total.filtering or request.column_sums or out.is_cuda)
+    for here in slices:
+        z = head.take(here).logits(out)
+        target, valid = inner.target[here], inner.valid[here]
+        stats = row_stats(
+            z,
+            target,
+            batch.ignore_index,
+            entropy=request.entropy,
+            argmax=request.argmax,
+            column_sums=request.column_sums,
+            column_weight=request.column_weight,
+            exp_out=z.data[0] if factored else None,
+        )
+        leaves = {
+            "log_prob": stats.log_prob,
+            "lse": stats.row_max + stats.log_sum,
+            "logit_sum": stats.logit_sum,
+        }
+        leaves = {n: v.requires_grad_() for n, v in leaves.items() if v is not None}
+        rest = {n: getattr(stats, n) for n in ("weight_sum", "num_finite")}
+        index = class_index(target, valid, inputs.num_classes)
+        token_stats = TokenStats(**leaves, **rest, target=index)
+        with torch.enable_grad():
+            part = chunk_value(plan, token_stats, target, valid, weights[here])
+            grads = torch.autograd.grad(part, list(leaves.values()), allow_unused=True)
+        loss += part.detach()
+        named = {n: g for n, g in zip(leaves, grads, strict=True) if g is not None}
+        if half:
+            named = {n: g / scale for n, g in named.items()}
+        saved = {
+            "valid": valid,
+            "target": target,
+            "row_max": stats.row_max,
+            "log_sum": stats.log_sum,
+            "log_prob": stats.log_prob.detach(),
+            "column_weight": request.column_weight,
+        }
+        terms = grad_terms(saved, named)
+        if factored:
+            block = factored_block(head, terms, z.data[0], saved["log_prob"])
+        else:
+            block = GradBlock(logit_grad(z, terms, z.data[0]))
+        total.block(block, here, whole)
+        collected.append(
+            (stats.log_prob.detach(), leaves["lse"].detach(), stats.entropy, stats.argmax)
+        )
+    del z, block, out  # the logits
+    grads = total.result(rows)
+    num_tokens = batch.target.numel()
+    columns = [
+        None if column[0] is None else torch.cat(column) for column in zip(*collected, strict=True)
+    ]
+    fills = (0, 0, 0, -1)
+    per_token = [spread(c, rows, num_tokens, f) for c, f in zip(columns, fills, strict=True)]
+    return loss, per_token, grads, scale
+
+
+def chunk_value(plan: RowSum, stats: TokenStats, target, valid, weights) -> Tensor:
+    total = torch.zeros((), dtype=weights.dtype, device=weights.device)
+    for factor, values in plan.terms:
+        value = torch.where(valid, values(stats, target, valid), 0)
+        total = total + factor * (value * weights).sum()
+    return total
+
+
+def power_of_two(plan: RowSum, weights: Tensor) -> Tensor:
+    """About the largest factor of a token's gradient, as a power of two (exact to divide by)."""
+    largest = sum((factor.abs() for factor, _ in plan.terms), start=weights.new_zeros(()))
+    if weights.numel():
+        largest = largest * weights.amax()
+    usable = (largest > 0) & (largest < torch.inf)
+    return torch.exp2(torch.ceil(torch.log2(torch.where(usable, largest, 1))))
+
+
+class _RowSum(torch.autograd.Function):
+    """Gradients are formed in forward and handed over, not copied, by the first backward; a second
+    backward through the same graph makes them again."""
+
+    @staticmethod
+    def forward(ctx, names, options, batch, plan, *tensors):
+        inputs = Inputs(dict(zip(names, tensors, strict=True)), options)
+        needed = dict(zip(names, ctx.needs_input_grad[4:], strict=True))
+        loss, stats, *ctx.grads = forward(inputs, batch, plan, needed)
+        ctx.again = names, options, batch, plan, needed
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(*(s for s in stats if s is not None))
+        return (loss, *stats)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        tensors = ctx.saved_tensors
+        found, ctx.grads = ctx.grads, None
+        if found is None:
+            names, options, batch, plan, needed = ctx.again
+            inputs = Inputs(dict(zip(names, tensors, strict=True)), options)
+            with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+                _, _, *found = forward(inputs, batch, plan, needed)
+        grads, scale = found
+        with torch.no_grad():
+            pairs = zip(grads, tensors, strict=True)
+            grads = tuple(None if g is None else finished(g, grad * scale, t) for g, t in pairs)
+        return (None, None, None, None, *only_once(grads))
+
+
+def finished(grad: Tensor, factor: Tensor, tensor: Tensor) -> Tensor:
+    """A gradient times what was known last, in its tensor's dtype: rounded here, and once."""
+    same = grad.dtype == tensor.dtype
+    return scaled(grad, factor, grad if same else torch.empty_like(grad, dtype=tensor.dtype))

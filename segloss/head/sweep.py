@@ -1,0 +1,150 @@
+"""Statistics of a head a chunk at a time: one product, its chunks read while they are there.
+
+N tokens (the valid ones, with `compact`), V classes, R rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segloss.head import frozen, recompute
+from segloss.head.gradients import Gradients
+from segloss.head.inputs import Inputs, Options, is_frozen
+from segloss.head.matrices import Head
+from segloss.head.panels import ClassTotals, panel_candidates, subtract_dots
+from segloss.head.rows import chunk_slices, compact_batch, compacted, kept_rows, renumbered, spread
+from segloss.kernels.row_stats import row_stats
+from segloss.sweep.attach import attach
+from segloss.sweep.batch import Batch
+from segloss.sweep.classes import class_ids, class_index, thresholds
+from segloss.sweep.request import Request, Sweep
+from segloss.sweep.terms import grad_terms, rescale
+
+Mode = frozen.Frozen | recompute.Recompute
+ROW_OUTPUTS = ("log_prob", "lse", "entropy", "logit_sum")
+ROW_STATS = (*ROW_OUTPUTS, "argmax", "weight_sum", "num_finite")
+
+
+def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
+    """Every statistic of the request; gradients come later."""
+    needed = inputs.needed()
+    num_tokens = batch.target.numel()
+    with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+        rows = kept_rows(inputs, batch)
+        inner = compact_batch(batch, rows)
+        head = Head.of(inputs, rows, inner.valid)
+        ids = class_ids(request, batch)
+        row_ids = {n: compacted(ids.get(n), rows) for n in ("sample", "own")}
+        collected: list = []
+        per_class = ClassTotals(inputs, request, ids, row_ids["sample"], inner)
+        slices = chunk_slices(inputs, head.hidden.shape[0], needed["weight"])
+        mode = mode_of(inputs, head, slices, needed)
+        for here in slices:
+            z = mode.logits(head, here)
+            panel = per_class.panel(z)
+            stats = row_stats(
+                z,
+                inner.target[here],
+                batch.ignore_index,
+                entropy=request.entropy,
+                argmax=request.argmax,
+                column_sums=request.column_sums,
+                column_weight=request.column_weight,
+                exp_out=mode.exp_out(z, panel),
+            )
+            collected.append(stats)
+            per_class.add(panel, stats, here)
+            mode.keep(head, z, stats, inner, here)
+        stacked: dict[str, Tensor] = {
+            name: torch.cat([getattr(c, name) for c in collected])
+            for name in (*ROW_STATS, "row_max", "log_sum")
+            if name != "lse" and getattr(collected[0], name) is not None
+        }
+        stacked["lse"] = stacked["row_max"] + stacked["log_sum"]
+        values: dict[str, Any] = {
+            name: spread(stacked.get(name), rows, num_tokens, -1 if name == "argmax" else 0)
+            for name in ROW_STATS
+        }
+        target = class_index(batch.target, batch.valid, batch.num_classes)
+        found = Sweep(**values, target=target, **ids)
+        per_class.store(found)
+        if request.rankings:
+            tau = thresholds(request, batch, found)
+            entries = panel_candidates(inputs, head, stacked, found.present, row_ids, tau)
+            found.candidate_row, found.candidate_class, found.candidate_prob = entries
+            if rows is not None:
+                found.candidate_row = rows[found.candidate_row]
+    names = (*ROW_OUTPUTS, "prob_sum", "candidate_prob", "peak_prob")
+    outputs = {name: getattr(found, name) for name in names}
+    saved = {
+        "rows": rows,
+        "target": inner.target,
+        "valid": inner.valid,
+        "row_max": stacked["row_max"],
+        "log_sum": stacked["log_sum"],
+        "column_weight": request.column_weight,
+        "row_weight": inner.token_weight,
+        "sample": row_ids["sample"],
+        "classes": found.classes,
+        "present": found.present,
+        "candidate_row": found.candidate_row,
+        "candidate_class": found.candidate_class,
+        "peak_row": renumbered(per_class.peak_row, rows),
+        **mode.saved(),
+    }
+    # of tensors the rule keeps what it may spend alone: all others live in the saved ones
+    rule = functools.partial(
+        gradients, names=tuple(inputs.tensors), options=inputs.options, kept=mode.left()
+    )
+    return replace(found, **attach(rule, outputs, saved, tuple(inputs.tensors.values())))
+
+
+def mode_of(inputs: Inputs, head: Head, slices: list[slice], needed: dict[str, bool]) -> Mode:
+    """What forward leaves for backward; nothing without gradients."""
+    if is_frozen(needed):
+        return frozen.Frozen(inputs, head, slices)
+    return recompute.Recompute(inputs, head, slices, keeps=any(needed.values()))
+
+
+def gradients(
+    tensors, saved, grads, needed, *, names: tuple, options: Options, kept: recompute.Kept | None
+) -> tuple:
+    """Gradients of the head's tensors, from those of the statistics."""
+    inputs = Inputs(dict(zip(names, tensors, strict=True)), options)
+    rows = saved.get("rows")
+    head = Head.of(inputs, rows, saved["valid"])
+    if rows is not None:
+        grads = {name: grad[rows] if name in ROW_OUTPUTS else grad for name, grad in grads.items()}
+        saved = kept_rows_only(saved, rows)
+    terms = grad_terms(saved, grads)
+    subtract_dots(inputs, head, terms)
+    # float16 has too small a range for dlogits that hold 1 / N; a filter's limit is of large ones
+    rescaled = head.hidden.dtype == torch.float16 or options.grad_filter > 0
+    scale: Tensor | float = rescale(terms) if rescaled else 1.0
+    plain = terms.entropy_grad is None and terms.sum_grad is None
+    covers_all = terms.class_grad is not None and terms.columns is None
+    wanted = dict(zip(names, needed, strict=True))
+    total = Gradients(inputs, head, wanted, groups=1 + (kept is not None), scale=scale)
+    if "qw" in saved and plain and not covers_all:
+        total.hidden[0] = frozen.hidden_grad(inputs, head, terms, saved)
+    else:
+        total.threshold = inputs.filter_limit
+        recompute.add_gradients(inputs, head, terms, total, kept)
+    return total.result(rows)
+
+
+def kept_rows_only(saved: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Per-token values at the kept rows, and rows by their number among those."""
+    saved = saved | {name: saved[name][rows] for name in ROW_OUTPUTS if name in saved}
+    size = int(rows[-1]) + 1 if rows.numel() else 0
+    place = torch.zeros(size, dtype=torch.int64, device=rows.device)
+    place[rows] = torch.arange(rows.numel(), device=rows.device)
+    for name in ("candidate_row", "peak_row"):
+        if name in saved:
+            saved[name] = renumbered(saved[name], place)
+    return saved

@@ -1,0 +1,15 @@
+"""What users pass for logits: a tensor, or hidden states and a head."""
+
+from segloss.sources.dense import DenseLogits
+from segloss.sources.given import SOURCES, as_source
+from segloss.sources.linear import LinearLogits
+from segloss.sources.statistics import logit_statistics, public_statistics
+
+__all__ = [
+    "SOURCES",
+    "DenseLogits",
+    "LinearLogits",
+    "as_source",
+    "logit_statistics",
+    "public_statistics",
+]

@@ -1,0 +1,95 @@
+"""A tensor of logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segloss.checks import FLOATS, check_plain, check_transform, describe
+from segloss.sweep.batch import Batch
+from segloss.sweep.dense import sweep_dense
+from segloss.sweep.request import Request, Sweep
+from segloss.sweep.source import Source
+
+
+@dataclass(frozen=True)
+class DenseLogits(Source):
+    """`softcap * torch.tanh(scale * logits / softcap)`, transformed on the fly.
+
+    A plain tensor given to a loss means `DenseLogits(tensor)`.
+
+    Args:
+        logits: (..., V), float64, float32, bfloat16 or float16, at least one leading dimension.
+        softcap: positive number, or None for no cap (Gemma-2 style logit soft-capping).
+        scale: positive number the logits are multiplied by before the cap (1 / temperature).
+
+    -inf stays -inf through the cap, with gradient 0.
+    """
+
+    logits: Tensor
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def __post_init__(self):
+        check_transform(self.softcap, self.scale)
+        logits = self.logits
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"logits is {describe(logits)}; it takes a tensor of shape (..., V)")
+        check_plain("logits", logits)
+        if logits.dtype not in FLOATS:
+            raise TypeError(
+                f"logits is {describe(logits)}; it takes float64, float32, bfloat16 or float16"
+            )
+        if logits.dim() < 2 or logits.shape[-1] == 0:
+            raise ValueError(
+                f"logits is {describe(logits)}; it takes shape (..., V): at least two dimensions, "
+                "at least one class"
+            )
+        if logits.device.type == "meta":
+            raise ValueError(f"logits is {describe(logits)}; it takes a tensor with data")
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        return self.logits.shape[:-1]
+
+    @property
+    def num_classes(self) -> int:
+        return self.logits.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.logits.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of statistics and losses."""
+        return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
+
+    def sweep(self, batch: Batch, request: Request) -> Sweep:
+        with torch.autocast(self.device.type, enabled=False):
+            return sweep_dense(self.logits, self.softcap, self.scale, batch, request)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.logits.reshape(-1, self.num_classes)[index]
+
+    def plan(self, batch: Batch, row_sum: bool) -> str:
+        size = self.logits.numel() * self.logits.element_size() / 2**20
+        mode, peak = "no gradient: the logits are read once", 0.0
+        if torch.is_grad_enabled() and self.logits.requires_grad:
+            mode, peak = "logits given: read once, read again to write their gradient", size
+        lines = [
+            f"tokens     {int(batch.valid.sum())} of {batch.target.numel()}",
+            f"mode       {mode}",
+            f"peak       {peak:.1f} MiB of gradient beside {size:.1f} MiB of logits",
+        ]
+        return "\n".join(lines)
+
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {"logits": self.logits}, {"softcap": self.softcap, "scale": self.scale}
+
+    @classmethod
+    def unpacked(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> DenseLogits:
+        return cls(tensors["logits"], **options)

@@ -1,0 +1,109 @@
+"""Statistics and gradients of logits (..., V) that lie in memory.
+
+N tokens, V classes, K classes looked at, B samples.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from segloss.distributed import reduce_over
+from segloss.kernels.candidates import candidates
+from segloss.kernels.class_stats import class_peaks, class_sums, row_dots
+from segloss.kernels.common import Rows
+from segloss.kernels.logit_grad import logit_grad
+from segloss.kernels.row_stats import row_stats
+from segloss.sweep.attach import attach
+from segloss.sweep.batch import Batch
+from segloss.sweep.classes import class_ids, class_index, thresholds
+from segloss.sweep.request import Request, Sweep
+from segloss.sweep.terms import grad_terms
+
+
+def sweep_dense(
+    logits: Tensor, softcap: float | None, scale: float, batch: Batch, request: Request
+) -> Sweep:
+    """One read of the logits, then of the K columns that class statistics ask for."""
+    with torch.no_grad():
+        rows = Rows.of(logits, softcap, scale)
+        stats = row_stats(
+            rows,
+            batch.target,
+            batch.ignore_index,
+            entropy=request.entropy,
+            argmax=request.argmax,
+            column_sums=request.column_sums,
+            column_weight=request.column_weight,
+        )
+        sweep = Sweep(
+            stats.log_prob,
+            stats.row_max + stats.log_sum,
+            stats.entropy,
+            stats.argmax,
+            stats.logit_sum,
+            stats.weight_sum,
+            stats.num_finite,
+            target=class_index(batch.target, batch.valid, batch.num_classes),
+            **class_ids(request, batch),
+        )
+        peak_row = None
+        at = (rows, stats.row_max, stats.log_sum)
+        if request.prob_sums:
+            sweep.prob_sum = class_sums(
+                *at, sweep.classes, sweep.sample, sweep.num_samples, batch.token_weight
+            )
+        if request.rankings:
+            tau = thresholds(request, batch, sweep)
+            found = candidates(*at, sweep.present, sweep.sample, sweep.own, tau)
+            sweep.candidate_row, sweep.candidate_class, sweep.candidate_prob = found
+        if request.peaks:
+            peak, peak_row = class_peaks(*at, sweep.sample, sweep.num_samples)
+            sweep.peak_prob = peak.exp()
+            sweep.finite = reduce_over((peak.amax(0) != -torch.inf).long(), batch.group, "max") > 0
+    names = ("log_prob", "lse", "entropy", "logit_sum", "prob_sum", "candidate_prob", "peak_prob")
+    outputs = {name: getattr(sweep, name) for name in names}
+    saved = {
+        "target": batch.target,
+        "valid": batch.valid,
+        "row_max": stats.row_max,
+        "log_sum": stats.log_sum,
+        "column_weight": request.column_weight,
+        "row_weight": batch.token_weight,
+        "sample": sweep.sample,
+        "classes": sweep.classes,
+        "present": sweep.present,
+        "candidate_row": sweep.candidate_row,
+        "candidate_class": sweep.candidate_class,
+        "peak_row": peak_row,
+    }
+    rule = functools.partial(grad_dense, softcap=softcap, scale=scale)
+    return replace(sweep, **attach(rule, outputs, saved, (logits,)))
+
+
+def grad_dense(
+    tensors: tuple,
+    saved: dict[str, Tensor],
+    grads: dict[str, Tensor],
+    needed: tuple,
+    *,
+    softcap: float | None,
+    scale: float,
+) -> tuple:
+    """dlogits, from the gradients of the statistics."""
+    (logits,) = tensors
+    rows = Rows.of(logits, softcap, scale)
+    terms = grad_terms(saved, grads)
+    if terms.class_grad is not None:
+        dots = row_dots(
+            rows, terms.row_max, terms.log_sum, terms.columns, terms.sample, terms.class_grad
+        )
+        if terms.row_weight is not None:
+            dots = dots * terms.row_weight
+        terms.prob_coef = terms.prob_coef - dots
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    logit_grad(rows, terms, dlogits.view(-1, logits.shape[-1]))
+    return (dlogits,)

@@ -1,0 +1,70 @@
+"""What a loss is given: a matrix of logits that knows how it is swept."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segloss.sweep.batch import Batch
+from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
+
+
+class Source(ABC):
+    """Logits (..., V). Nothing above this class asks which source it has."""
+
+    softcap: float | None
+    scale: float
+
+    @property
+    @abstractmethod
+    def leading_shape(self) -> torch.Size:
+        """The target's."""
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of statistics and losses."""
+
+    @abstractmethod
+    def sweep(self, batch: Batch, request: Request) -> Sweep:
+        """The statistics that `request` names, differentiable."""
+
+    @property
+    def forms_gradients(self) -> bool:
+        """Whether `row_sum` forms the gradients with the value, which saves a matrix product."""
+        return False
+
+    def row_sum(self, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenStats]:
+        """(value (), detached statistics), where `forms_gradients`."""
+        raise TypeError(f"{type(self).__name__} forms no gradients with a value")
+
+    @abstractmethod
+    def rows(self, index: Tensor) -> Tensor:
+        """Logits (n, V) of some rows before scale and softcap; differentiable."""
+
+    @abstractmethod
+    def plan(self, batch: Batch, row_sum: bool) -> str:
+        """In words and bytes what a loss and its backward cost; `row_sum`: whether it is one."""
+
+    @abstractmethod
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, plain options) that `unpacked` makes the same source of."""
+
+    @classmethod
+    @abstractmethod
+    def unpacked(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> Source: ...
+
+    def explain(self, loss, target: Tensor) -> str:
+        """What `loss(self, target)` and its backward do: chunks, matrix products, bytes."""
+        return loss.explain(self, target)
