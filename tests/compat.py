@@ -159,7 +159,7 @@ def try_row(row: Row) -> tuple[str, ...]:
         result = f"not run: {error}"
     finally:
         shutil.rmtree(folder)
-    where = ", ".join(path.removeprefix("tests/").removesuffix(".py") for path in row.tests)
+    where = ", ".join(Path(path).stem.removeprefix("test_") for path in row.tests)
     return row.asked, shown, where, result, time.strftime("%Y-%m-%d")
 
 
