@@ -20,6 +20,8 @@ RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 RUN := $(RUN)
 # options of the measurements
 BENCH ?=
+# rows of the table that `make compat` writes; none for all
+COMPAT ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +31,7 @@ DEEPSPEED := .venv-deepspeed
 DEEPSPEED_READY := $(DEEPSPEED)/.ready
 PEERS_READY := $(VENV)/.peers
 
-.PHONY: help setup test test-kernels test-package test-models test-deepspeed demo bench results kernels gpu
+.PHONY: help setup test test-kernels test-package test-models test-deepspeed compat demo bench results kernels gpu
 .PHONY: lint lint-style lint-types lint-layers lint-rules stubs
 .PHONY: format clean distclean
 
@@ -75,6 +77,9 @@ $(DEEPSPEED_READY): $(READY)
 	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(DEEPSPEED)/bin/python -m pip install --quiet \
 	--no-build-isolation --editable ".[deepspeed]"
 	touch $@
+
+compat: $(READY) ## try the oldest and newest torch, triton, transformers, TRL and Axolotl; COMPAT=trl
+	$(BIN)/python tests/compat.py $(COMPAT)
 
 # where threads spin, they take the core of whatever else is running
 demo: export OMP_WAIT_POLICY = PASSIVE
