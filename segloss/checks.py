@@ -35,6 +35,12 @@ def check_number(name: str, value, low: float = 0.0, high: float = math.inf) -> 
     return float(value)
 
 
+SHARDED = (
+    "weights that an engine shards are whole only while the model runs: call "
+    "segloss.integrations.transformers.head_loss(model, loss, target, **inputs)"
+)
+
+
 def is_dtensor(tensor) -> bool:
     """Without the import, which takes longer than the package's own."""
     return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
@@ -43,10 +49,9 @@ def is_dtensor(tensor) -> bool:
 def check_data(name: str, tensor: Tensor) -> None:
     """Refuse tensors that only stand for data that lies elsewhere."""
     if tensor.numel() == 0 and hasattr(tensor, "ds_shape"):
-        raise TypeError(
-            f"{name} is an empty ZeRO-3 placeholder; ZeRO-3 gathers it while the model runs: "
-            "head_loss(model, loss, target, ...)"
-        )
+        raise TypeError(f"{name} is an empty ZeRO-3 placeholder; {SHARDED}")
+    if getattr(tensor, "_fsdp_flattened", False):
+        raise TypeError(f"{name} is a part of a flat parameter of FSDP1; {SHARDED}")
 
 
 def check_transform(softcap: float | None, scale: float) -> None:
