@@ -87,6 +87,7 @@ class LossMixin(Trainer):
     loss_is_scaled_for_ga = True
     _signature_columns: Any
     data_collator: Any
+    compute_loss_func: Any
 
     def __init__(
         self,
