@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from segloss.checks import describe
 from segloss.distributed import sum_over
 from segloss.integrations.callbacks import SavedState
 from segloss.integrations.columns import KeepColumns, columns_of
@@ -102,6 +103,7 @@ class LossMixin(Trainer):
     ):
         if head not in ("fused", "logits"):
             raise ValueError(f"head is {head!r}; it takes 'fused' or 'logits'")
+        check_task_weights(task_weights)
         self._shift = Shift(shift)
         given = given_columns(super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
@@ -487,6 +489,15 @@ def grouped(loss: Loss, group: Any) -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------- checks
+
+
+def check_task_weights(weights: Any) -> None:
+    if weights is None or isinstance(weights, CoBa):
+        return
+    if not isinstance(weights, Tensor) or weights.dim() != 1:
+        raise TypeError(f"task_weights is {describe(weights)}; it takes a CoBa or a tensor (K,)")
+    if not bool((weights >= 0).all() & weights.isfinite().all()):
+        raise ValueError(f"task_weights is {weights.tolist()}; it takes numbers >= 0")
 
 
 def virtual_tokens(model: Any) -> int:
