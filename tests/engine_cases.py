@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
 import segloss
 from segloss import reference
@@ -73,10 +74,25 @@ def head_alone():
     return model
 
 
-def lora(*modules: str):
+def checkpointed():
+    model = gpt2()
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name in new releases
+    (enable or model.gradient_checkpointing_enable)()
+    return model
+
+
+def own_head():
+    model = gpt2()
+    model.lm_head = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, V))
+    return model
+
+
+def lora(*modules: str, **options):
+    """`use_dora` makes of it a head that is used by its own forward."""
     import peft
 
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(modules), fan_in_fan_out=True)
+    options["fan_in_fan_out"] = True
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(modules), **options)
     with warnings.catch_warnings():  # of what peft makes of GPT-2's transposed weights
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(gpt2(), config)
@@ -94,6 +110,11 @@ MODELS: dict[str, Callable] = {
     "lora on the head": lambda: lora("lm_head"),
     "tied": lambda: gpt2(tie_word_embeddings=True),
     "soft-capped": soft_capped,
+    "checkpointed": checkpointed,
+}
+OWN_FORWARD = {
+    "dora": lambda: lora("lm_head", use_dora=True),
+    "own head": own_head,
 }
 
 
@@ -109,10 +130,11 @@ class Case:
 
     def make(self):
         torch.manual_seed(0)
-        model = MODELS[self.model]().to(self.dtype).train()
+        model = (MODELS | OWN_FORWARD)[self.model]().to(self.dtype).train()
         head = model.get_output_embeddings()
-        with torch.no_grad():  # a head that is sure of something
-            getattr(head, "base_layer", head).weight.mul_(20)
+        weight = getattr(getattr(head, "base_layer", head), "weight", None)
+        if weight is not None:  # a head that is sure of something
+            weight.data.mul_(20)
         return model
 
     def data(self, step: int, rank: int = 0, ranks: int = 1):
@@ -146,6 +168,7 @@ class Case:
 
 
 CASES = [Case(model, loss) for model in MODELS for loss in (*LOSSES, "sum")]
+OWN = [Case(model, loss) for model in OWN_FORWARD for loss in ("ce", "sum")]
 EMPTY = [Case(model, "sum", True) for model in ("trainable", "lora", "frozen")]
 
 
@@ -185,6 +208,17 @@ def train(case: Case, wrap: Callable, read: Callable = gradients, averages: bool
 
 def results(pairs: Iterable[tuple[str, Case]], wraps: dict[str, Callable], **options) -> dict:
     return {(engine, str(case)): train(case, wraps[engine], **options) for engine, case in pairs}
+
+
+def refusal(wrap: Callable) -> str:
+    """What `head_logits` says under an engine that shards the head."""
+    from segloss.integrations.transformers import head_logits
+
+    try:
+        head_logits(wrap(CASES[0].make()), input_ids=CASES[0].data(0)[0])
+    except TypeError as error:
+        return str(error)
+    return "nothing"
 
 
 def assert_same(found: list, case: Case, tolerance: float = 1e-12) -> None:

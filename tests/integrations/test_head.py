@@ -1,6 +1,7 @@
 """`head_loss` on one process: what a model does to its logits, heads of every kind, messages."""
 
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -45,7 +46,7 @@ def gradients(model):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(model, loss=CE, tolerance=1e-12, target=TARGET):
+def assert_same(model, loss=CE, tolerance=1e-12, target=TARGET, random=False):
     """Value and every gradient are those of the loss of the model's own logits."""
     model.zero_grad()
     torch.manual_seed(3)
@@ -57,8 +58,9 @@ def assert_same(model, loss=CE, tolerance=1e-12, target=TARGET):
     logits = model(input_ids=TOKENS).logits
     theirs = loss(logits[:, -target.shape[1] :], target)
     theirs.sum().backward()
-    assert torch.allclose(ours, theirs, rtol=tolerance, atol=0)
-    assert (outputs.logits - logits[:, -1:]).abs().max() <= 1e-6 * logits.abs().max()
+    assert torch.allclose(ours.double(), theirs.double(), rtol=tolerance, atol=0)
+    if not random:  # the last place draws for itself
+        assert (outputs.logits - logits[:, -1:]).abs().max() <= 1e-6 * logits.abs().max()
     true = gradients(model)
     assert found.keys() == true.keys()
     for name, grad in true.items():
@@ -174,7 +176,9 @@ def test_learning_leaves_no_trace():
     torch.manual_seed(0)
     assert first == head_loss(model, CE, TARGET, input_ids=TOKENS)[0]
     cache = transformers.DynamicCache(config=model.config)
-    head_loss(copy.deepcopy(model).eval(), CE, TARGET, input_ids=TOKENS, past_key_values=cache)
+    takes = inspect.signature(model.forward).parameters
+    given = {"cache" if "cache" in takes else "past_key_values": cache}
+    head_loss(copy.deepcopy(model).eval(), CE, TARGET, input_ids=TOKENS, **given)
     assert cache.get_seq_length() == TOKENS.shape[1]
 
 
@@ -218,8 +222,8 @@ def adapted(name):
 def test_adapters(name, loss):
     model = adapted(name)
     # dropout draws for every place, so that none may be left out
-    target = TARGET.clamp(min=3) if "dropout" in name else TARGET
-    assert_same(model, LOSSES[loss], target=target)
+    random = "dropout" in name
+    assert_same(model, LOSSES[loss], target=TARGET.clamp(min=3 if random else -100), random=random)
     source = head_logits(model, input_ids=TOKENS)
     assert isinstance(source, segloss.LinearLogits if name in LINEAR else ModuleLogits)
 
@@ -290,9 +294,6 @@ def test_a_head_whose_weight_is_no_float_tensor(loss):
 
 def test_such_a_head_scaled_capped_masked_and_padded():
     def more(z):
-        return 3.0 * torch.tanh(masked(z)[..., : V - 1] * 0.4 / 3.0) if False else capped(z)
-
-    def capped(z):
         z = 3.0 * torch.tanh(z[..., : V - 1] * 0.4 / 3.0)
         z[..., 2] = -1e9
         return z
@@ -309,16 +310,13 @@ def test_random_numbers_of_such_a_head_are_those_of_its_gradient():
     weight = model.lm_head[1].weight
 
     def value(shift):
-        torch.manual_seed(0)
         with torch.no_grad():
             weight[5, 3] += shift
-        loss, _ = head_loss(model, LOSSES["dice"], TARGET, input_ids=TOKENS)
-        with torch.no_grad():
-            weight[5, 3] -= shift
-        return loss
+        torch.manual_seed(0)
+        return head_loss(model, LOSSES["dice"], TARGET, input_ids=TOKENS)[0]
 
     value(0.0).backward()
-    slope = (value(1e-5) - value(-1e-5)).item() / 2e-5
+    slope = (value(1e-5).item() - value(-2e-5).item()) / 2e-5
     assert weight.grad[5, 3].item() == pytest.approx(slope, rel=1e-6)
 
 
@@ -373,12 +371,21 @@ def test_everything_is_put_back_after_an_error():
     assert_same(model)
 
 
-def test_a_compiled_and_a_checkpointed_model():
+def test_a_checkpointed_model():
     model = llama().train()
-    model.gradient_checkpointing_enable()
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.2x on
+    (enable or model.gradient_checkpointing_enable)()
     assert_same(model)
-    compiled = torch.compile(llama(), backend="eager")
-    assert_same(compiled)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # which dynamo looks at
+def test_a_compiled_model():
+    """The head is where its graph breaks; a second call compiles nothing."""
+    model = torch.compile(llama(), backend="eager")
+    assert_same(model)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert_same(model)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
 
 
 def test_weights_in_float32_under_autocast():

@@ -90,8 +90,11 @@ def verdict_of(name: str, kind: str) -> Verdict:
 
 
 def fused_verdict(name: str, kind: str, model, inputs: dict, target, reason: str) -> Verdict:
-    expected = cross_entropy(model(**inputs).logits, target)
-    true = gradients(model, expected)
+    try:
+        expected = cross_entropy(model(**inputs).logits, target)
+        true = gradients(model, expected)
+    except Exception as error:
+        return Verdict(name, kind, "not built", "it cannot be trained: " + one_line(error))
     try:
         loss, _ = head_loss(model, CRITERION, target, **inputs)
     except Exception as error:
@@ -141,7 +144,9 @@ def inputs_of(model, kind: str) -> dict:
 def target_of(model, inputs: dict, logits, labels, kind: str) -> tuple[torch.Tensor, str]:
     """(the target that the model's own loss is of, a remark): next tokens, or the labels' own."""
     ways = {"": next_tokens(labels), "its labels are aligned with its logits": labels}
-    if kind != "causal" and kind != "conditional":
+    if kind == "encoder-decoder":
+        ways = {"": labels, "its labels are next tokens": next_tokens(labels)}
+    elif kind not in GENERATIVE:
         ways = {"": labels}
     try:
         own = model(**inputs, labels=labels).loss
