@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from segloss.checks import describe
 from segloss.distributed import sum_over
@@ -421,7 +422,9 @@ class Spread:
             return cls(None, 1, 1, 0)
         # the loader of sequence parallelism gives each its part of the rows
         copies = size_of(trainer, "cp")
-        group = dist.group.WORLD if tensor == 1 else across(trainer)
+        group = dist.group.WORLD
+        if tensor > 1:
+            group = across(trainer.args.device, size, tensor)
         rank = dist.get_rank(group) // (copies * size_of(trainer, "sp"))
         return cls(group, size, copies, rank)
 
@@ -443,20 +446,11 @@ def size_of(trainer: Any, name: str) -> int:
     return 1 if get is None else max(get(), 1)
 
 
-def across(trainer: Any) -> Any:
-    """The group of processes at the same place of tensor parallelism."""
-    mesh = getattr(trainer.accelerator, "torch_device_mesh", None)
-    if mesh is None:
-        mesh = getattr(getattr(trainer.model, "_mesh_manager", None), "mesh", None)
-    if mesh is None:
-        mesh = getattr(trainer.model, "_device_mesh", None)
-    names = tuple(n for n in getattr(mesh, "mesh_dim_names", None) or () if n != "tp")
-    if mesh is None or not names:
-        raise ValueError(
-            "tensor parallelism is on but no device mesh says which processes have other tokens; "
-            "give the loss its group"
-        )
-    return mesh[names]._flatten().get_group() if len(names) > 1 else mesh[names[0]].get_group()
+def across(device: torch.device, size: int, tensor: int) -> Any:
+    """The group of processes at the same place of tensor parallelism, whose processes are
+    neighbours in every mesh of accelerate, transformers and DeepSpeed."""
+    mesh = init_device_mesh(device.type, (size, tensor), mesh_dim_names=("tokens", "tensor"))
+    return mesh["tokens"].get_group()
 
 
 class _Scaled(torch.autograd.Function):

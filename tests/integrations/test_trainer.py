@@ -592,9 +592,7 @@ def test_errors(tmp_path):
         trainer(tmp_path, task_weights=[0.5, 0.5])
     with pytest.raises(ValueError, match=r"task_weights is \[1\.0, -1\.0\]; it takes numbers >= 0"):
         trainer(tmp_path, task_weights=torch.tensor([1.0, -1.0]))
-    with pytest.raises(
-        ValueError, match="the batch has the columns input_ids; the loss takes"
-    ):
+    with pytest.raises(ValueError, match="the batch has the columns input_ids; the loss takes"):
         trainer(tmp_path, rows=[{"input_ids": [1, 2]}] * 4, max_steps=1).train()
     with pytest.raises(TypeError, match="loss is a CrossEntropyLoss; it takes a segloss loss"):
         trainer(tmp_path, loss=torch.nn.CrossEntropyLoss())
