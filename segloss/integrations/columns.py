@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segloss.integrations.window import IGNORE, LOSS_COLUMNS
 from segloss.checks import describe
+from segloss.integrations.window import IGNORE, LOSS_COLUMNS
 
 
 class KeepColumns:
