@@ -31,7 +31,7 @@ class Frozen:
     def __init__(self, inputs: Inputs, head: Head, slices: list[slice]):
         self.dtype = inputs.dtype
         self.out = chunk_buffer(head, slices)
-        self.parts: list[Tensor] = []
+        self.qw = head.hidden.new_empty(head.hidden.shape, dtype=self.dtype)
         self.factored = False
 
     def logits(self, head: Head, here: slice) -> Rows:
@@ -46,14 +46,13 @@ class Frozen:
     def keep(self, head: Head, z: Rows, stats, batch: Batch, here: slice) -> None:
         if self.factored:
             row_scale = torch.exp(-stats.log_sum)[:, None]
-            part = head.times_weight(GradBlock(z.data[0])).to(self.dtype) * row_scale
+            torch.mul(head.times_weight(GradBlock(z.data[0])), row_scale, out=self.qw[here])
         else:
             off_target = probabilities_off_target(z, stats, batch, here)
-            part = head.times_weight(GradBlock(off_target)).to(self.dtype)
-        self.parts.append(part)
+            self.qw[here] = head.times_weight(GradBlock(off_target))
 
     def saved(self) -> dict[str, Any]:
-        return {"qw": torch.cat(self.parts)}
+        return {"qw": self.qw}
 
     def left(self) -> None:
         return None

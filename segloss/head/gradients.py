@@ -110,14 +110,15 @@ class Gradients:
             block.contract(hidden, self.scale, None if rows.start == self.first_rows else out, out)
             return
         if plus is None:
-            few = self.groups <= 2
-            part = block.contract(hidden, self.scale, rounded=few and dtype == hidden.dtype)
-            self.sums["weight"] = part.to(dtype) if few else part
+            final = self.groups <= 2 or dtype == self.accumulate
+            out = torch.empty_like(self.head.weight, dtype=dtype) if final else None
+            self.sums["weight"] = block.contract(hidden, self.scale, None, out)
             return
         out = plus
         if plus.dtype == dtype:
             self.final = plus
-        if rows.stop == self.head.hidden.shape[0] and self.final is not None:
+        last = self.groups <= 2 or rows.stop == self.head.hidden.shape[0]
+        if last and self.final is not None:
             out = self.final
         elif plus.dtype != self.accumulate:
             out = torch.empty_like(plus, dtype=self.accumulate)
