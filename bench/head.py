@@ -51,8 +51,8 @@ from bench.common import (
 )
 from bench.peers import EAGER
 from segloss import reference
+from segloss.losses import LOSSES, parse_loss
 from segloss.train.errors import UserError
-from segloss.train.expression import LOSSES, parse_loss
 
 # (N, D, V): the heads of Llama 3 (narrowed), Gemma 3 270M, and SmolLM2 1.7B
 SHAPES = [(1024, 1024, 128256), (1024, 640, 262144), (2048, 2048, 49152)]
@@ -479,7 +479,9 @@ def all_memory(report: Report, size: tuple[int, int, int], names: Sequence[str])
     try:
         baseline = memory.measured(EAGER, size)
     except memory.NotMeasured as reason:
-        section.missing = dict.fromkeys([EAGER, *(LOSSES[name] for name in names)], str(reason))
+        section.missing = dict.fromkeys(
+            [EAGER, *(LOSSES[name].__name__ for name in names)], str(reason)
+        )
         report.add(section)
         return
     section.lines.append(Line(EAGER, baseline / mib, None, " MiB"))
@@ -489,7 +491,13 @@ def all_memory(report: Report, size: tuple[int, int, int], names: Sequence[str])
             f"{whole / baseline:.1%} of eager in all; float32 dweight {accumulator / mib:.0f} MiB"
         )
         section.lines.append(
-            Line(LOSSES[name], (whole - accumulator) / mib, baseline / mib / 10, " MiB", note=note)
+            Line(
+                LOSSES[name].__name__,
+                (whole - accumulator) / mib,
+                baseline / mib / 10,
+                " MiB",
+                note=note,
+            )
         )
     report.add(section)
 

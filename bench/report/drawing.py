@@ -8,10 +8,10 @@ from pathlib import Path
 
 from bench.report.comparing import grouped
 from bench.report.reading import Table
-from segloss.train.expression import LOSSES
+from segloss.losses import LOSSES
 
 # what begins so is a class of ours
-OURS = tuple(LOSSES.values())
+OURS = tuple(loss.__name__ for loss in LOSSES.values())
 
 
 def draw(tables: Sequence[Table], folder: Path) -> dict[str, str]:

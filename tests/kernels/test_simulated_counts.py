@@ -107,13 +107,13 @@ def test_an_adapter_multiplies_dlogits_by_lora_b_once():
 
 
 @pytest.mark.parametrize(
-    "dtype, upstream, exact", [(torch.bfloat16, 1 / 3, 1 / 4), (torch.float16, 65536.0, 1.0)]
+    "dtype, upstream, exact", [(torch.bfloat16, 1 / 3, 3 / 4), (torch.float16, 65536.0, 1.0)]
 )
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_the_upstream_factor_is_not_rounded(dtype, upstream, exact, chunks):
     """bf16(1 / 3) is 0.2 % off, fp16(65536) infinite. Held against a factor that any dtype has: the
     interpreter cuts bfloat16 off, both alike."""
-    n = 1023
+    n = 255
     tensors, target = problem(n, v=V, d=D, dtype=dtype, names=("hidden", "weight"), ignored=0.0)
     size = n // chunks * V * 2
     found = [
@@ -128,9 +128,9 @@ def test_the_upstream_factor_is_not_rounded(dtype, upstream, exact, chunks):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_float16_gradients_survive_a_mean_over_many_tokens(autocast):
-    """At 8,192 tokens p / N is mostly below what float16 holds; a loss scale of 65,536 comes after
+    """p / N is mostly below what float16 holds to all its digits; a loss scale of 65,536 comes after
     it. Plain PyTorch scales first."""
-    n, half = 8192, torch.float16
+    n, half = 1024, torch.float16
     tensors, target = problem(n, v=V, d=D, dtype=torch.float32, names=("hidden", "weight"))
     tensors["hidden"] = tensors["hidden"].half()
     tensors["weight"] = tensors["weight"] if autocast else tensors["weight"].half()
