@@ -128,8 +128,8 @@ def test_the_upstream_factor_is_not_rounded(dtype, upstream, exact, chunks):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_float16_gradients_survive_a_mean_over_many_tokens(autocast):
-    """p / N is mostly below what float16 holds to all its digits; plain PyTorch multiplies by a loss
-    scale first."""
+    """p / N is mostly below what float16 holds to all its digits; plain PyTorch multiplies by a
+    loss scale first."""
     n, half = 1024, torch.float16
     tensors, target = problem(n, v=V, d=D, dtype=torch.float32, names=("hidden", "weight"))
     tensors["hidden"] = tensors["hidden"].half()
