@@ -88,7 +88,6 @@ class LossMixin(Trainer):
 
     loss_is_scaled_for_ga = True
     _signature_columns: Any
-    compute_loss_func: Any
     data_collator: Any
     compute_loss_func: Any
 
