@@ -221,6 +221,10 @@ class LinearLogits(Source):
         return sweep(self.inputs(), batch, request)
 
     @property
+    def waits(self) -> bool:
+        return self.compact
+
+    @property
     def forms_gradients(self) -> bool:
         tensors = (tensor for _, tensor in self.named_tensors())
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
