@@ -80,9 +80,9 @@ class Loss(nn.Module):
         weight: (V,) class weights, constant, or None.
         ignore_index: tokens with this target are removed from every sum, mean and count.
         reduction: "mean", "sum" or "none".
-        group: process group the tokens are sharded over, or None. Every rank returns the global
-            loss, and its logits get the gradient of the global loss; under averaging data
-            parallelism multiply the loss by the world size.
+        group: process group (or 1-D DeviceMesh) the tokens are sharded over, or None. Every rank
+            returns the global loss, and its logits get the gradient of the global loss; under
+            averaging data parallelism multiply the loss by the world size.
 
     A class of one's own has all that the built-in ones have. With `short="hinge"` behind its bases
     it is known by that name to `parse_loss`; without, as `mypackage.losses:Hinge`.

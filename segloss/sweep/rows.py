@@ -48,7 +48,7 @@ def request_stats(
 
 def logits_at(z: Rows, column: Tensor) -> Tensor:
     """z_i[column_i] (R,), 0 where the column is -1."""
-    found = z.new(column.numel()).zero_()
-    here = (column >= 0).nonzero()[:, 0]
-    found[here] = z.at(here, column[here])
-    return found
+    if z.num_classes == 0:
+        return z.new(column.numel()).zero_()
+    row = torch.arange(column.numel(), device=column.device)
+    return torch.where(column >= 0, z.at(row, column.clamp(min=0)), 0)
