@@ -59,7 +59,9 @@ def check_data(name: str, tensor: Tensor) -> None:
 
 def check_readable(name: str, tensor: Tensor) -> None:
     """Refuse tensors whose values a kernel does not find where their data lie."""
-    wrapped: bool = is_traceable_wrapper_subclass(tensor)
+    # a DTensor's layout is looked at later; the other is a plain tensor that is still on its way
+    of_ranks = is_dtensor(tensor) or type(tensor).__name__ == "AsyncCollectiveTensor"
+    wrapped: bool = is_traceable_wrapper_subclass(tensor) and not of_ranks
     if wrapped or (name == "weight" and is_quantised(tensor)):
         raise TypeError(
             f"{name} is a {type(tensor).__name__} of {tensor.dtype}, which is no plain tensor of "
