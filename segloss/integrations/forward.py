@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from segloss.integrations.head import head_loss, prompt_length
 from segloss.integrations.window import LOSS_COLUMNS
@@ -33,19 +33,6 @@ def loss_of(
     if prompt is not None and target.shape[1] == prompt:
         logits = logits[:, logits.shape[1] - prompt :]
     return criterion(logits, target.to(logits.device)), outputs
-
-
-def base_of(model: Any) -> Any:
-    """The model inside DistributedDataParallel, a compiled module and peft."""
-    while True:
-        for name in ("module", "_orig_mod"):
-            if isinstance(getattr(model, name, None), nn.Module):
-                model = getattr(model, name)
-                break
-        else:
-            if not hasattr(model, "get_base_model"):
-                return model
-            model = model.get_base_model()
 
 
 def has_head(model: Any) -> bool:

@@ -143,8 +143,8 @@ def check_inputs(model: Any, inputs: dict) -> None:
         )
 
 
-def unwrapped(model: Any) -> Any:
-    """The transformers model inside DDP, FSDP, DeepSpeed, a compiled module and peft."""
+def innermost(model: Any) -> Any:
+    """The model inside DDP, FSDP, DeepSpeed, a compiled module and peft."""
     while True:
         if isinstance(getattr(model, "module", None), nn.Module):
             model = model.module
@@ -153,7 +153,12 @@ def unwrapped(model: Any) -> Any:
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
         else:
-            break
+            return model
+
+
+def unwrapped(model: Any) -> Any:
+    """The innermost model, which has to be one of transformers."""
+    model = innermost(model)
     if not hasattr(model, "get_output_embeddings"):
         raise TypeError(f"model is a {type(model).__name__}; it takes a transformers causal LM")
     return model

@@ -21,8 +21,9 @@ from segloss.checks import describe
 from segloss.distributed import sum_over
 from segloss.integrations.callbacks import SavedState
 from segloss.integrations.columns import KeepColumns, columns_of
-from segloss.integrations.forward import auxiliary_loss, base_of, has_head, loss_of, model_inputs
+from segloss.integrations.forward import auxiliary_loss, has_head, loss_of, model_inputs
 from segloss.integrations.fuse import check_mean
+from segloss.integrations.head import innermost
 from segloss.integrations.labels import Shift
 from segloss.integrations.window import (
     LOSS_COLUMNS,
@@ -190,7 +191,7 @@ class LossMixin(Trainer):
             self._record("train" if training else "eval", statistics, target.to(loss.device))
         if training and group is not None:
             loss = _Scaled.apply(loss, self._spread.size)
-        auxiliary = auxiliary_loss(base_of(self.model), outputs)
+        auxiliary = auxiliary_loss(innermost(self.model), outputs)
         if auxiliary is not None:
             steps = getattr(self, "current_gradient_accumulation_steps", 1) if training else 1
             # a mean of each micro-batch, so averaged over those of a step
@@ -200,7 +201,7 @@ class LossMixin(Trainer):
 
     def _forward(self, model, inputs, criterion, target, make_logits: bool) -> tuple[Any, Any]:
         """(the criterion of the logits or of what stands for them, the model's outputs)."""
-        inner = base_of(self.model)
+        inner = innermost(self.model)
         fused = self.head == "fused" and not make_logits and has_head(inner)
         return loss_of(model, criterion, target, model_inputs(inner, inputs), fused)
 
@@ -215,14 +216,14 @@ class LossMixin(Trainer):
             with torch.random.fork_rng(devices), self._autocast():
                 return self.model_wrapped(**known)
 
-        return self._shift.of(base_of(self.model), batch, call, self.accelerator.reduce)
+        return self._shift.of(innermost(self.model), batch, call, self.accelerator.reduce)
 
     def _label_side(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """What a batch says of its labels, at the places of the logits.
 
         An encoder's positions say nothing of a decoder's, and prompt tuning puts places before.
         """
-        inner, prompt = base_of(self.model), virtual_tokens(self.model)
+        inner, prompt = innermost(self.model), virtual_tokens(self.model)
         decodes = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
         if not (decodes or prompt):
             return batch
