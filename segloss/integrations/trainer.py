@@ -131,8 +131,9 @@ class LossMixin(Trainer):
         self.sample_weights = sample_weights
         self.log_statistics = log_statistics
         self.data_collator = KeepColumns(self.data_collator)
-        self._columns = given
-        check_columns(given, columns_of(self.train_dataset), "the trainer's own")
+        # tasks that have no weights change nothing
+        self._columns = [n for n in given if n != "task_ids" or task_weights is not None]
+        check_columns(self._columns, columns_of(self.train_dataset), "the trainer's own")
         self._spread = Spread.of(self)
         if sample_weights is not None:
             self.add_callback(SavedState("sample_weighting", sample_weights))
