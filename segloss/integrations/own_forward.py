@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from segloss.head.inputs import CPU_CHUNK_BYTES, CPU_CHUNK_ROWS, GPU_CHUNK_BYTES, GPU_CHUNK_ROWS
 from segloss.head.panels import ClassTotals
-from segloss.head.rows import compact_batch, compacted, renumbered, spread
+from segloss.head.rows import compact_batch, compacted, even_slices, renumbered, spread
 from segloss.head.sweep import ROW_OUTPUTS, ROW_STATS, kept_rows_only
 from segloss.kernels.candidates import candidates
 from segloss.kernels.class_stats import row_dots
@@ -27,7 +27,7 @@ from segloss.sweep.batch import Batch
 from segloss.sweep.classes import class_ids, class_index, thresholds
 from segloss.sweep.request import Request, Sweep
 from segloss.sweep.source import Source
-from segloss.sweep.terms import grad_terms, rescale, row_slice
+from segloss.sweep.terms import grad_terms, rescale, row_slices
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,15 +304,14 @@ def gradients(
     kept_grad = torch.zeros_like(kept)
     sums: list = [0] * len(leaves)
     with random:
-        for start in range(0, max(1, len(kept)), step):
-            here = slice(start, min(start + step, len(kept)))
+        slices = even_slices(len(kept), step)
+        for here, part in zip(slices, row_slices(terms, slices), strict=True):
             chunk = kept[here].detach().requires_grad_()
             with (
                 torch.enable_grad(),
                 torch.autocast(hidden.device.type, autocast[1], enabled=autocast[0]),
             ):
                 z = torch.func.functional_call(repeated, given, (chunk,))
-            part = row_slice(terms, here)
             raw = z.detach()[..., :width]
             raw = raw.contiguous() if bias is None else raw + bias.to(raw.device, raw.dtype)
             dz = torch.zeros_like(z)
