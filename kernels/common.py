@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -161,6 +161,19 @@ class Rows:
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.data.device)
+
+    def chunks(self, most: int) -> list[tuple[int, Rows]]:
+        """(first row, at most so many of them) one after the other, without copies."""
+        try:
+            data = self.data.view(1, self.num_rows, self.num_classes)
+        except RuntimeError:
+            data = self.data
+        batch, time, _ = data.shape
+        return [
+            (b * time + t, replace(self, data=data[b : b + 1, t : t + most]))
+            for b in range(batch)
+            for t in range(0, max(1, time), most)
+        ]
 
     # The twins read logits in one of two ways: whole rows block by block, or a panel of columns.
 

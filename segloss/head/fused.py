@@ -15,12 +15,10 @@ from segloss.head.rows import chunk_buffer, chunk_slices, compact_batch, kept_ro
 from segloss.kernels.logit_grad import logit_grad
 from segloss.kernels.products import GradBlock
 from segloss.kernels.row_stats import row_stats
-from segloss.kernels.scale import scaled
 from segloss.sweep.attach import only_once
 from segloss.sweep.batch import Batch
-from segloss.sweep.classes import class_index
 from segloss.sweep.request import RowSum, TokenStats
-from segloss.sweep.terms import grad_terms
+from segloss.sweep.row_sum import chunk_gradients, finished
 
 
 def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenStats]:
@@ -66,39 +64,17 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
             column_weight=request.column_weight,
             exp_out=z.data[0] if factored else None,
         )
-        leaves = {
-            "log_prob": stats.log_prob,
-            "lse": stats.row_max + stats.log_sum,
-            "logit_sum": stats.logit_sum,
-        }
-        leaves = {n: v.requires_grad_() for n, v in leaves.items() if v is not None}
-        rest = {n: getattr(stats, n) for n in ("weight_sum", "num_finite")}
-        index = class_index(target, valid, inputs.num_classes)
-        token_stats = TokenStats(**leaves, **rest, target=index)
-        with torch.enable_grad():
-            part = chunk_value(plan, token_stats, target, valid, weights[here])
-            grads = torch.autograd.grad(part, list(leaves.values()), allow_unused=True)
-        loss += part.detach()
-        named = {n: g for n, g in zip(leaves, grads, strict=True) if g is not None}
-        if half:
-            named = {n: g / scale for n, g in named.items()}
-        saved = {
-            "valid": valid,
-            "target": target,
-            "row_max": stats.row_max,
-            "log_sum": stats.log_sum,
-            "log_prob": stats.log_prob.detach(),
-            "column_weight": request.column_weight,
-        }
-        terms = grad_terms(saved, named)
+        value, lse, terms = chunk_gradients(
+            plan, stats, target, valid, weights[here], inputs.num_classes, scale
+        )
+        loss += value
+        log_prob = stats.log_prob.detach()
         if factored:
-            block = factored_block(head, terms, z.data[0], saved["log_prob"])
+            block = factored_block(z, terms, log_prob)
         else:
             block = GradBlock(logit_grad(z, terms, z.data[0]))
         total.block(block, here, whole)
-        collected.append(
-            (stats.log_prob.detach(), leaves["lse"].detach(), stats.entropy, stats.argmax)
-        )
+        collected.append((log_prob, lse, stats.entropy, stats.argmax))
     del z, block, out  # the logits
     grads = total.result(rows)
     num_tokens = batch.target.numel()
@@ -108,14 +84,6 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
     fills = (0, 0, 0, -1)
     per_token = [spread(c, rows, num_tokens, f) for c, f in zip(columns, fills, strict=True)]
     return loss, per_token, grads, scale
-
-
-def chunk_value(plan: RowSum, stats: TokenStats, target, valid, weights) -> Tensor:
-    total = torch.zeros((), dtype=weights.dtype, device=weights.device)
-    for factor, values in plan.terms:
-        value = torch.where(valid, values(stats, target, valid), 0)
-        total = total + factor * (value * weights).sum()
-    return total
 
 
 def power_of_two(plan: RowSum, weights: Tensor) -> Tensor:
@@ -155,9 +123,3 @@ class _RowSum(torch.autograd.Function):
             pairs = zip(grads, tensors, strict=True)
             grads = tuple(None if g is None else finished(g, grad * scale, t) for g, t in pairs)
         return (None, None, None, None, *only_once(grads))
-
-
-def finished(grad: Tensor, factor: Tensor, tensor: Tensor) -> Tensor:
-    """A gradient times what was known last, in its tensor's dtype: rounded here, and once."""
-    same = grad.dtype == tensor.dtype
-    return scaled(grad, factor, grad if same else torch.empty_like(grad, dtype=tensor.dtype))

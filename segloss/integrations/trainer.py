@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
+from segloss.checks import describe
 from segloss.distributed import sum_over
 from segloss.integrations.callbacks import SavedState
 from segloss.integrations.columns import KeepColumns, columns_of
@@ -86,6 +89,7 @@ class LossMixin(Trainer):
     loss_is_scaled_for_ga = True
     _signature_columns: Any
     data_collator: Any
+    compute_loss_func: Any
 
     def __init__(
         self,
@@ -100,6 +104,7 @@ class LossMixin(Trainer):
     ):
         if head not in ("fused", "logits"):
             raise ValueError(f"head is {head!r}; it takes 'fused' or 'logits'")
+        check_task_weights(task_weights)
         self._shift = Shift(shift)
         given = given_columns(super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
@@ -109,8 +114,9 @@ class LossMixin(Trainer):
                 f"label_smoothing_factor is {smoothing} and loss is given; "
                 "give the loss its label_smoothing"
             )
-        if self.compute_loss_func is not None:
+        if callable(self.compute_loss_func):
             raise ValueError("compute_loss_func is given to a LossMixin; it takes loss")
+        self.compute_loss_func = None  # what TRL puts there for older releases of transformers
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"n_gpu is {self.args.n_gpu}: one process with several GPUs wraps the model in "
@@ -212,10 +218,24 @@ class LossMixin(Trainer):
         return self._shift.of(base_of(self.model), batch, call, self.accelerator.reduce)
 
     def _label_side(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What a batch says of its labels; an encoder's positions say nothing of a decoder's."""
-        if not getattr(getattr(base_of(self.model), "config", None), "is_encoder_decoder", False):
+        """What a batch says of its labels, at the places of the logits.
+
+        An encoder's positions say nothing of a decoder's, and prompt tuning puts places before.
+        """
+        inner, prompt = base_of(self.model), virtual_tokens(self.model)
+        decodes = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+        if not (decodes or prompt):
             return batch
-        return {k: v for k, v in batch.items() if k in ("labels", "shift_labels", *LOSS_COLUMNS)}
+        own = {k: v for k, v in batch.items() if k in ("labels", "shift_labels", *LOSS_COLUMNS)}
+        if decodes:
+            return own
+        ignore = self.loss.ignore_index
+        fill = {"labels": ignore, "shift_labels": ignore}
+        return {
+            name: F.pad(value, (prompt, 0), value=fill.get(name, 0)) if value.dim() > 1 else value
+            for name, value in own.items()
+            if value is not None
+        }
 
     def _samples(self, batch: Mapping[str, Any]) -> Samples:
         return Samples.of(self._label_side(batch), self._shifts(batch), self.loss.ignore_index)
@@ -402,7 +422,9 @@ class Spread:
             return cls(None, 1, 1, 0)
         # the loader of sequence parallelism gives each its part of the rows
         copies = size_of(trainer, "cp")
-        group = dist.group.WORLD if tensor == 1 else across(trainer)
+        group = dist.group.WORLD
+        if tensor > 1:
+            group = across(trainer.args.device, size, tensor)
         rank = dist.get_rank(group) // (copies * size_of(trainer, "sp"))
         return cls(group, size, copies, rank)
 
@@ -424,20 +446,11 @@ def size_of(trainer: Any, name: str) -> int:
     return 1 if get is None else max(get(), 1)
 
 
-def across(trainer: Any) -> Any:
-    """The group of processes at the same place of tensor parallelism."""
-    mesh = getattr(trainer.accelerator, "torch_device_mesh", None)
-    if mesh is None:
-        mesh = getattr(getattr(trainer.model, "_mesh_manager", None), "mesh", None)
-    if mesh is None:
-        mesh = getattr(trainer.model, "_device_mesh", None)
-    names = tuple(n for n in getattr(mesh, "mesh_dim_names", None) or () if n != "tp")
-    if mesh is None or not names:
-        raise ValueError(
-            "tensor parallelism is on but no device mesh says which processes have other tokens; "
-            "give the loss its group"
-        )
-    return mesh[names]._flatten().get_group() if len(names) > 1 else mesh[names[0]].get_group()
+def across(device: torch.device, size: int, tensor: int) -> Any:
+    """The group of processes at the same place of tensor parallelism, whose processes are
+    neighbours in every mesh of accelerate, transformers and DeepSpeed."""
+    mesh = init_device_mesh(device.type, (size, tensor), mesh_dim_names=("tokens", "tensor"))
+    return mesh["tokens"].get_group()
 
 
 class _Scaled(torch.autograd.Function):
@@ -470,6 +483,23 @@ def grouped(loss: Loss, group: Any) -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------- checks
+
+
+def check_task_weights(weights: Any) -> None:
+    if weights is None or isinstance(weights, CoBa):
+        return
+    if not isinstance(weights, Tensor) or weights.dim() != 1:
+        raise TypeError(f"task_weights is {describe(weights)}; it takes a CoBa or a tensor (K,)")
+    if not bool((weights >= 0).all() & weights.isfinite().all()):
+        raise ValueError(f"task_weights is {weights.tolist()}; it takes numbers >= 0")
+
+
+def virtual_tokens(model: Any) -> int:
+    """Places that a peft model puts before those of its input."""
+    config: Any = getattr(model, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False) or config.peft_type == "PREFIX_TUNING":
+        return 0
+    return config.num_virtual_tokens
 
 
 def given_columns(init: Any, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
