@@ -76,6 +76,7 @@ ROWS = (
     Row("transformers", TRANSFORMERS, HUB),
     Row("trl==1.10.0", TRL),
     Row("trl==1.15.0", TRL),  # the first with adapters on the head, and `dft`
+    Row("trl==1.16.0", (*TRL, *PREFERENCES)),  # what `segloss train` asks for
     Row("trl", (*TRL, *PREFERENCES)),
     Row("axolotl==0.18.0", AXOLOTL, deps=False),
     Row("axolotl", AXOLOTL, deps=False),
