@@ -199,7 +199,8 @@ class Run:
         begun = time.monotonic()
         state = None if checkpoint is None else Path(checkpoint) / "trainer_state.json"
         past = json.loads(state.read_text("utf-8")) if state and state.exists() else {}
-        if past and past["global_step"] >= past["max_steps"]:
+        last = trainer.args.max_steps if trainer.args.max_steps > 0 else past.get("max_steps")
+        if past and past["global_step"] >= last:
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state.global_step = past["global_step"]
         else:
