@@ -1,14 +1,14 @@
 """Two matrices of logits in step: the divergence of their rows, and its gradient in one of them.
 
     p = softmax(student)    q = softmax(teacher)    m = beta q + (1 - beta) p
-    forward   sum_j q_j (log q_j - log p_j)            dz_j = p_j - q_j
-    reverse   sum_j p_j (log p_j - log q_j)            dz_j = p_j (log p_j - log q_j - value)
-    jsd       beta KL(q || m) + (1 - beta) KL(p || m)  dz_j = (1 - beta) p_j (log(p_j / m_j) - center)
-    targets   -sum_j w_j y_j log p_j                   dz_j = p_j sum_k w_k y_k - w_j y_j
-    lse       log sum_j exp(z_j)                       dz_j = p_j
+    forward  sum_j q_j log(q_j / p_j)                 dz_j = p_j - q_j
+    reverse  sum_j p_j log(p_j / q_j)                 dz_j = p_j (log(p_j / q_j) - value)
+    jsd      beta KL(q || m) + (1 - beta) KL(p || m)  dz_j = (1 - beta) p_j (log(p_j / m_j) - center)
+    targets  -sum_j w_j y_j log p_j                   dz_j = p_j sum_k w_k y_k - w_j y_j
+    lse      log sum_j exp(z_j)                       dz_j = p_j
 
-`center` is KL(p || m); the teacher's matrix holds probabilities y themselves for "targets" and is
-not read for "lse". A temperature is part of the rows: `Rows.softcap` and `Rows.scale` divided by it.
+`center` is KL(p || m). For "targets" the teacher's matrix holds the probabilities y themselves; for
+"lse" it is not read. A temperature is part of the rows: their softcap and scale divided by it.
 
 N rows, V columns, R rows of a block.
 """
@@ -407,7 +407,7 @@ def divergence_grad_kernel(
                 log_ratio = tl.maximum(u, FLOOR) - tl.maximum(w, FLOOR)
                 dz = tl.exp2(u * LOG2E) * (of_p * (log_ratio - u_log + w_log - middle))
             else:
-                p, q, log_p, log_q, log_m = log_mixture(u - u_log, w - w_log, share)
+                p, _, log_p, _, log_m = log_mixture(u - u_log, w - w_log, share)
                 dz = p * (upstream * (1 - share) * (log_p - log_m - middle))
         if SOFTCAP:
             ratio = tl.maximum(z * inverse_cap, -1.0)
@@ -718,9 +718,7 @@ def divergence_grad(
     if several and dlogits.data_ptr() == student.data.data_ptr():
         copy = student.data.clone()
         student = replace(student, data=copy)
-        pairs = [
-            replace(p, student=replace(p.student, data=copy[:, :, : p.width])) for p in pairs
-        ]
+        pairs = [replace(p, student=replace(p.student, data=copy[:, :, : p.width])) for p in pairs]
     if plain is not None:
         logit_grad(student, plain, dlogits)
     elif padded:

@@ -1,11 +1,11 @@
 """The one backward: gradients of the row and class statistics back into the logits.
 
     dz_ij = p_ij (prob_coef_i + class_grad_[b_i]j + g_ij - h_i (log p_ij + H_i))
-            + [j = y_i] v_i + t_i w_j
+            + [j = y_i] v_i + t_i w_j + r_ij
 
-N rows, V columns, K listed classes, B samples, M entries with a g of their own.
+N rows, V columns, K listed classes, B samples, M entries with a g or r of their own.
 Three passes over less and less, each with the whole formula, so that an element is rounded once:
-all N x V elements, then the K listed columns (class_grad), then the M entries (g).
+all N x V elements, then the K listed columns (class_grad), then the M entries (g, r).
 
 At the target the terms -v p (part of prob_coef) and v nearly cancel as p -> 1; there the formula is
 written p (prob_coef + v) + v (1 - p), with v (1 - p) from the row's accurate log-probability.
@@ -55,8 +55,10 @@ class GradTerms:
     row_weight: Tensor | None = None  # (N,), what prob_sum weighted rows by
     columns: Tensor | None = None  # (K,) int64 sorted, None for all V
     entry_row: Tensor | None = None  # (M,) int64, ascending
-    entry_class: Tensor | None = None  # (M,) int64 into `columns`, or a column if that is None
+    # (M,) int64 into `columns`, or a column if that is None; on a GPU, -1 is no entry
+    entry_class: Tensor | None = None
     entry_grad: Tensor | None = None  # (M,)
+    entry_rest: Tensor | None = None  # (M,) dL/dz_ij of the logit alone
 
 
 @jit
@@ -67,7 +69,7 @@ def grad_tile(
     log_sum,
     prob_coef,
     target_coef,
-    target_rest,
+    target_rest,  # and r of an entry; not read where is_target is None
     extra,  # class_grad + g of the tile, or 0
     entropy,
     entropy_grad,
@@ -91,7 +93,7 @@ def grad_tile(
     # the division by the sum is one multiplication per row, outside the exponent and the loop
     dz = tl.exp2(shifted * LOG2E) * (coef * tl.exp2(-log_sum * LOG2E))
     if is_target is not None:
-        dz += tl.where(is_target, target_rest, 0.0)
+        dz += target_rest
     if COLUMN_SUMS:
         dz += tl.where(z > float("-inf"), sum_grad * column_weight, 0.0)
     if SOFTCAP:
@@ -230,6 +232,7 @@ def grad_entries_kernel(
     entry_row,  # (M,); not read where PANEL
     entry_class,  # (M,); not read where PANEL
     entry_grad,  # (M,); not read where PANEL
+    entry_rest,  # (M,)
     valid,  # (N,)
     target,  # (N,)
     row_max,  # (N,) this and the next seven
@@ -264,6 +267,7 @@ def grad_entries_kernel(
     ROW_WEIGHTED: tl.constexpr,
     LISTED: tl.constexpr,
     PANEL: tl.constexpr,
+    RESTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Single elements written again with more terms: all (row, listed column) or M entries."""
@@ -276,6 +280,8 @@ def grad_entries_kernel(
         inside = at < M
         row = tl.load(entry_row + at, mask=inside, other=0)
         k = tl.load(entry_class + at, mask=inside, other=0)
+        if RESTS:
+            inside = inside & (k >= 0) & (tl.load(valid + row, mask=inside, other=0) != 0)
     column = tl.load(columns_in + k, mask=inside, other=0) if LISTED else k
     pointers = logits + row_offset(row, T, stride_b, stride_t) + column * stride_v
     z = load_logits(pointers, inside, softcap, scale, SOFTCAP, SCALED, DOUBLE)
@@ -286,8 +292,11 @@ def grad_entries_kernel(
     )  # fmt: skip
     DTYPE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     extra = tl.zeros((BLOCK,), DTYPE)
+    rest = tl.where(column == y, rest_y, 0.0)
     if not PANEL:
         extra += tl.load(entry_grad + at, mask=inside, other=0.0)
+        if RESTS:
+            rest += tl.load(entry_rest + at, mask=inside, other=0.0)
     if CLASSES:
         b = tl.load(sample + row, mask=inside, other=0)
         a = tl.load(class_grad + b * K + k, mask=inside, other=0.0)
@@ -296,7 +305,7 @@ def grad_entries_kernel(
     if COLUMN_WEIGHTED:
         w = tl.load(column_weight + column, mask=inside, other=0.0).to(DTYPE)
     dz = grad_tile(
-        z, column == y, row_m, row_l, coef, coef_y, rest_y, extra, row_h, grad_h, grad_t, w,
+        z, column == y, row_m, row_l, coef, coef_y, rest, extra, row_h, grad_h, grad_t, w,
         tl.full((), softcap, DTYPE), tl.full((), scale, DTYPE), SOFTCAP, SCALED, ENTROPY,
         COLUMN_SUMS,
     )  # fmt: skip
@@ -365,16 +374,17 @@ def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
             CLASSES=terms.class_grad is not None,
             LISTED=terms.columns is not None,
             PANEL=panel,
+            RESTS=not panel and terms.entry_rest is not None,
             BLOCK=256,
             num_warps=4,
         )
 
     if listed:
         grid = (n, cdiv(terms.class_grad.shape[1], 256))
-        entries(grid, True, 0, (terms.target, terms.target, spare))
+        entries(grid, True, 0, (terms.target, terms.target, spare, spare))
     if single:
         num_entries = terms.entry_grad.numel()
-        entry = (terms.entry_row, terms.entry_class, terms.entry_grad)
+        entry = (terms.entry_row, terms.entry_class, terms.entry_grad, pointer(terms.entry_rest))
         entries((cdiv(num_entries, 256),), False, num_entries, entry)
 
 
@@ -418,7 +428,10 @@ class RowVectors:
             z = rows.at(row, column)
             p = torch.exp(z - terms.row_max[row] - terms.log_sum[row])
             vectors.entry_place = row * num_classes + column
-            vectors.entry_value = p * terms.entry_grad * rows.slope(z)
+            grad = p * terms.entry_grad
+            if terms.entry_rest is not None:
+                grad = grad + terms.entry_rest
+            vectors.entry_value = grad * rows.slope(z)
             vectors.entry_before = bounds(row, groups)
         return vectors
 

@@ -19,9 +19,11 @@ from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
 from segloss.head.rows import chunk_buffer, panel_slices
 from segloss.kernels.common import Rows
+from segloss.kernels.divergence import divergence_grad
 from segloss.kernels.logit_grad import GradTerms, logit_grad
 from segloss.kernels.products import GradBlock, product
 from segloss.sweep.batch import Batch
+from segloss.sweep.beside import LISTED, Reading
 from segloss.sweep.terms import row_slice
 
 
@@ -32,6 +34,7 @@ class Frozen:
         self.dtype = inputs.dtype
         self.out = chunk_buffer(head, slices)
         self.parts: list[Tensor] = []
+        self.pair_parts: list[Tensor] = []
         self.factored = False
 
     def logits(self, head: Head, here: slice) -> Rows:
@@ -52,8 +55,20 @@ class Frozen:
             part = head.times_weight(GradBlock(off_target)).to(self.dtype)
         self.parts.append(part)
 
+    def keep_pairs(self, head: Head, z: Rows, reading: Reading) -> None:
+        """The gradient of each divergence, for an upstream gradient of 1, times the weight."""
+        if not reading.pairs:
+            return
+        out, made = torch.empty_like(z.data[0]), []
+        for pair in reading.pairs:
+            pair.grad = torch.ones_like(pair.value)
+            divergence_grad(z, [pair], out)
+            made.append(head.times_weight(GradBlock(out)).to(self.dtype))
+        self.pair_parts.append(torch.stack(made))
+
     def saved(self) -> dict[str, Any]:
-        return {"qw": torch.cat(self.parts)}
+        pairs = torch.cat(self.pair_parts, 1) if self.pair_parts else None
+        return {"qw": torch.cat(self.parts), "pair_weight": pairs}
 
 
 def probabilities_off_target(z: Rows, stats, batch: Batch, here: slice) -> Tensor:
@@ -104,3 +119,15 @@ def hidden_grad(inputs: Inputs, head: Head, terms: GradTerms, saved: dict) -> Te
         dlogits = logit_grad(z, part, torch.empty_like(z.data[0]))
         result[here] += panel.times_weight(GradBlock(dlogits))
     return result
+
+
+def add_listed(inputs: Inputs, head: Head, saved: dict, rest: Tensor, hidden: Tensor) -> None:
+    """Add `sum_m rest_im weight[id_im]` to hidden (N, D): the listed classes' own logits."""
+    ids = saved["ids"].clamp(min=0)
+    z = saved[LISTED] + saved["row_max"][:, None] + saved["log_sum"][:, None]
+    rest = rest * Rows(head.hidden[None], head.softcap, head.scale).slope(z)
+    for here in panel_slices(inputs, ids.shape[0], ids.shape[1] * hidden.shape[1]):
+        own = head.weight[ids[here]].to(hidden.dtype)
+        if head.lora_b is not None:
+            own += head.lora_scale * (head.lora_b[ids[here]] @ head.lora_a).to(hidden.dtype)
+        hidden[here] += torch.bmm(rest[here, None], own)[:, 0]

@@ -12,11 +12,11 @@ from segloss.head.gradients import Gradients, factored_block
 from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
 from segloss.head.rows import chunk_buffer, chunk_slices, compact_batch, kept_rows, spread
-from segloss.kernels.logit_grad import logit_grad
 from segloss.kernels.products import GradBlock
 from segloss.kernels.row_stats import row_stats
 from segloss.sweep.attach import only_once
 from segloss.sweep.batch import Batch
+from segloss.sweep.beside import DIVERGENCES, LISTED, Reading, has_plain, logits_gradient
 from segloss.sweep.classes import class_index
 from segloss.sweep.request import RowSum, TokenStats
 from segloss.sweep.terms import grad_terms
@@ -27,7 +27,8 @@ def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenSt
     with torch.autocast(inputs.device.type, enabled=False):
         names, options = tuple(inputs.tensors), inputs.options
         value, *stats = _RowSum.apply(names, options, batch, plan, *inputs.tensors.values())
-    return value, TokenStats(*stats)
+    *stats, listed = stats
+    return value, TokenStats(*stats, listed=listed)
 
 
 def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
@@ -49,7 +50,8 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
     filtering = inputs.options.grad_filter > 0
     # smoothing adds to every column and a filter reads dlogits itself; on a GPU the exponentials
     # would take a second read anyway, and the target's part a synchronisation
-    factored = not (filtering or request.column_sums or out.is_cuda)
+    reads_more = inner.beside.listed is not None or len(request.divergences) > 0
+    factored = not (filtering or request.column_sums or reads_more or out.is_cuda)
     for here in slices:
         z = head.take(here).logits(out)
         target, valid = inner.target[here], inner.valid[here]
@@ -63,16 +65,21 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
             column_weight=request.column_weight,
             exp_out=z.data[0] if factored else None,
         )
+        beside = inner.beside.take(here)
+        reading = Reading.of(z, beside, valid, request.divergences, stats)
         leaves = {
             "log_prob": stats.log_prob,
             "lse": stats.row_max + stats.log_sum,
             "logit_sum": stats.logit_sum,
+            LISTED: reading.listed,
+            DIVERGENCES: reading.values,
         }
         leaves = {n: v.requires_grad_() for n, v in leaves.items() if v is not None}
         rest = {n: getattr(stats, n) for n in ("weight_sum", "num_finite")}
         index = class_index(target, valid, inputs.num_classes)
         token_stats = TokenStats(**leaves, **rest, target=index)
         with torch.enable_grad():
+            token_stats.named(beside, request.divergences)
             part = chunk_value(plan, token_stats, target, valid, weights[here])
             grads = torch.autograd.grad(part, list(leaves.values()), allow_unused=True)
         loss += part.detach()
@@ -84,22 +91,31 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
             "log_sum": stats.log_sum,
             "log_prob": stats.log_prob.detach(),
             "column_weight": request.column_weight,
+            "ids": beside.listed,
         }
         terms = grad_terms(saved, named)
         if factored:
             block = factored_block(head, terms, z.data[0], saved["log_prob"])
         else:
-            block = GradBlock(logit_grad(z, terms, z.data[0]))
+            pairs = reading.upstream(named.get(DIVERGENCES))
+            dlogits = logits_gradient(z, terms, pairs, z.data[0], has_plain(named))
+            block = GradBlock(dlogits)
         total.block(block, here, whole, filtering)
         collected.append(
-            (stats.log_prob.detach(), leaves["lse"].detach(), stats.entropy, stats.argmax)
+            (
+                stats.log_prob.detach(),
+                leaves["lse"].detach(),
+                stats.entropy,
+                stats.argmax,
+                None if reading.listed is None else reading.listed.detach(),
+            )
         )
     grads = total.result(inputs, rows)
     num_tokens = batch.target.numel()
     columns = [
         None if column[0] is None else torch.cat(column) for column in zip(*collected, strict=True)
     ]
-    fills = (0, 0, 0, -1)
+    fills = (0, 0, 0, -1, 0)
     per_token = [spread(c, rows, num_tokens, f) for c, f in zip(columns, fills, strict=True)]
     return loss, per_token, grads
 

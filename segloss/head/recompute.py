@@ -5,6 +5,7 @@ N tokens, C classes of a block of the vocabulary, V in all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
 from segloss.head.rows import chunk_buffer, rows_within_budget
 from segloss.kernels.common import Rows
-from segloss.kernels.logit_grad import GradTerms, logit_grad
+from segloss.kernels.divergence import Pair
+from segloss.kernels.logit_grad import GradTerms
 from segloss.kernels.products import GradBlock
 from segloss.sweep.batch import Batch
+from segloss.sweep.beside import Reading, logits_gradient
 from segloss.sweep.terms import column_slice
 
 
@@ -39,15 +42,27 @@ class Recompute:
     def keep(self, head: Head, z: Rows, stats, batch: Batch, here: slice) -> None:
         pass
 
+    def keep_pairs(self, head: Head, z: Rows, reading: Reading) -> None:
+        pass
+
     def saved(self) -> dict[str, Any]:
         return {"logits": self.kept if self.num_kept else None}
 
 
 def add_gradients(
-    inputs: Inputs, head: Head, terms: GradTerms, total: Gradients, kept: Tensor | None
+    inputs: Inputs,
+    head: Head,
+    terms: GradTerms,
+    total: Gradients,
+    kept: Tensor | None,
+    pairs: Callable[[Rows, slice], list[Pair]],
+    plain: bool,
 ) -> None:
     """A block of the vocabulary at a time, all rows at once: each slice of dweight is contracted
-    over every row by one product and needs no float32 copy of the whole."""
+    over every row by one product and needs no float32 copy of the whole.
+
+    `pairs` of a block's logits and classes have gradients beside the terms, if `plain` says that
+    these have any."""
     num_rows, num_classes = head.hidden.shape[0], head.weight.shape[0]
     width = max(1, inputs.chunk_rows(num_rows) * num_classes // max(1, num_rows))
     width = num_classes if width >= num_classes else max(1, width // 128 * 128 or width)
@@ -60,7 +75,7 @@ def add_gradients(
         part = column_slice(terms, classes.start, classes.stop)
         # the later passes of a Triton kernel read the logits again
         dlogits = torch.empty_like(z.data[0]) if rewrites and z.data.is_cuda else z.data[0]
-        logit_grad(z, part, dlogits)
+        logits_gradient(z, part, pairs(z, classes), dlogits, plain)
         total.block(GradBlock(dlogits), every, classes, inputs.options.grad_filter > 0)
 
 

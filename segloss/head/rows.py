@@ -32,6 +32,7 @@ def compact_batch(batch: Batch, rows: Tensor | None) -> Batch:
         target=batch.target[rows],
         valid=batch.valid[rows],
         token_weight=None if weight is None else weight[rows],
+        beside=batch.beside.take(rows),
     )
 
 
@@ -39,7 +40,8 @@ def spread(values: Tensor | None, rows: Tensor | None, size: int, fill: int = 0)
     """Values of the kept rows back at their tokens, `fill` elsewhere."""
     if values is None or rows is None:
         return values
-    return values.new_full((size,), fill).index_copy_(0, rows, values)
+    full = values.new_full((size, *values.shape[1:]), fill)
+    return full.index_copy_(0, rows, values)
 
 
 def chunk_slices(inputs: Inputs, num_rows: int) -> list[slice]:

@@ -18,16 +18,19 @@ from segloss.head.inputs import Inputs, Options, is_frozen
 from segloss.head.matrices import Head
 from segloss.head.panels import ClassTotals, panel_candidates, subtract_dots
 from segloss.head.rows import chunk_slices, compact_batch, compacted, kept_rows, renumbered, spread
+from segloss.kernels.common import Rows
+from segloss.kernels.divergence import Pair
 from segloss.kernels.row_stats import row_stats
 from segloss.sweep.attach import attach
 from segloss.sweep.batch import Batch
+from segloss.sweep.beside import DIVERGENCES, LISTED, Reading, has_plain, pack, unpack
 from segloss.sweep.classes import class_ids, class_index, thresholds
 from segloss.sweep.request import Request, Sweep
-from segloss.sweep.terms import grad_terms, rescale
+from segloss.sweep.terms import grad_terms, listed_grad, rescale
 
 Mode = frozen.Frozen | recompute.Recompute
-ROW_OUTPUTS = ("log_prob", "lse", "entropy", "logit_sum")
-ROW_STATS = (*ROW_OUTPUTS, "argmax", "weight_sum", "num_finite")
+ROW_OUTPUTS = ("log_prob", "lse", "entropy", "logit_sum", LISTED, DIVERGENCES)
+ROW_STATS = ("log_prob", "entropy", "logit_sum", "argmax", "weight_sum", "num_finite")
 
 
 def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
@@ -44,6 +47,8 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
         per_class = ClassTotals(inputs, request, ids, row_ids["sample"], inner)
         slices = chunk_slices(inputs, head.hidden.shape[0])
         mode = mode_of(inputs, head, slices, needed)
+        reads_more = inner.beside.listed is not None or len(request.divergences) > 0
+        numbers: list[tuple] = []
         for here in slices:
             z = mode.logits(head, here)
             panel = per_class.panel(z)
@@ -55,20 +60,30 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
                 argmax=request.argmax,
                 column_sums=request.column_sums,
                 column_weight=request.column_weight,
-                exp_out=mode.exp_out(z, panel),
+                exp_out=mode.exp_out(z, z if reads_more else panel),
             )
             collected.append(stats)
+            reading = Reading.of(
+                z, inner.beside.take(here), inner.valid[here], request.divergences, stats
+            )
+            mode.keep_pairs(head, z, reading)
+            numbers.append((reading.listed, reading.values, reading.vectors))
             per_class.add(panel, stats, here)
             mode.keep(head, z, stats, inner, here)
         stacked: dict[str, Tensor] = {
             name: torch.cat([getattr(c, name) for c in collected])
             for name in (*ROW_STATS, "row_max", "log_sum")
-            if name != "lse" and getattr(collected[0], name) is not None
+            if getattr(collected[0], name) is not None
         }
         stacked["lse"] = stacked["row_max"] + stacked["log_sum"]
+        listed, divergences, vectors = zip(*numbers, strict=True)
+        if listed[0] is not None:
+            stacked[LISTED] = torch.cat(listed)
+        if vectors[0] is not None:
+            stacked[DIVERGENCES] = torch.cat(divergences)
         values: dict[str, Any] = {
             name: spread(stacked.get(name), rows, num_tokens, -1 if name == "argmax" else 0)
-            for name in ROW_STATS
+            for name in dict.fromkeys((*ROW_OUTPUTS, *ROW_STATS))
         }
         target = class_index(batch.target, batch.valid, batch.num_classes)
         found = Sweep(**values, target=target, **ids)
@@ -81,6 +96,7 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
                 found.candidate_row = rows[found.candidate_row]
     names = (*ROW_OUTPUTS, "prob_sum", "candidate_prob", "peak_prob")
     outputs = {name: getattr(found, name) for name in names}
+    packed, rest = pack(batch.beside)
     saved = {
         "rows": rows,
         "target": inner.target,
@@ -95,11 +111,22 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
         "candidate_row": found.candidate_row,
         "candidate_class": found.candidate_class,
         "peak_row": renumbered(per_class.peak_row, rows),
+        "ids": inner.beside.listed,
+        "vectors": None if vectors[0] is None else torch.cat(vectors, 2),
+        **(packed if request.divergences else {}),
         **mode.saved(),
     }
     # the rule keeps no tensor: they live in the saved ones only
-    rule = functools.partial(gradients, names=tuple(inputs.tensors), options=inputs.options)
-    return replace(found, **attach(rule, outputs, saved, tuple(inputs.tensors.values())))
+    rule = functools.partial(
+        gradients,
+        names=tuple(inputs.tensors),
+        options=inputs.options,
+        divergences=request.divergences,
+        seconds=rest,
+    )
+    found = replace(found, **attach(rule, outputs, saved, tuple(inputs.tensors.values())))
+    found.named(batch.beside, request.divergences)
+    return found
 
 
 def mode_of(inputs: Inputs, head: Head, slices: list[slice], needed: dict[str, bool]) -> Mode:
@@ -109,7 +136,9 @@ def mode_of(inputs: Inputs, head: Head, slices: list[slice], needed: dict[str, b
     return recompute.Recompute(inputs, head, slices, keeps=any(needed.values()))
 
 
-def gradients(tensors, saved, grads, needed, *, names: tuple, options: Options) -> tuple:
+def gradients(
+    tensors, saved, grads, needed, *, names: tuple, options: Options, divergences, seconds
+) -> tuple:
     """Gradients of the head's tensors, from those of the statistics."""
     inputs = Inputs(dict(zip(names, tensors, strict=True)), options)
     rows = saved.get("rows")
@@ -117,18 +146,39 @@ def gradients(tensors, saved, grads, needed, *, names: tuple, options: Options) 
     if rows is not None:
         grads = {name: grad[rows] if name in ROW_OUTPUTS else grad for name, grad in grads.items()}
         saved = kept_rows_only(saved, rows)
+    upstream = grads.get(DIVERGENCES)
+    everywhere = "prob_sum" in grads and saved.get("classes") is None
+    wanted = dict(zip(names, needed, strict=True))
+    if "qw" in saved and not (everywhere or {"entropy", "logit_sum"} & set(grads)):
+        listed = grads.pop(LISTED, None)
+        terms = grad_terms(saved, grads)
+        rest = None if listed is None else listed_grad(terms, saved["ids"], listed)
+        subtract_dots(inputs, head, terms)
+        scale = rescale(terms)
+        total = Gradients(head, wanted, scale, disjoint=True, dtype=inputs.weight.dtype)
+        hidden = frozen.hidden_grad(inputs, head, terms, saved) * scale
+        if rest is not None:
+            frozen.add_listed(inputs, head, saved, rest, hidden)
+        if upstream is not None:
+            grad = torch.where(saved["valid"][:, None], upstream, 0)
+            hidden += torch.einsum("ns,snd->nd", grad, saved["pair_weight"])
+        total.sums["hidden"] = hidden
+        return total.result(inputs, rows)
     terms = grad_terms(saved, grads)
     subtract_dots(inputs, head, terms)
-    scale = rescale(terms)
-    plain = terms.entropy_grad is None and terms.sum_grad is None
-    covers_all = terms.class_grad is not None and terms.columns is None
-    wanted = dict(zip(names, needed, strict=True))
+    scale = rescale(terms, *([] if upstream is None else [upstream]))
     total = Gradients(head, wanted, scale, disjoint=True, dtype=inputs.weight.dtype)
-    if "qw" in saved and plain and not covers_all:
-        total.sums["hidden"] = frozen.hidden_grad(inputs, head, terms, saved) * scale
-    else:
-        total.threshold = inputs.filter_limit
-        recompute.add_gradients(inputs, head, terms, total, saved.get("logits"))
+    total.threshold = inputs.filter_limit
+    beside = unpack(saved, seconds, slice(None) if rows is None else rows)
+
+    def pairs(z: Rows, classes: slice) -> list[Pair]:
+        if upstream is None:
+            return []
+        at = (beside, saved["valid"], divergences, saved["vectors"])
+        return Reading.again(z, *at, classes).upstream(upstream / scale)
+
+    plain = has_plain(grads)
+    recompute.add_gradients(inputs, head, terms, total, saved.get("logits"), pairs, plain)
     return total.result(inputs, rows)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segloss.kernels.common import Rows
 from segloss.sweep.batch import Batch
 from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
 
@@ -52,6 +53,14 @@ class Source(ABC):
     @abstractmethod
     def rows(self, index: Tensor) -> Tensor:
         """Logits (n, V) of some rows before scale and softcap; differentiable."""
+
+    @abstractmethod
+    def block(self, rows: Tensor | slice, classes: slice) -> Rows:
+        """Some rows' logits of some classes, for a loss of another source; no gradient."""
+
+    def block_rows(self, num_rows: int) -> int:
+        """How many of so many rows a block may have."""
+        return num_rows
 
     @abstractmethod
     def plan(self, batch: Batch, row_sum: bool) -> str:
