@@ -1,11 +1,11 @@
 """Two matrices of logits in step: the divergence of their rows, and its gradient in one of them.
 
     p = softmax(student)    q = softmax(teacher)    m = beta q + (1 - beta) p
-    forward  sum_j q_j log(q_j / p_j)                 dz_j = p_j - q_j
-    reverse  sum_j p_j log(p_j / q_j)                 dz_j = p_j (log(p_j / q_j) - value)
-    jsd      beta KL(q || m) + (1 - beta) KL(p || m)  dz_j = (1 - beta) p_j (log(p_j / m_j) - center)
-    targets  -sum_j w_j y_j log p_j                   dz_j = p_j sum_k w_k y_k - w_j y_j
-    lse      log sum_j exp(z_j)                       dz_j = p_j
+    forward sum_j q_j log(q_j / p_j)                 dz_j = p_j - q_j
+    reverse sum_j p_j log(p_j / q_j)                 dz_j = p_j (log(p_j / q_j) - value)
+    jsd     beta KL(q || m) + (1 - beta) KL(p || m)  dz_j = (1 - beta) p_j (log(p_j / m_j) - center)
+    targets -sum_j w_j y_j log p_j                   dz_j = p_j sum_k w_k y_k - w_j y_j
+    lse     log sum_j exp(z_j)                       dz_j = p_j
 
 `center` is KL(p || m). For "targets" the teacher's matrix holds the probabilities y themselves; for
 "lse" it is not read. A temperature is part of the rows: their softcap and scale divided by it.

@@ -1,4 +1,4 @@
-"""What a call gives beside logits and target, checked: classes to look at, a teacher, probabilities.
+"""What a call gives beside logits and target, checked: listed classes, teacher, probabilities.
 
 N tokens, V classes, k listed classes.
 """
