@@ -213,9 +213,12 @@ def main_loop(kernel: CompiledKernel) -> Loop | None:
 
 def options(kernel: CompiledKernel) -> dict:
     """The dtype of the logits and the constants that a kernel was compiled with."""
-    names = list(kernel.src.signature)
-    constants = {names[place]: value for (place, *_), value in kernel.src.constants.items()}
-    return {"logits": kernel.src.signature.get("logits", "")} | constants
+    signature = kernel.src.signature
+    names = list(signature)
+    constants = kernel.src.constants.items()  # those in tuples have longer places
+    constants = {names[place[0]]: value for place, value in constants if len(place) == 1}
+    logits = signature["rows"].logits if "rows" in signature else signature.get("logits", "")
+    return {"logits": logits} | constants
 
 
 def threads(kernel: CompiledKernel) -> int:

@@ -51,8 +51,8 @@ from bench.common import (
 )
 from bench.peers import EAGER
 from segloss import reference
+from segloss.losses import LOSSES, parse_loss
 from segloss.train.errors import UserError
-from segloss.train.expression import LOSSES, parse_loss
 
 # (N, D, V): the heads of Llama 3 (narrowed), Gemma 3 270M, and SmolLM2 1.7B
 SHAPES = [(1024, 1024, 128256), (1024, 640, 262144), (2048, 2048, 49152)]
@@ -105,7 +105,9 @@ def ours(name: str, grad_filter: float = 0.0) -> Callable[..., Tensor]:
     def run(hidden: Tensor, weight: Tensor, target: Tensor, share: float = 1.0) -> Tensor:
         chunk = None
         if share < 1:
-            whole = segloss.LinearLogits(hidden, weight).chunk_rows(int(len(target) / share))
+            whole = (
+                segloss.LinearLogits(hidden, weight).inputs().chunk_rows(int(len(target) / share))
+            )
             chunk = max(1, int(share * whole)) * weight.shape[0] * weight.element_size()
         source = segloss.LinearLogits(hidden, weight, chunk_bytes=chunk, grad_filter=grad_filter)
         return loss(source, target)
@@ -253,7 +255,7 @@ def bare(products: int, tensors: Tensors) -> Callable[[], None]:
 def one_pass(tensors: Tensors) -> Callable[[], None]:
     """Each logit read and written once, in the part of them that a chunk holds."""
     hidden, weight, _ = tensors
-    rows = segloss.LinearLogits(hidden, weight).chunk_rows(hidden.shape[0])
+    rows = segloss.LinearLogits(hidden, weight).inputs().chunk_rows(hidden.shape[0])
     chunk = torch.zeros(rows, weight.shape[0], dtype=hidden.dtype)
     written = torch.empty_like(chunk)
 
@@ -475,7 +477,9 @@ def all_memory(report: Report, size: tuple[int, int, int], names: Sequence[str])
     try:
         baseline = memory.measured(EAGER, size)
     except memory.NotMeasured as reason:
-        section.missing = dict.fromkeys([EAGER, *(LOSSES[name] for name in names)], str(reason))
+        section.missing = dict.fromkeys(
+            [EAGER, *(LOSSES[name].__name__ for name in names)], str(reason)
+        )
         report.add(section)
         return
     section.lines.append(Line(EAGER, baseline / mib, None, " MiB"))
@@ -485,7 +489,13 @@ def all_memory(report: Report, size: tuple[int, int, int], names: Sequence[str])
             f"{whole / baseline:.1%} of eager in all; float32 dweight {accumulator / mib:.0f} MiB"
         )
         section.lines.append(
-            Line(LOSSES[name], (whole - accumulator) / mib, baseline / mib / 10, " MiB", note=note)
+            Line(
+                LOSSES[name].__name__,
+                (whole - accumulator) / mib,
+                baseline / mib / 10,
+                " MiB",
+                note=note,
+            )
         )
     report.add(section)
 

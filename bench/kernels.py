@@ -245,7 +245,7 @@ def cells(row: dict) -> list[str]:
 
 
 def tables(rows: list[dict], lines: list[Line]) -> list[dict]:
-    """What a reader sees, as `bench/report.py` takes it: titles, headers and rows of strings."""
+    """What a reader sees, as `bench/report/` takes it: titles, headers and rows of strings."""
     found = [{"title": "Limits", "header": LINE_HEADER, "rows": [line.cells() for line in lines]}]
     for target, gpu in GPUS.items():
         shown_rows = [cells(r) for r in rows if r["target"] == target and shown(r)]

@@ -40,7 +40,11 @@ def torch_linear(chunks: str) -> Callable[..., Tensor]:
         if chunks == "own":
             chosen = torch.nn.LinearCrossEntropyOptions()
         elif chunks == "ours":
-            rows = segloss.LinearLogits(hidden.detach(), weight.detach()).chunk_rows(len(target))
+            rows = (
+                segloss.LinearLogits(hidden.detach(), weight.detach())
+                .inputs()
+                .chunk_rows(len(target))
+            )
             chosen = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
         return function(hidden, weight, target, options=chosen)
 

@@ -19,6 +19,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 from bench import launches
@@ -85,7 +86,8 @@ def tracing() -> Iterator[dict[str, Traffic]]:
 
     def counted_start(self, args, options):
         running[0] = found.setdefault(self.fn.__name__, Traffic())
-        logits = next(a for a in [*args, *options.values()] if isinstance(a, Tensor))
+        values = tree_leaves([*args, *options.values()])  # those in tuples too
+        logits = next(value for value in values if isinstance(value, Tensor))
         first = logits.data_ptr()
         running[1] = (first, first + logits.numel() * logits.element_size())
         return start(self, args, options)

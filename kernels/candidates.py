@@ -24,62 +24,47 @@ class Candidates(NamedTuple):
 
 @jit
 def candidates_kernel(
-    logits,  # (B, T, V)
+    rows,  # KernelRows
     row_max,  # (N,)
     log_sum,  # (N,)
     sample_in,  # (N,)
     own_in,  # (N,) the row's own class as an index into `columns`
     columns_in,  # (K,)
     threshold,  # (B, K)
-    count,  # (N,) written by the count pass
+    count,  # (N,) written by the count pass, which has no `out`
     first,  # (N,) where a row's candidates start: read by the write pass
-    row_out,  # (M,)
-    class_out,  # (M,)
-    prob_out,  # (M,)
+    out,  # Candidates
     K,
-    T,
-    stride_b,
-    stride_t,
-    stride_v,
-    softcap: tl.float64,
-    scale: tl.float64,
-    SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    WRITE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """One program per row; the count pass and the write pass test the very same numbers."""
     row = tl.program_id(0)
     sample = tl.load(sample_in + row)
     own = tl.load(own_in + row)
-    at = tl.load(first + row) if WRITE else tl.full((), 0, tl.int64)
+    at = tl.full((), 0, tl.int64) if out is None else tl.load(first + row)
     if sample >= 0:
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             inside = k < K
             columns = tl.load(columns_in + k, mask=inside, other=0)
-            p = tile_probabilities(
-                logits, row, columns, inside, row_max, log_sum,
-                T, stride_b, stride_t, stride_v, softcap, scale, SOFTCAP, SCALED, DOUBLE,
-            )  # fmt: skip
+            p = tile_probabilities(rows, row_max, log_sum, row, columns, inside)
             tau = tl.load(threshold + sample * K + k, mask=inside, other=float("inf"))
             chosen = (p > tau) & (k != own)
             hits = chosen.to(tl.int32)
-            if WRITE:
+            if out is not None:
                 place = at + tl.cumsum(hits, axis=0) - 1
-                tl.store(row_out + place, tl.full((BLOCK_K,), row, tl.int64), mask=chosen)
-                tl.store(class_out + place, k.to(tl.int64), mask=chosen)
-                tl.store(prob_out + place, p, mask=chosen)
+                tl.store(out.row + place, tl.full((BLOCK_K,), row, tl.int64), mask=chosen)
+                tl.store(out.class_index + place, k.to(tl.int64), mask=chosen)
+                tl.store(out.prob + place, p, mask=chosen)
             at += tl.sum(hits, axis=0)
-    if not WRITE:
+    if out is None:
         tl.store(count + row, at)
 
 
 def candidates_triton(rows, row_max, log_sum, columns, sample, own, threshold) -> Candidates:
-    def launch(first, out, write):
+    def launch(count, first, out):
         candidates_kernel[(rows.num_rows,)](
-            rows.data,
+            rows.for_kernel(),
             row_max,
             log_sum,
             sample,
@@ -88,23 +73,21 @@ def candidates_triton(rows, row_max, log_sum, columns, sample, own, threshold) -
             threshold,
             count,
             first,
-            *out,
+            out,
             columns.numel(),
-            **rows.kernel_arguments(),
-            WRITE=write,
             BLOCK_K=256 if rows.dtype == torch.float64 else 512,
             num_warps=4,
         )
 
     count = rows.new(rows.num_rows, dtype=torch.int64)
-    launch(count, (count, count, row_max), False)
+    launch(count, None, None)
     total = count.cumsum(0)
     num = int(total[-1])
     out = Candidates(
         rows.new(num, dtype=torch.int64), rows.new(num, dtype=torch.int64), rows.new(num)
     )
     if num:
-        launch(total - count, out, True)
+        launch(None, total - count, out)
     return out
 
 

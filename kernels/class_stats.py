@@ -21,25 +21,16 @@ PARTIAL_SUMS = 16
 
 @jit
 def tile_probabilities(
-    logits,
+    rows,  # KernelRows
+    row_max,  # (N,)
+    log_sum,  # (N,)
     row,  # (R, 1)
     columns,  # (1, C)
     inside,  # (R, C)
-    row_max,  # (N,)
-    log_sum,  # (N,)
-    T,
-    stride_b,
-    stride_t,
-    stride_v,
-    softcap,
-    scale,
-    SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
-    DOUBLE: tl.constexpr,
 ):
     """`exp(z - lse)` on a tile of rows and columns, 0 outside."""
-    pointers = logits + row_offset(row, T, stride_b, stride_t) + columns.to(tl.int64) * stride_v
-    z = load_logits(pointers, inside, softcap, scale, SOFTCAP, SCALED, DOUBLE)
+    pointers = rows.logits + row_offset(rows, row) + columns.to(tl.int64) * rows.stride_v
+    z = load_logits(rows, pointers, inside)
     # the row's numbers are read through the tile's mask: lanes outside must not poison the sum
     base = tl.load(row_max + row)
     rest = tl.load(log_sum + row)
@@ -48,26 +39,15 @@ def tile_probabilities(
 
 @jit
 def class_sums_kernel(
-    logits,  # (B, T, V)
+    rows,  # KernelRows
     row_max,  # (N,)
     log_sum,  # (N,)
-    row_weight,  # (N,)
+    row_weight,  # (N,), None for ones
     order,  # (N,) rows sorted by sample
     first_row,  # (B + 1,) where each sample starts in `order`
-    columns_in,  # (K,)
+    columns_in,  # (K,), None for all V
     out,  # (SLABS, B, K)
     K,
-    T,
-    stride_b,
-    stride_t,
-    stride_v,
-    softcap: tl.float64,
-    scale: tl.float64,
-    SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    LISTED: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -75,23 +55,20 @@ def class_sums_kernel(
     sample = tl.program_id(1)
     slab = tl.program_id(2)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    columns = tl.load(columns_in + k, mask=k < K, other=0) if LISTED else k
+    columns = k if columns_in is None else tl.load(columns_in + k, mask=k < K, other=0)
     begin = tl.load(first_row + sample)
     end = tl.load(first_row + sample + 1)
     share = tl.cdiv(end - begin, tl.num_programs(2))
     begin += slab * share
     end = tl.minimum(end, begin + share)
-    total = tl.zeros((BLOCK_K,), tl.float64 if DOUBLE else tl.float32)
+    total = tl.zeros((BLOCK_K,), rows.dtype)
     for at in range(begin, end, BLOCK_R):
         place = at + tl.arange(0, BLOCK_R)
         here = place < end
         row = tl.load(order + place, mask=here, other=0)
         inside = here[:, None] & (k < K)[None, :]
-        p = tile_probabilities(
-            logits, row[:, None], columns[None, :], inside, row_max, log_sum,
-            T, stride_b, stride_t, stride_v, softcap, scale, SOFTCAP, SCALED, DOUBLE,
-        )  # fmt: skip
-        if WEIGHTED:
+        p = tile_probabilities(rows, row_max, log_sum, row[:, None], columns[None, :], inside)
+        if row_weight is not None:
             p *= tl.load(row_weight + row, mask=here, other=0.0)[:, None]
         total += tl.sum(p, axis=0)
     place = (slab * tl.num_programs(1) + sample).to(tl.int64) * K + k
@@ -107,18 +84,15 @@ def class_sums_triton(rows, row_max, log_sum, columns, sample, num_samples, row_
     out = rows.new(slabs, num_samples, num_columns)
     block = 64
     class_sums_kernel[(cdiv(num_columns, block), num_samples, slabs)](
-        rows.data,
+        rows.for_kernel(),
         row_max,
         log_sum,
-        row_max if row_weight is None else row_weight,
+        row_weight,
         order,
         first_row,
-        order if columns is None else columns,
+        columns,
         out,
         num_columns,
-        **rows.kernel_arguments(),
-        LISTED=columns is not None,
-        WEIGHTED=row_weight is not None,
         BLOCK_R=16,
         BLOCK_K=block,
         num_warps=8 if rows.dtype == torch.float64 else 4,
@@ -181,40 +155,26 @@ def class_sums(
 
 @jit
 def row_dots_kernel(
-    logits,  # (B, T, V)
+    rows,  # KernelRows
     row_max,  # (N,)
     log_sum,  # (N,)
     sample_in,  # (N,)
-    columns_in,  # (K,)
+    columns_in,  # (K,), None for all V
     class_grad,  # (B, K)
     out,  # (N,)
     K,
-    T,
-    stride_b,
-    stride_t,
-    stride_v,
-    softcap: tl.float64,
-    scale: tl.float64,
-    SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    LISTED: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """One program per row."""
     row = tl.program_id(0)
     sample = tl.load(sample_in + row)
-    DTYPE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    total = tl.zeros((BLOCK_K,), DTYPE)
+    total = tl.zeros((BLOCK_K,), rows.dtype)
     if sample >= 0:
         for first in range(0, K, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
             inside = k < K
-            columns = tl.load(columns_in + k, mask=inside, other=0) if LISTED else k
-            p = tile_probabilities(
-                logits, row, columns, inside, row_max, log_sum,
-                T, stride_b, stride_t, stride_v, softcap, scale, SOFTCAP, SCALED, DOUBLE,
-            )  # fmt: skip
+            columns = k if columns_in is None else tl.load(columns_in + k, mask=inside, other=0)
+            p = tile_probabilities(rows, row_max, log_sum, row, columns, inside)
             total += p * tl.load(class_grad + sample * K + k, mask=inside, other=0.0)
     tl.store(out + row, tl.sum(total, axis=0))
 
@@ -222,16 +182,14 @@ def row_dots_kernel(
 def row_dots_triton(rows, row_max, log_sum, columns, sample, class_grad):
     out = rows.new(rows.num_rows)
     row_dots_kernel[(rows.num_rows,)](
-        rows.data,
+        rows.for_kernel(),
         row_max,
         log_sum,
         sample,
-        sample if columns is None else columns,
+        columns,
         class_grad.contiguous(),
         out,
         class_grad.shape[1],
-        **rows.kernel_arguments(),
-        LISTED=columns is not None,
         BLOCK_K=512,
         num_warps=4,
     )
@@ -272,43 +230,33 @@ def row_dots(
 
 @jit
 def class_peaks_kernel(
-    logits,  # (B, T, V)
+    rows,  # KernelRows
     row_max,  # (N,)
     log_sum,  # (N,)
     order,  # (N,) rows sorted by sample
     first_row,  # (B + 1,)
     peak_out,  # (B, V)
     peak_row_out,  # (B, V)
-    V,
-    T,
-    stride_b,
-    stride_t,
-    stride_v,
-    softcap: tl.float64,
-    scale: tl.float64,
-    SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
-    DOUBLE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """One program per (column block, sample), a running maximum over the sample's rows."""
     sample = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = columns < V
+    inside = columns < rows.V
     begin = tl.load(first_row + sample)
     end = tl.load(first_row + sample + 1)
-    peak = tl.full((BLOCK_V,), float("-inf"), tl.float64 if DOUBLE else tl.float32)
+    peak = tl.full((BLOCK_V,), float("-inf"), rows.dtype)
     peak_row = tl.full((BLOCK_V,), -1, tl.int64)
     for at in range(begin, end):
         row = tl.load(order + at)
-        pointers = logits + row_offset(row, T, stride_b, stride_t) + columns.to(tl.int64) * stride_v
-        z = load_logits(pointers, inside, softcap, scale, SOFTCAP, SCALED, DOUBLE)
+        pointers = rows.logits + row_offset(rows, row) + columns.to(tl.int64) * rows.stride_v
+        z = load_logits(rows, pointers, inside)
         log_p = z - tl.load(row_max + row) - tl.load(log_sum + row)
         # a NaN wins: it must reach the loss
         higher = (log_p > peak) | (log_p != log_p)
         peak = tl.where(higher, log_p, peak)
         peak_row = tl.where(higher, row.to(tl.int64), peak_row)
-    place = sample.to(tl.int64) * V + columns
+    place = sample.to(tl.int64) * rows.V + columns
     tl.store(peak_out + place, peak, mask=inside)
     tl.store(peak_row_out + place, peak_row, mask=inside)
 
@@ -321,15 +269,13 @@ def class_peaks_triton(rows, row_max, log_sum, sample, num_samples):
     peak_row = rows.new(num_samples, rows.num_classes, dtype=torch.int64)
     block = 256
     class_peaks_kernel[(cdiv(rows.num_classes, block), num_samples)](
-        rows.data,
+        rows.for_kernel(),
         row_max,
         log_sum,
         order,
         first_row,
         peak,
         peak_row,
-        rows.num_classes,
-        **rows.kernel_arguments(),
         BLOCK_V=block,
         num_warps=4,
     )

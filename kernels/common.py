@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -95,6 +95,24 @@ def bounds(row: Tensor, groups: list[list[Block]]) -> dict[int, int]:
 
 
 # ----------------------------------------------------------------------------- the rows of logits
+
+
+class KernelRows(NamedTuple):
+    """`Rows` as a Triton kernel takes them: one argument, `rows.stride_t` and so on inside.
+
+    softcap and scale are None where there is none. To Triton a float in a tuple is a float32, so
+    for float64 logits they are constants that the kernel is compiled with.
+    """
+
+    logits: Tensor  # (B, T, V)
+    T: int
+    V: int
+    stride_b: int
+    stride_t: int
+    stride_v: int
+    softcap: float | None
+    scale: float | None
+    dtype: object  # what the arithmetic is done in, a constant
 
 
 @dataclass(frozen=True)
@@ -195,20 +213,17 @@ class Rows:
             return self.scale
         return (1 - (z / self.softcap).clamp(min=-1).square()) * self.scale
 
-    def kernel_arguments(self) -> dict:
-        """The arguments by which every Triton kernel addresses and transforms logits."""
-        stride_b, stride_t, stride_v = self.data.stride()
-        return {
-            "T": self.data.shape[1],
-            "stride_b": stride_b,
-            "stride_t": stride_t,
-            "stride_v": stride_v,
-            "softcap": 1.0 if self.softcap is None else self.softcap,
-            "scale": self.scale,
-            "SOFTCAP": self.softcap is not None,
-            "SCALED": self.scale != 1.0,
-            "DOUBLE": self.data.dtype == torch.float64,
-        }
+    def for_kernel(self) -> KernelRows:
+        double = self.dtype == torch.float64
+        number = tl.constexpr if double else float
+        return KernelRows(
+            self.data,
+            *self.data.shape[1:],
+            *self.data.stride(),
+            softcap=None if self.softcap is None else number(self.softcap),
+            scale=None if self.scale == 1.0 else number(self.scale),
+            dtype=tl.constexpr(tl.float64 if double else tl.float32),
+        )
 
 
 def row_tile(rows: Rows) -> dict[str, int]:
@@ -236,35 +251,25 @@ def tile_columns(ALIGNED: tl.constexpr, GROUP: tl.constexpr, BLOCK_V: tl.constex
 
 
 @jit
-def row_offset(row, T, stride_b, stride_t):
+def row_offset(rows, row):
     """Offset of a row's first logit, in int64 whatever the size.
 
     Divided in int32: a 64-bit division is a subroutine, and a tile of rows would spill around it.
     """
     row = row.to(tl.int32)
-    return (row // T).to(tl.int64) * stride_b + (row % T).to(tl.int64) * stride_t
+    b, t = (row // rows.T).to(tl.int64), (row % rows.T).to(tl.int64)
+    return b * rows.stride_b + t * rows.stride_t
 
 
 @jit
-def load_logits(
-    pointers,
-    mask,
-    softcap,
-    scale,
-    SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
-    DOUBLE: tl.constexpr,
-):
-    """A tile of transformed logits; -inf outside the mask, if there is one.
-
-    Kernels annotate softcap and scale as float64: Triton would round a plain float to float32.
-    """
+def load_logits(rows, pointers, mask):
+    """A tile of transformed logits; -inf outside the mask, if there is one."""
     raw = tl.load(pointers, mask=mask, other=None if mask is None else float("-inf"))
-    z = raw.to(tl.float64) if DOUBLE else raw.to(tl.float32)
-    if SCALED:
-        z = z * tl.full((), scale, z.dtype)
-    if SOFTCAP:
-        cap = tl.full((), softcap, z.dtype)
+    z = raw.to(rows.dtype)
+    if rows.scale is not None:
+        z = z * tl.full((), rows.scale, rows.dtype)
+    if rows.softcap is not None:
+        cap = tl.full((), rows.softcap, rows.dtype)
         # tanh(x) = 1 - 2 / (exp(2x) + 1): exact at both ends, no libdevice; -inf is put back
         e = tl.exp2(z * (2 * LOG2E / cap))
         z = tl.where(z == float("-inf"), z, cap * (1 - 2 / (e + 1)))

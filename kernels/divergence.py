@@ -16,6 +16,7 @@ N rows, V columns, R rows of a block.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch import Tensor
 from .common import (
     LOG2E,
     Block,
+    KernelRows,
     Rows,
     exp_,
     jit,
@@ -38,18 +40,24 @@ from .logit_grad import GradTerms, RowVectors, block_grad, logit_grad
 from .row_stats import LOWEST
 
 KINDS = ("forward", "reverse", "jsd", "targets", "lse")
-FORWARD = 0 if tl is None else tl.constexpr(0)
-REVERSE = 1 if tl is None else tl.constexpr(1)
-JSD = 2 if tl is None else tl.constexpr(2)
-TARGETS = 3 if tl is None else tl.constexpr(3)
-LSE = 4 if tl is None else tl.constexpr(4)
 # below any logit, and finite: a difference of two of them is a number
 FLOOR = -1e30 if tl is None else tl.constexpr(-1e30)
 
 
+class PairNumbers(NamedTuple):
+    """What is known of every row of two matrices (N,); 0 at ignored rows."""
+
+    value: Tensor
+    student_max: Tensor
+    student_sum: Tensor  # log of the sum of exponentials relative to the maximum
+    teacher_max: Tensor
+    teacher_sum: Tensor  # as above; of "targets" the sum of w y itself
+    center: Tensor
+
+
 @dataclass
 class Pair:
-    """Rows of a student and of a teacher, which number is made of them, and what it came to.
+    """Rows of a student and of a teacher, and which number is made of them.
 
     The sources' vocabularies differ by padding at most: the columns that both have are read.
     """
@@ -60,13 +68,8 @@ class Pair:
     kind: str
     beta: float = 0.5
     column_weight: Tensor | None = None  # (V,) w of "targets", None for ones
-    value: Tensor | None = None  # (N,) 0 at ignored rows; this and all below
-    student_max: Tensor | None = None
-    student_sum: Tensor | None = None  # log of the sum of exponentials relative to the maximum
-    teacher_max: Tensor | None = None
-    teacher_sum: Tensor | None = None  # as above; of "targets" the sum of w y itself
-    center: Tensor | None = None
-    grad: Tensor | None = None  # of the value, set for the backward
+    numbers: PairNumbers | None = None  # what came of them
+    grad: Tensor | None = None  # (N,) of the value, set for the backward
 
     def __post_init__(self):
         width = self.student.num_classes
@@ -81,9 +84,19 @@ class Pair:
     def width(self) -> int:
         return self.student.num_classes
 
-    @property
-    def vectors(self) -> tuple[Tensor, ...]:
-        return (self.student_max, self.student_sum, self.teacher_max, self.teacher_sum, self.center)
+    def matrices(self) -> tuple[KernelRows, KernelRows | None]:
+        """Both as a Triton kernel takes them, the arithmetic in the student's dtype."""
+        student = self.student.for_kernel()
+        if self.teacher is None:
+            return student, None
+        number = tl.constexpr if self.student.dtype == torch.float64 else float
+        softcap, scale = self.teacher.softcap, self.teacher.scale
+        teacher = self.teacher.for_kernel()._replace(
+            softcap=None if softcap is None else number(softcap),
+            scale=None if scale == 1.0 else number(scale),
+            dtype=student.dtype,
+        )
+        return student, teacher
 
 
 def cut(rows: Rows, width: int) -> Rows:
@@ -98,110 +111,90 @@ def held(maximum):
 
 
 @jit
+def moved(z, old_max):
+    """(z less its running maximum, that, the factor and the shift from the old maximum to it)."""
+    new_max = tl.maximum(old_max, tl.max(z, axis=1))
+    base = tl.maximum(new_max, LOWEST)
+    rescale = tl.exp2((old_max - base) * LOG2E)
+    return z - base[:, None], new_max, rescale, held(old_max - base)
+
+
+@jit
+def load_targets(teacher, column_weight, pointers, columns, mask):
+    """A tile of w y, of probabilities that are taken as they are."""
+    y = tl.load(pointers, mask=mask, other=None if mask is None else 0.0).to(teacher.dtype)
+    if column_weight is not None:
+        y *= tl.load(column_weight + columns, mask=mask, other=None if mask is None else 0.0)
+    return y
+
+
+@jit
 def divergence_kernel(
-    student,  # (B, T, V)
-    teacher,  # (B', T', V)
-    column_weight,  # (V,)
+    student,  # KernelRows
+    teacher,  # KernelRows or None
+    column_weight,  # (V,) or None
     valid,  # (N,)
-    value_out,  # (N,) this and the next four
-    student_max_out,
-    student_sum_out,
-    teacher_max_out,
-    teacher_sum_out,
-    V,
-    T,
-    stride_b,
-    stride_t,
-    stride_v,
-    softcap: tl.float64,
-    scale: tl.float64,
-    teacher_T,
-    teacher_stride_b,
-    teacher_stride_t,
-    teacher_stride_v,
-    teacher_softcap: tl.float64,
-    teacher_scale: tl.float64,
-    SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    TEACHER_SCALED: tl.constexpr,
-    TEACHER_DOUBLE: tl.constexpr,
+    out,  # PairNumbers; center is left alone, and of "jsd" the value
     KIND: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     ALIGNED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One program per row: both normalisers, and but for "jsd" the value, in one online sweep.
+    """One program per row: both normalisers and the value, in one online sweep.
 
     Every line of a tile keeps sums of its own, relative to maxima of its own.
     """
     row = tl.program_id(0)
-    DTYPE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    V = student.V
+    zero = tl.zeros((), student.dtype)
     if tl.load(valid + row) == 0:
-        tl.store(value_out + row, tl.zeros((), DTYPE))
-        tl.store(student_max_out + row, tl.zeros((), DTYPE))
-        tl.store(student_sum_out + row, tl.zeros((), DTYPE))
-        tl.store(teacher_max_out + row, tl.zeros((), DTYPE))
-        tl.store(teacher_sum_out + row, tl.zeros((), DTYPE))
+        tl.store(out.value + row, zero)
+        tl.store(out.student_max + row, zero)
+        tl.store(out.student_sum + row, zero)
+        tl.store(out.teacher_max + row, zero)
+        tl.store(out.teacher_sum + row, zero)
         return
 
-    u_start = student + row_offset(row, T, stride_b, stride_t)
-    w_start = teacher + row_offset(row, teacher_T, teacher_stride_b, teacher_stride_t)
+    u_start = student.logits + row_offset(student, row)
+    w_start = u_start
+    if teacher is not None:
+        w_start = teacher.logits + row_offset(teacher, row)
     if ALIGNED:
         u_start = tl.multiple_of(u_start, 16)
         w_start = tl.multiple_of(w_start, 16)
     LINES: tl.constexpr = BLOCK_V // GROUP
-    u_max = tl.full((LINES,), float("-inf"), DTYPE)
-    w_max = tl.full((LINES,), float("-inf"), DTYPE)
-    u_sum = tl.zeros((LINES,), DTYPE)
-    w_sum = tl.zeros((LINES,), DTYPE)
+    u_max = tl.full((LINES,), float("-inf"), student.dtype)
+    w_max = tl.full((LINES,), float("-inf"), student.dtype)
+    u_sum = tl.zeros((LINES,), student.dtype)
+    w_sum = tl.zeros((LINES,), student.dtype)
     # sum_j e_j (difference of the shifted logits), e of the one the mean is taken over
-    mixed = tl.zeros((LINES,), DTYPE)
+    mixed = tl.zeros((LINES,), student.dtype)
     tile = tile_columns(ALIGNED, GROUP, BLOCK_V)
-    ONE_LOOP: tl.constexpr = 1 if DOUBLE else 0
-    whole = 0 if DOUBLE else V // BLOCK_V * BLOCK_V
+    ONE_LOOP: tl.constexpr = 1 if student.dtype == tl.float64 else 0
+    whole = 0 if ONE_LOOP else V // BLOCK_V * BLOCK_V
     for REST in tl.static_range(ONE_LOOP, 2):
         for first in range(whole if REST else 0, V if REST else whole, BLOCK_V):
             columns = first + tile
             inside = columns < V if REST else None
             offsets = columns.to(tl.int64)
-            u = load_logits(
-                u_start + offsets * stride_v, inside, softcap, scale, SOFTCAP, SCALED, DOUBLE
-            )
-            new_max = tl.maximum(u_max, tl.max(u, axis=1))
-            u_base = tl.maximum(new_max, LOWEST)
-            u_rescale = tl.exp2((u_max - u_base) * LOG2E)
-            u_shift = tl.where(u_max == float("-inf"), 0.0, u_max - u_base)
-            u_max = new_max
-            u = u - u_base[:, None]
+            z = load_logits(student, u_start + offsets * student.stride_v, inside)
+            u, u_max, u_rescale, u_shift = moved(z, u_max)
             e = tl.exp2(u * LOG2E)
-            if KIND == TARGETS:
-                y = tl.load(w_start + offsets * teacher_stride_v, mask=inside, other=0.0).to(DTYPE)
-                if WEIGHTED:
-                    y = y * tl.load(column_weight + columns, mask=inside, other=0.0).to(DTYPE)
+            if KIND == "targets":
+                pointers = w_start + offsets * teacher.stride_v
+                y = load_targets(teacher, column_weight, pointers, columns, inside)
                 # relative to the maximum, which the sum of y moves with
-                terms = tl.where(y == 0, 0.0, y * u)
-                mixed = mixed + w_sum * u_shift + tl.sum(terms, axis=1)
-                w_sum = w_sum + tl.sum(y, axis=1)
-            elif KIND != LSE:
-                w = load_logits(
-                    w_start + offsets * teacher_stride_v, inside, teacher_softcap, teacher_scale,
-                    TEACHER_SOFTCAP, TEACHER_SCALED, TEACHER_DOUBLE,
-                ).to(DTYPE)  # fmt: skip
-                new_max = tl.maximum(w_max, tl.max(w, axis=1))
-                w_base = tl.maximum(new_max, LOWEST)
-                w_rescale = tl.exp2((w_max - w_base) * LOG2E)
-                w_shift = tl.where(w_max == float("-inf"), 0.0, w_max - w_base)
-                w_max = new_max
-                w = w - w_base[:, None]
+                mixed += w_sum * u_shift + tl.sum(tl.where(y == 0, 0.0, y * u), axis=1)
+                w_sum += tl.sum(y, axis=1)
+            elif KIND != "lse":
+                z = load_logits(teacher, w_start + offsets * teacher.stride_v, inside)
+                w, w_max, w_rescale, w_shift = moved(z, w_max)
                 f = tl.exp2(w * LOG2E)
-                if KIND == FORWARD:
+                if KIND == "forward":
                     terms = tl.where(f == 0, 0.0, f * (w - u))
                     mixed = (mixed + w_sum * (w_shift - u_shift)) * w_rescale
                     mixed += tl.sum(terms, axis=1)
-                if KIND == REVERSE:
+                if KIND == "reverse":
                     terms = tl.where(e == 0, 0.0, e * (u - w))
                     mixed = (mixed + u_sum * (u_shift - w_shift)) * u_rescale
                     mixed += tl.sum(terms, axis=1)
@@ -213,32 +206,27 @@ def divergence_kernel(
     u_shift = held(u_max - u_base)
     u_total = tl.sum(u_sum * u_rescale, axis=0)
     u_log = tl.log(u_total)
-    tl.store(student_max_out + row, u_base)
-    tl.store(student_sum_out + row, u_log)
-    if KIND == TARGETS:
-        y_total = tl.sum(w_sum, axis=0)
-        moved = tl.where(w_sum == 0, 0.0, w_sum * (tl.maximum(u_max, LOWEST) - u_base))
-        tl.store(value_out + row, y_total * u_log - tl.sum(mixed + moved, axis=0))
-        tl.store(teacher_max_out + row, tl.zeros((), DTYPE))
-        tl.store(teacher_sum_out + row, y_total)
-    elif KIND == LSE:
-        tl.store(value_out + row, u_base + u_log)
-        tl.store(teacher_max_out + row, tl.zeros((), DTYPE))
-        tl.store(teacher_sum_out + row, tl.zeros((), DTYPE))
-    else:
-        w_base = held(tl.max(w_max, axis=0))
-        w_rescale = tl.exp2((w_max - w_base) * LOG2E)
-        w_shift = held(w_max - w_base)
-        w_total = tl.sum(w_sum * w_rescale, axis=0)
-        w_log = tl.log(w_total)
-        tl.store(teacher_max_out + row, w_base)
-        tl.store(teacher_sum_out + row, w_log)
-        if KIND == FORWARD:
-            mean = tl.sum((mixed + w_sum * (w_shift - u_shift)) * w_rescale, axis=0) / w_total
-            tl.store(value_out + row, mean + u_log - w_log)
-        if KIND == REVERSE:
-            mean = tl.sum((mixed + u_sum * (u_shift - w_shift)) * u_rescale, axis=0) / u_total
-            tl.store(value_out + row, mean + w_log - u_log)
+    w_base = held(tl.max(w_max, axis=0))
+    w_rescale = tl.exp2((w_max - w_base) * LOG2E)
+    w_shift = held(w_max - w_base)
+    w_total = tl.sum(w_sum * w_rescale, axis=0)
+    w_log = zero if KIND == "lse" or KIND == "targets" else tl.log(w_total)
+    if KIND == "forward":
+        mixed = (mixed + w_sum * (w_shift - u_shift)) * w_rescale
+        tl.store(out.value + row, tl.sum(mixed, axis=0) / w_total + u_log - w_log)
+    if KIND == "reverse":
+        mixed = (mixed + u_sum * (u_shift - w_shift)) * u_rescale
+        tl.store(out.value + row, tl.sum(mixed, axis=0) / u_total + w_log - u_log)
+    if KIND == "targets":
+        w_log = tl.sum(w_sum, axis=0)
+        mixed += tl.where(w_sum == 0, 0.0, w_sum * (tl.maximum(u_max, LOWEST) - u_base))
+        tl.store(out.value + row, w_log * u_log - tl.sum(mixed, axis=0))
+    if KIND == "lse":
+        tl.store(out.value + row, u_base + u_log)
+    tl.store(out.student_max + row, u_base)
+    tl.store(out.student_sum + row, u_log)
+    tl.store(out.teacher_max + row, w_base)
+    tl.store(out.teacher_sum + row, w_log)
 
 
 @jit
@@ -248,118 +236,67 @@ def log_mixture(u, w, beta):
     log_q = tl.maximum(w, FLOOR)
     p = tl.exp2(u * LOG2E)
     q = tl.exp2(w * LOG2E)
-    m = beta * q + (1 - beta) * p
-    return p, q, log_p, log_q, tl.maximum(tl.log2(m) / LOG2E, FLOOR)
+    # the floor of m keeps log2 from 0
+    m = tl.maximum(beta * q + (1 - beta) * p, 1e-38)
+    return p, q, log_p, log_q, tl.log2(m) * (1 / LOG2E)
 
 
 @jit
 def jsd_kernel(
-    student,  # (B, T, V)
-    teacher,  # (B', T', V)
+    student,  # KernelRows
+    teacher,  # KernelRows
     valid,  # (N,)
-    student_max,  # (N,) this and all below
-    student_sum,
-    teacher_max,
-    teacher_sum,
-    value_out,
-    center_out,
+    numbers,  # PairNumbers: both normalisers, and room for value and center
     beta: tl.float64,
-    V,
-    T,
-    stride_b,
-    stride_t,
-    stride_v,
-    softcap: tl.float64,
-    scale: tl.float64,
-    teacher_T,
-    teacher_stride_b,
-    teacher_stride_t,
-    teacher_stride_v,
-    teacher_softcap: tl.float64,
-    teacher_scale: tl.float64,
-    SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    TEACHER_SCALED: tl.constexpr,
-    TEACHER_DOUBLE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """One program per row: both divergences from the mixture, given both normalisers."""
     row = tl.program_id(0)
-    DTYPE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     if tl.load(valid + row) == 0:
-        tl.store(value_out + row, tl.zeros((), DTYPE))
-        tl.store(center_out + row, tl.zeros((), DTYPE))
+        tl.store(numbers.value + row, tl.zeros((), student.dtype))
+        tl.store(numbers.center + row, tl.zeros((), student.dtype))
         return
-    u_start = student + row_offset(row, T, stride_b, stride_t)
-    w_start = teacher + row_offset(row, teacher_T, teacher_stride_b, teacher_stride_t)
-    u_max, u_log = tl.load(student_max + row), tl.load(student_sum + row)
-    w_max, w_log = tl.load(teacher_max + row), tl.load(teacher_sum + row)
-    share = tl.full((), beta, DTYPE)
-    of_p = tl.zeros((BLOCK_V,), DTYPE)
-    of_q = tl.zeros((BLOCK_V,), DTYPE)
-    for first in range(0, V, BLOCK_V):
+    u_start = student.logits + row_offset(student, row)
+    w_start = teacher.logits + row_offset(teacher, row)
+    u_less = tl.load(numbers.student_max + row), tl.load(numbers.student_sum + row)
+    w_less = tl.load(numbers.teacher_max + row), tl.load(numbers.teacher_sum + row)
+    share = tl.full((), beta, student.dtype)
+    of_p = tl.zeros((BLOCK_V,), student.dtype)
+    of_q = tl.zeros((BLOCK_V,), student.dtype)
+    for first in range(0, student.V, BLOCK_V):
         columns = first + tl.arange(0, BLOCK_V)
-        inside = columns < V
+        inside = columns < student.V
         offsets = columns.to(tl.int64)
-        u = load_logits(
-            u_start + offsets * stride_v, inside, softcap, scale, SOFTCAP, SCALED, DOUBLE
-        )
-        w = load_logits(
-            w_start + offsets * teacher_stride_v, inside, teacher_softcap, teacher_scale,
-            TEACHER_SOFTCAP, TEACHER_SCALED, TEACHER_DOUBLE,
-        ).to(DTYPE)  # fmt: skip
-        p, q, log_p, log_q, log_m = log_mixture(u - u_max - u_log, w - w_max - w_log, share)
+        u = load_logits(student, u_start + offsets * student.stride_v, inside)
+        w = load_logits(teacher, w_start + offsets * teacher.stride_v, inside)
+        u = u - u_less[0] - u_less[1]
+        w = w - w_less[0] - w_less[1]
+        p, q, log_p, log_q, log_m = log_mixture(u, w, share)
         of_p += tl.where(p == 0, 0.0, p * (log_p - log_m))
         of_q += tl.where(q == 0, 0.0, q * (log_q - log_m))
     center = tl.sum(of_p, axis=0)
-    tl.store(center_out + row, center)
-    tl.store(value_out + row, share * tl.sum(of_q, axis=0) + (1 - share) * center)
+    tl.store(numbers.center + row, center)
+    tl.store(numbers.value + row, share * tl.sum(of_q, axis=0) + (1 - share) * center)
 
 
 @jit
 def divergence_grad_kernel(
-    student,  # (B, T, V)
-    teacher,  # (B', T', V)
-    out,  # (N, V), rows out_stride apart
-    column_weight,  # (V,)
+    student,  # KernelRows
+    teacher,  # KernelRows or None
+    column_weight,  # (V,) or None
     valid,  # (N,)
-    student_max,  # (N,) this and the next five
-    student_sum,
-    teacher_max,
-    teacher_sum,
-    center,
-    grad,
-    beta: tl.float64,
+    numbers,  # PairNumbers
+    grad,  # (N,)
+    out,  # (N, V), rows out_stride apart
     out_stride,
-    V,
-    T,
-    stride_b,
-    stride_t,
-    stride_v,
-    softcap: tl.float64,
-    scale: tl.float64,
-    teacher_T,
-    teacher_stride_b,
-    teacher_stride_t,
-    teacher_stride_v,
-    teacher_softcap: tl.float64,
-    teacher_scale: tl.float64,
-    SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    TEACHER_SCALED: tl.constexpr,
-    TEACHER_DOUBLE: tl.constexpr,
+    beta: tl.float64,
     KIND: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """One program per row: the formulas at the head of this file, written or added to `out`."""
     row = tl.program_id(0)
-    DTYPE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    V = student.V
     out += row.to(tl.int64) * out_stride
     if tl.load(valid + row) == 0:
         if not ADD:
@@ -368,116 +305,85 @@ def divergence_grad_kernel(
                 zeros = tl.zeros((BLOCK_V,), out.dtype.element_ty)
                 tl.store(out + columns, zeros, mask=columns < V)
         return
-    u_start = student + row_offset(row, T, stride_b, stride_t)
-    w_start = teacher + row_offset(row, teacher_T, teacher_stride_b, teacher_stride_t)
-    u_max, u_log = tl.load(student_max + row), tl.load(student_sum + row)
-    w_max, w_log = tl.load(teacher_max + row), tl.load(teacher_sum + row)
-    middle, upstream = tl.load(center + row), tl.load(grad + row)
-    share = tl.full((), beta, DTYPE)
-    inverse_cap = 1 / tl.full((), softcap, DTYPE)
-    factor = tl.full((), scale, DTYPE)
+    u_start = student.logits + row_offset(student, row)
+    w_start = u_start
+    if teacher is not None:
+        w_start = teacher.logits + row_offset(teacher, row)
+    u_max, u_log = tl.load(numbers.student_max + row), tl.load(numbers.student_sum + row)
+    w_max, w_log = tl.load(numbers.teacher_max + row), tl.load(numbers.teacher_sum + row)
+    center, upstream = tl.load(numbers.center + row), tl.load(grad + row)
+    share = tl.full((), beta, student.dtype)
     # the divisions by the sums are one multiplication per row, outside the exponents and the loop
     of_p = upstream * tl.exp2(-u_log * LOG2E)
     of_q = upstream * tl.exp2(-w_log * LOG2E)
-    if KIND == TARGETS:
+    if KIND == "targets":
         of_p = of_p * w_log
-    for first in range(0, V, BLOCK_V):
-        columns = first + tl.arange(0, BLOCK_V)
-        inside = columns < V
-        offsets = columns.to(tl.int64)
-        z = load_logits(
-            u_start + offsets * stride_v, inside, softcap, scale, SOFTCAP, SCALED, DOUBLE
-        )
-        u = z - u_max
-        if KIND == LSE:
-            dz = tl.exp2(u * LOG2E) * of_p
-        elif KIND == TARGETS:
-            y = tl.load(w_start + offsets * teacher_stride_v, mask=inside, other=0.0).to(DTYPE)
-            if WEIGHTED:
-                y = y * tl.load(column_weight + columns, mask=inside, other=0.0).to(DTYPE)
-            dz = tl.exp2(u * LOG2E) * of_p - y * upstream
-        else:
-            w = load_logits(
-                w_start + offsets * teacher_stride_v, inside, teacher_softcap, teacher_scale,
-                TEACHER_SOFTCAP, TEACHER_SCALED, TEACHER_DOUBLE,
-            ).to(DTYPE) - w_max  # fmt: skip
-            if KIND == FORWARD:
-                dz = tl.exp2(u * LOG2E) * of_p - tl.exp2(w * LOG2E) * of_q
-            elif KIND == REVERSE:
-                log_ratio = tl.maximum(u, FLOOR) - tl.maximum(w, FLOOR)
-                dz = tl.exp2(u * LOG2E) * (of_p * (log_ratio - u_log + w_log - middle))
+    ONE_LOOP: tl.constexpr = 1 if student.dtype == tl.float64 else 0
+    whole = 0 if ONE_LOOP else V // BLOCK_V * BLOCK_V
+    for REST in tl.static_range(ONE_LOOP, 2):
+        for first in range(whole if REST else 0, V if REST else whole, BLOCK_V):
+            columns = first + tl.arange(0, BLOCK_V)
+            inside = columns < V if REST else None
+            offsets = columns.to(tl.int64)
+            z = load_logits(student, u_start + offsets * student.stride_v, inside)
+            u = z - u_max
+            if KIND == "lse":
+                dz = tl.exp2(u * LOG2E) * of_p
+            elif KIND == "targets":
+                pointers = w_start + offsets * teacher.stride_v
+                y = load_targets(teacher, column_weight, pointers, columns, inside)
+                dz = tl.exp2(u * LOG2E) * of_p - y * upstream
             else:
-                p, _, log_p, _, log_m = log_mixture(u - u_log, w - w_log, share)
-                dz = p * (upstream * (1 - share) * (log_p - log_m - middle))
-        if SOFTCAP:
-            ratio = tl.maximum(z * inverse_cap, -1.0)
-            dz = dz * (1.0 - ratio * ratio)
-        if SCALED:
-            dz = dz * factor
-        if ADD:
-            dz += tl.load(out + columns, mask=inside, other=0.0).to(DTYPE)
-        tl.store(out + columns, dz.to(out.dtype.element_ty), mask=inside)
-
-
-def both_arguments(pair: Pair) -> dict:
-    """How a kernel addresses and transforms both; a teacher that is not read is the student."""
-    arguments = pair.student.kernel_arguments()
-    for name, value in (pair.teacher or pair.student).kernel_arguments().items():
-        upper = name.isupper() and name != "T"
-        arguments[f"TEACHER_{name}" if upper else f"teacher_{name}"] = value
-    return arguments
+                w = load_logits(teacher, w_start + offsets * teacher.stride_v, inside) - w_max
+                if KIND == "forward":
+                    dz = tl.exp2(u * LOG2E) * of_p - tl.exp2(w * LOG2E) * of_q
+                elif KIND == "reverse":
+                    log_ratio = tl.maximum(u, FLOOR) - tl.maximum(w, FLOOR)
+                    dz = tl.exp2(u * LOG2E) * (of_p * (log_ratio + (w_log - u_log - center)))
+                else:
+                    p, _, log_p, _, log_m = log_mixture(u - u_log, w - w_log, share)
+                    dz = p * (upstream * (1 - share) * (log_p - log_m - center))
+            if student.softcap is not None:
+                ratio = tl.maximum(z * (1 / tl.full((), student.softcap, student.dtype)), -1.0)
+                dz = dz * (1.0 - ratio * ratio)
+            if student.scale is not None:
+                dz = dz * tl.full((), student.scale, student.dtype)
+            if ADD:
+                dz += tl.load(out + columns, mask=inside).to(student.dtype)
+            tl.store(out + columns, dz.to(out.dtype.element_ty), mask=inside)
 
 
 def divergence_triton(pair: Pair) -> None:
-    student, teacher, weight = pair.student, pair.teacher or pair.student, pair.column_weight
-    data = (student.data, teacher.data)
+    student, teacher = pair.student, pair.teacher or pair.student
     valid = pair.valid.view(torch.uint8)
-    divergence_kernel[(student.num_rows,)](
-        *data,
-        pair.value if weight is None else weight,
+    grid = (student.num_rows,)
+    divergence_kernel[grid](
+        *pair.matrices(),
+        pair.column_weight,
         valid,
-        pair.value,
-        *pair.vectors[:4],
-        pair.width,
-        **both_arguments(pair),
-        KIND=KINDS.index(pair.kind),
-        WEIGHTED=weight is not None,
+        pair.numbers,
+        KIND=pair.kind,
         ALIGNED=student.aligned and teacher.aligned,
-        GROUP=16 // max(x.element_size() for x in data),
+        GROUP=16 // max(student.data.element_size(), teacher.data.element_size()),
         **row_tile(student),
     )
     if pair.kind == "jsd":
-        jsd_kernel[(student.num_rows,)](
-            *data,
-            valid,
-            *pair.vectors[:4],
-            pair.value,
-            pair.center,
-            pair.beta,
-            pair.width,
-            **both_arguments(pair),
-            **row_tile(student),
-        )
+        jsd_kernel[grid](*pair.matrices(), valid, pair.numbers, pair.beta, **row_tile(student))
     elif pair.kind == "reverse":
-        pair.center = pair.value
+        pair.numbers.center.copy_(pair.numbers.value)
 
 
 def divergence_grad_triton(pair: Pair, dlogits: Tensor, add: bool) -> None:
-    weight = pair.column_weight
     divergence_grad_kernel[(pair.student.num_rows,)](
-        pair.student.data,
-        (pair.teacher or pair.student).data,
-        dlogits,
-        pair.grad if weight is None else weight,
+        *pair.matrices(),
+        pair.column_weight,
         pair.valid.view(torch.uint8),
-        *pair.vectors,
+        pair.numbers,
         pair.grad,
-        pair.beta,
+        dlogits,
         dlogits.stride(0),
-        pair.width,
-        **both_arguments(pair),
-        KIND=KINDS.index(pair.kind),
-        WEIGHTED=weight is not None,
+        pair.beta,
+        KIND=pair.kind,
         ADD=add,
         **row_tile(pair.student),
     )
@@ -535,8 +441,9 @@ def block_divergence(
     pair: Pair, raw: Tensor, here: slice, known: bool, buffers: list[Tensor]
 ) -> None:
     """All numbers of one block of rows; `known`: whether the student's normaliser is there."""
-    student_max, student_sum, teacher_max, teacher_sum, center = (v[here] for v in pair.vectors)
-    value = pair.value[here]
+    value, student_max, student_sum, teacher_max, teacher_sum, center = (
+        v[here] for v in pair.numbers
+    )
     u, w, t = (buffer[: raw.shape[0]] for buffer in buffers)
     loaded(pair.student, raw, u)
     if known:
@@ -594,14 +501,14 @@ def divergence_torch(pair: Pair, known: bool) -> None:
                 block_divergence(pair, raw, slice(first, last), known, buffers)
 
     parallel(work, student.blocks())
-    for vector in (pair.value, *pair.vectors):
+    for vector in pair.numbers:
         vector.masked_fill_(~pair.valid, 0)
 
 
 def block_divergence_grad(pair: Pair, raw: Tensor, here: slice, buffers: list[Tensor]) -> Tensor:
     """The gradient (R, V) of one block of rows, in the first buffer."""
-    student_max, student_sum, teacher_max, teacher_sum, center = (
-        v[here, None] for v in pair.vectors
+    _, student_max, student_sum, teacher_max, teacher_sum, center = (
+        v[here, None] for v in pair.numbers
     )
     upstream = pair.grad[here, None]
     u, w, t = (buffer[: raw.shape[0]] for buffer in buffers)
@@ -680,10 +587,7 @@ def divergence(pair: Pair, known: tuple[Tensor, Tensor] | None = None) -> Pair:
     """
     student = pair.student
     n = student.num_rows
-    pair.value, pair.student_max, pair.student_sum, pair.teacher_max, pair.teacher_sum = (
-        student.new(n).zero_() for _ in range(5)
-    )
-    pair.center = torch.zeros_like(pair.value)
+    pair.numbers = PairNumbers(*(student.new(n).zero_() for _ in PairNumbers._fields))
     if n == 0:
         return pair
     if use_triton(student.data):
@@ -691,8 +595,8 @@ def divergence(pair: Pair, known: tuple[Tensor, Tensor] | None = None) -> Pair:
         return pair
     known = known if pair.kind in ("forward", "targets", "lse") else None
     if known is not None:
-        pair.student_max.copy_(known[0])
-        pair.student_sum.copy_(known[1])
+        pair.numbers.student_max.copy_(known[0])
+        pair.numbers.student_sum.copy_(known[1])
     divergence_torch(pair, known is not None)
     return pair
 

@@ -13,7 +13,9 @@ written p (prob_coef + v) + v (1 - p), with v (1 - p) from the row's accurate lo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import namedtuple
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,332 +62,219 @@ class GradTerms:
     entry_grad: Tensor | None = None  # (M,)
     entry_rest: Tensor | None = None  # (M,) dL/dz_ij of the logit alone
 
+    def for_kernel(self) -> KernelTerms:
+        terms = KernelTerms(**vars(self))
+        weight = None if self.sum_grad is None else self.column_weight
+        return terms._replace(valid=self.valid.view(torch.uint8), column_weight=weight)
+
+
+# `GradTerms` as a Triton kernel takes them: one argument, `terms.log_sum` and so on inside
+KernelTerms = namedtuple("KernelTerms", [field.name for field in fields(GradTerms)])
+
+
+class RowTerms(NamedTuple):
+    """What a kernel has loaded of the terms for one row, or for a vector of them."""
+
+    row_max: object
+    log_sum: object
+    prob_coef: object
+    target_coef: object
+    target_rest: object
+    entropy: object
+    entropy_grad: object
+    sum_grad: object
+
 
 @jit
 def grad_tile(
+    rows,  # KernelRows
+    terms,  # KernelTerms: which there are
+    of_row,  # RowTerms; they, and all below, broadcast to the tile
     z,
     is_target,
-    row_max,
-    log_sum,
-    prob_coef,
-    target_coef,
-    target_rest,  # and r of an entry; not read where is_target is None
     extra,  # class_grad + g of the tile, or 0
-    entropy,
-    entropy_grad,
-    sum_grad,
     column_weight,
-    softcap,
-    scale,
-    SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    COLUMN_SUMS: tl.constexpr,
+    rest,  # r of the tile, or 0
 ):
-    """The formula at the head of this file on one tile; every other argument broadcasts to it."""
-    shifted = z - row_max
-    coef = prob_coef + extra
-    if ENTROPY:
-        log_p = tl.maximum(shifted - log_sum, -1e4)  # p log p = 0 at p = 0
-        coef = coef - entropy_grad * (log_p + entropy)
+    """The formula at the head of this file on one tile."""
+    shifted = z - of_row.row_max
+    coef = of_row.prob_coef + extra
+    if terms.entropy_grad is not None:
+        log_p = tl.maximum(shifted - of_row.log_sum, -1e4)  # p log p = 0 at p = 0
+        coef = coef - of_row.entropy_grad * (log_p + of_row.entropy)
     if is_target is not None:
-        coef = tl.where(is_target, coef + target_coef, coef)
+        coef = tl.where(is_target, coef + of_row.target_coef, coef)
     # the division by the sum is one multiplication per row, outside the exponent and the loop
-    dz = tl.exp2(shifted * LOG2E) * (coef * tl.exp2(-log_sum * LOG2E))
+    dz = tl.exp2(shifted * LOG2E) * (coef * tl.exp2(-of_row.log_sum * LOG2E))
     if is_target is not None:
-        dz += target_rest
-    if COLUMN_SUMS:
-        dz += tl.where(z > float("-inf"), sum_grad * column_weight, 0.0)
-    if SOFTCAP:
-        ratio = tl.maximum(z * (1 / softcap), -1.0)
+        dz += tl.where(is_target, of_row.target_rest, 0.0) + rest
+    if terms.sum_grad is not None:
+        dz += tl.where(z > float("-inf"), of_row.sum_grad * column_weight, 0.0)
+    if rows.softcap is not None:
+        ratio = tl.maximum(z * (1 / tl.full((), rows.softcap, rows.dtype)), -1.0)
         dz = dz * (1.0 - ratio * ratio)
-    if SCALED:
-        dz = dz * scale
+    if rows.scale is not None:
+        dz = dz * tl.full((), rows.scale, rows.dtype)
     return dz
 
 
 @jit
-def load_row_terms(
-    row,
-    mask,
-    row_max,
-    log_sum,
-    prob_coef,
-    target_coef,
-    target_rest,
-    entropy,
-    entropy_grad,
-    sum_grad,
-    ENTROPY: tl.constexpr,
-    COLUMN_SUMS: tl.constexpr,
-):
-    """The per-row numbers `grad_tile` takes, for one row or a vector of them."""
-    a = tl.load(row_max + row, mask=mask, other=0.0)
-    b = tl.load(log_sum + row, mask=mask, other=0.0)
-    c = tl.load(prob_coef + row, mask=mask, other=0.0)
-    d = tl.load(target_coef + row, mask=mask, other=0.0)
-    e = tl.load(target_rest + row, mask=mask, other=0.0)
-    f = tl.load(entropy + row, mask=mask, other=0.0) if ENTROPY else a
-    g = tl.load(entropy_grad + row, mask=mask, other=0.0) if ENTROPY else a
-    h = tl.load(sum_grad + row, mask=mask, other=0.0) if COLUMN_SUMS else a
-    return a, b, c, d, e, f, g, h
+def load_row_terms(terms, row, mask):
+    """The terms of one row or a vector of them; the maximum stands for those there are not."""
+    row_max = tl.load(terms.row_max + row, mask=mask, other=0.0)
+    entropy, entropy_grad, sum_grad = row_max, row_max, row_max
+    if terms.entropy_grad is not None:
+        entropy = tl.load(terms.entropy + row, mask=mask, other=0.0)
+        entropy_grad = tl.load(terms.entropy_grad + row, mask=mask, other=0.0)
+    if terms.sum_grad is not None:
+        sum_grad = tl.load(terms.sum_grad + row, mask=mask, other=0.0)
+    return RowTerms(
+        row_max,
+        tl.load(terms.log_sum + row, mask=mask, other=0.0),
+        tl.load(terms.prob_coef + row, mask=mask, other=0.0),
+        tl.load(terms.target_coef + row, mask=mask, other=0.0),
+        tl.load(terms.target_rest + row, mask=mask, other=0.0),
+        entropy,
+        entropy_grad,
+        sum_grad,
+    )
 
 
 @jit
 def grad_rows_kernel(
-    logits,  # (B, T, V)
+    rows,  # KernelRows
     dlogits,  # (N, V)
-    valid,  # (N,)
-    target,  # (N,)
-    row_max,  # (N,) this and the next seven
-    log_sum,
-    prob_coef,
-    target_coef,
-    target_rest,
-    entropy,
-    entropy_grad,
-    sum_grad,
-    column_weight,  # (V,)
-    sample,  # (N,)
-    row_weight,  # (N,)
-    class_grad,  # (B, V)
-    V,
-    T,
-    stride_b,
-    stride_t,
-    stride_v,
-    softcap: tl.float64,
-    scale: tl.float64,
-    SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    COLUMN_SUMS: tl.constexpr,
-    COLUMN_WEIGHTED: tl.constexpr,
-    CLASSES: tl.constexpr,
-    ROW_WEIGHTED: tl.constexpr,
+    terms,  # KernelTerms; class_grad only where it covers every column
     BLOCK_V: tl.constexpr,
 ):
-    """One program per row: its V elements (class_grad only where it covers every column)."""
+    """One program per row: its V elements."""
     row = tl.program_id(0)
+    V = rows.V
     out = dlogits + row.to(tl.int64) * V
-    if tl.load(valid + row) == 0:
+    if tl.load(terms.valid + row) == 0:
         for first in range(0, V, BLOCK_V):
             columns = first + tl.arange(0, BLOCK_V)
             zeros = tl.zeros((BLOCK_V,), dlogits.dtype.element_ty)
             tl.store(out + columns, zeros, mask=columns < V)
         return
 
-    start = logits + row_offset(row, T, stride_b, stride_t)
-    y = tl.load(target + row)
-    row_m, row_l, coef, coef_y, rest_y, row_h, grad_h, grad_t = load_row_terms(
-        row, True, row_max, log_sum, prob_coef, target_coef, target_rest, entropy, entropy_grad,
-        sum_grad, ENTROPY, COLUMN_SUMS,
-    )  # fmt: skip
-    DTYPE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    cap = tl.full((), softcap, DTYPE)
-    factor = tl.full((), scale, DTYPE)
-    grads = class_grad
-    if CLASSES:
-        grads += tl.load(sample + row) * V
-    weight = tl.load(row_weight + row) if CLASSES and ROW_WEIGHTED else 1.0
+    start = rows.logits + row_offset(rows, row)
+    y = tl.load(terms.target + row)
+    of_row = load_row_terms(terms, row, True)
+    grads = None
+    weight = 1.0
+    if terms.class_grad is not None:
+        grads = terms.class_grad + tl.load(terms.sample + row) * V
+        if terms.row_weight is not None:
+            weight = tl.load(terms.row_weight + row)
 
     # The target's element is written again after all others, which are then spared the question
     # whether they are it. Its logit is read before, for dlogits may lie where the logits do.
     known = (y >= 0) & (y < V)
-    z_y = load_logits(start + y * stride_v, known, softcap, scale, SOFTCAP, SCALED, DOUBLE)
+    z_y = load_logits(rows, start + y * rows.stride_v, known)
     tl.debug_barrier()
 
     tile = tl.arange(0, BLOCK_V)
     # whole tiles, which need no mask, then the rest of the row; in float64 all in one loop, whose
     # code is long enough
-    ONE_LOOP: tl.constexpr = 1 if DOUBLE else 0
-    whole = 0 if DOUBLE else V // BLOCK_V * BLOCK_V
+    ONE_LOOP: tl.constexpr = 1 if rows.dtype == tl.float64 else 0
+    whole = 0 if ONE_LOOP else V // BLOCK_V * BLOCK_V
     for REST in tl.static_range(ONE_LOOP, 2):
         for first in range(whole if REST else 0, V if REST else whole, BLOCK_V):
             columns = first + tile
             inside = columns < V if REST else None
-            pointers = start + columns.to(tl.int64) * stride_v
-            z = load_logits(pointers, inside, softcap, scale, SOFTCAP, SCALED, DOUBLE)
-            extra = tl.load(grads + columns, mask=inside) * weight if CLASSES else 0.0
-            w = tl.load(column_weight + columns, mask=inside).to(DTYPE) if COLUMN_WEIGHTED else 1.0
-            dz = grad_tile(
-                z, None, row_m, row_l, coef, coef_y, rest_y, extra, row_h, grad_h,
-                grad_t, w, cap, factor, SOFTCAP, SCALED, ENTROPY, COLUMN_SUMS,
-            )  # fmt: skip
+            z = load_logits(rows, start + columns.to(tl.int64) * rows.stride_v, inside)
+            extra = 0.0 if grads is None else tl.load(grads + columns, mask=inside) * weight
+            w = load_column_weight(rows, terms, columns, inside)
+            dz = grad_tile(rows, terms, of_row, z, None, extra, w, 0.0)
             tl.store(out + columns, dz.to(dlogits.dtype.element_ty), mask=inside)
 
     tl.debug_barrier()
-    extra = tl.load(grads + y, mask=known) * weight if CLASSES else 0.0
-    w = tl.load(column_weight + y, mask=known).to(DTYPE) if COLUMN_WEIGHTED else 1.0
-    dz = grad_tile(
-        z_y, True, row_m, row_l, coef, coef_y, rest_y, extra, row_h, grad_h, grad_t, w, cap,
-        factor, SOFTCAP, SCALED, ENTROPY, COLUMN_SUMS,
-    )  # fmt: skip
+    extra = 0.0 if grads is None else tl.load(grads + y, mask=known) * weight
+    w = load_column_weight(rows, terms, y, known)
+    dz = grad_tile(rows, terms, of_row, z_y, True, extra, w, 0.0)
     tl.store(out + y, dz.to(dlogits.dtype.element_ty), mask=known)
 
 
 @jit
+def load_column_weight(rows, terms, columns, mask):
+    if terms.column_weight is None:
+        return 1.0
+    else:
+        return tl.load(terms.column_weight + columns, mask=mask).to(rows.dtype)
+
+
+@jit
 def grad_entries_kernel(
-    logits,  # (B, T, V)
+    rows,  # KernelRows
     dlogits,  # (N, V)
-    entry_row,  # (M,); not read where PANEL
-    entry_class,  # (M,); not read where PANEL
-    entry_grad,  # (M,); not read where PANEL
-    entry_rest,  # (M,)
-    valid,  # (N,)
-    target,  # (N,)
-    row_max,  # (N,) this and the next seven
-    log_sum,
-    prob_coef,
-    target_coef,
-    target_rest,
-    entropy,
-    entropy_grad,
-    sum_grad,
-    column_weight,  # (V,)
-    sample,  # (N,)
-    row_weight,  # (N,)
-    class_grad,  # (B, K)
-    columns_in,  # (K,)
+    terms,  # KernelTerms; with entries those M, without all (row, listed column)
     M,
     K,
-    V,
-    T,
-    stride_b,
-    stride_t,
-    stride_v,
-    softcap: tl.float64,
-    scale: tl.float64,
-    SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    COLUMN_SUMS: tl.constexpr,
-    COLUMN_WEIGHTED: tl.constexpr,
-    CLASSES: tl.constexpr,
-    ROW_WEIGHTED: tl.constexpr,
-    LISTED: tl.constexpr,
-    PANEL: tl.constexpr,
-    RESTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Single elements written again with more terms: all (row, listed column) or M entries."""
-    if PANEL:
+    """Single elements written again with more terms."""
+    if terms.entry_grad is None:
         row = tl.program_id(0).to(tl.int64) + tl.zeros((BLOCK,), tl.int64)
         k = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-        inside = (k < K) & (tl.load(valid + row) != 0)
+        inside = (k < K) & (tl.load(terms.valid + row) != 0)
     else:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < M
-        row = tl.load(entry_row + at, mask=inside, other=0)
-        k = tl.load(entry_class + at, mask=inside, other=0)
-        if RESTS:
-            inside = inside & (k >= 0) & (tl.load(valid + row, mask=inside, other=0) != 0)
-    column = tl.load(columns_in + k, mask=inside, other=0) if LISTED else k
-    pointers = logits + row_offset(row, T, stride_b, stride_t) + column * stride_v
-    z = load_logits(pointers, inside, softcap, scale, SOFTCAP, SCALED, DOUBLE)
-    y = tl.load(target + row, mask=inside, other=-1)
-    row_m, row_l, coef, coef_y, rest_y, row_h, grad_h, grad_t = load_row_terms(
-        row, inside, row_max, log_sum, prob_coef, target_coef, target_rest, entropy, entropy_grad,
-        sum_grad, ENTROPY, COLUMN_SUMS,
-    )  # fmt: skip
-    DTYPE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    extra = tl.zeros((BLOCK,), DTYPE)
-    rest = tl.where(column == y, rest_y, 0.0)
-    if not PANEL:
-        extra += tl.load(entry_grad + at, mask=inside, other=0.0)
-        if RESTS:
-            rest += tl.load(entry_rest + at, mask=inside, other=0.0)
-    if CLASSES:
-        b = tl.load(sample + row, mask=inside, other=0)
-        a = tl.load(class_grad + b * K + k, mask=inside, other=0.0)
-        extra += a * tl.load(row_weight + row, mask=inside, other=0.0) if ROW_WEIGHTED else a
-    w = 1.0
-    if COLUMN_WEIGHTED:
-        w = tl.load(column_weight + column, mask=inside, other=0.0).to(DTYPE)
-    dz = grad_tile(
-        z, column == y, row_m, row_l, coef, coef_y, rest, extra, row_h, grad_h, grad_t, w,
-        tl.full((), softcap, DTYPE), tl.full((), scale, DTYPE), SOFTCAP, SCALED, ENTROPY,
-        COLUMN_SUMS,
-    )  # fmt: skip
-    tl.store(dlogits + row * V + column, dz.to(dlogits.dtype.element_ty), mask=inside)
+        row = tl.load(terms.entry_row + at, mask=inside, other=0)
+        k = tl.load(terms.entry_class + at, mask=inside, other=0)
+        if terms.entry_rest is not None:
+            inside = inside & (k >= 0) & (tl.load(terms.valid + row, mask=inside, other=0) != 0)
+    column = k if terms.columns is None else tl.load(terms.columns + k, mask=inside, other=0)
+    z = load_logits(rows, rows.logits + row_offset(rows, row) + column * rows.stride_v, inside)
+    y = tl.load(terms.target + row, mask=inside, other=-1)
+    of_row = load_row_terms(terms, row, inside)
+    extra = tl.zeros((BLOCK,), rows.dtype)
+    rest = 0.0
+    if terms.entry_grad is not None:
+        extra += tl.load(terms.entry_grad + at, mask=inside, other=0.0)
+        if terms.entry_rest is not None:
+            rest = tl.load(terms.entry_rest + at, mask=inside, other=0.0)
+    if terms.class_grad is not None:
+        b = tl.load(terms.sample + row, mask=inside, other=0)
+        a = tl.load(terms.class_grad + b * K + k, mask=inside, other=0.0)
+        if terms.row_weight is not None:
+            a *= tl.load(terms.row_weight + row, mask=inside, other=0.0)
+        extra += a
+    w = load_column_weight(rows, terms, column, inside)
+    dz = grad_tile(rows, terms, of_row, z, column == y, extra, w, rest)
+    tl.store(dlogits + row * rows.V + column, dz.to(dlogits.dtype.element_ty), mask=inside)
 
 
 def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
     n, num_classes = rows.num_rows, rows.num_classes
-    spare = terms.row_max
-
-    def pointer(tensor):
-        return spare if tensor is None else tensor
-
-    row_terms = (
-        terms.target,
-        terms.row_max,
-        terms.log_sum,
-        terms.prob_coef,
-        terms.target_coef,
-        terms.target_rest,
-        pointer(terms.entropy),
-        pointer(terms.entropy_grad),
-        pointer(terms.sum_grad),
-        pointer(terms.column_weight),
-        pointer(terms.sample),
-        pointer(terms.row_weight),
-        pointer(terms.class_grad),
-    )
-    flags = {
-        "ENTROPY": terms.entropy_grad is not None,
-        "COLUMN_SUMS": terms.sum_grad is not None,
-        "COLUMN_WEIGHTED": terms.sum_grad is not None and terms.column_weight is not None,
-        "ROW_WEIGHTED": terms.row_weight is not None,
-    }
-    valid = terms.valid.view(torch.uint8)
     covers_all = terms.class_grad is not None and terms.columns is None
     listed = terms.class_grad is not None and not covers_all and terms.class_grad.numel() > 0
     single = terms.entry_grad is not None and terms.entry_grad.numel() > 0
     if (listed or single) and dlogits.data_ptr() == rows.data.data_ptr():
         rows = replace(rows, data=rows.data.clone())  # the later passes read the logits again
+    kernel_rows, kernel_terms = rows.for_kernel(), terms.for_kernel()
+    no_entries = kernel_terms._replace(
+        entry_row=None, entry_class=None, entry_grad=None, entry_rest=None
+    )
+    no_classes = no_entries._replace(sample=None, class_grad=None, row_weight=None, columns=None)
     grad_rows_kernel[(n,)](
-        rows.data,
+        kernel_rows,
         dlogits,
-        valid,
-        *row_terms,
-        num_classes,
-        **rows.kernel_arguments(),
-        **flags,
-        CLASSES=covers_all,
+        no_entries if covers_all else no_classes,
         **row_tile(rows),
     )
-
-    def entries(grid, panel, num_entries, entry):
-        grad_entries_kernel[grid](
-            rows.data,
-            dlogits,
-            *entry,
-            valid,
-            *row_terms,
-            pointer(terms.columns),
-            num_entries,
-            num_classes if terms.class_grad is None else terms.class_grad.shape[1],
-            num_classes,
-            **rows.kernel_arguments(),
-            **flags,
-            CLASSES=terms.class_grad is not None,
-            LISTED=terms.columns is not None,
-            PANEL=panel,
-            RESTS=not panel and terms.entry_rest is not None,
-            BLOCK=256,
-            num_warps=4,
-        )
-
+    num_columns = num_classes if terms.class_grad is None else terms.class_grad.shape[1]
     if listed:
-        grid = (n, cdiv(terms.class_grad.shape[1], 256))
-        entries(grid, True, 0, (terms.target, terms.target, spare, spare))
+        grid = (n, cdiv(num_columns, 256))
+        grad_entries_kernel[grid](
+            kernel_rows, dlogits, no_entries, 0, num_columns, BLOCK=256, num_warps=4
+        )
     if single:
         num_entries = terms.entry_grad.numel()
-        entry = (terms.entry_row, terms.entry_class, terms.entry_grad, pointer(terms.entry_rest))
-        entries((cdiv(num_entries, 256),), False, num_entries, entry)
+        grad_entries_kernel[(cdiv(num_entries, 256),)](
+            kernel_rows, dlogits, kernel_terms, num_entries, num_columns, BLOCK=256, num_warps=4
+        )
 
 
 @dataclass

@@ -59,32 +59,11 @@ def online_softmax(z, row_max, exp_sum):
 
 @jit
 def row_stats_kernel(
-    logits,  # (B, T, V)
+    rows,  # KernelRows
     target,  # (N,)
-    column_weight,  # (V,)
-    row_max_out,  # (N,) this and all below
-    log_sum_out,
-    log_prob_out,
-    entropy_out,
-    argmax_out,
-    logit_sum_out,
-    weight_sum_out,
-    num_finite_out,
+    column_weight,  # (V,), None for ones
+    out,  # RowStats
     ignore_index,
-    V,
-    T,
-    stride_b,
-    stride_t,
-    stride_v,
-    softcap: tl.float64,
-    scale: tl.float64,
-    SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    ARGMAX: tl.constexpr,
-    COLUMN_SUMS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     ALIGNED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -95,60 +74,61 @@ def row_stats_kernel(
     thread waits for another.
     """
     row = tl.program_id(0)
-    DTYPE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    V = rows.V
     y = tl.load(target + row).to(tl.int64)
     if y == ignore_index:
-        tl.store(row_max_out + row, tl.zeros((), DTYPE))
-        tl.store(log_sum_out + row, tl.zeros((), DTYPE))
-        tl.store(log_prob_out + row, tl.zeros((), DTYPE))
-        if ENTROPY:
-            tl.store(entropy_out + row, tl.zeros((), DTYPE))
-        if ARGMAX:
-            tl.store(argmax_out + row, tl.full((), -1, tl.int64))
-        if COLUMN_SUMS:
-            tl.store(logit_sum_out + row, tl.zeros((), DTYPE))
-            tl.store(weight_sum_out + row, tl.zeros((), DTYPE))
-            tl.store(num_finite_out + row, tl.zeros((), DTYPE))
+        zero = tl.zeros((), rows.dtype)
+        tl.store(out.row_max + row, zero)
+        tl.store(out.log_sum + row, zero)
+        tl.store(out.log_prob + row, zero)
+        if out.entropy is not None:
+            tl.store(out.entropy + row, zero)
+        if out.argmax is not None:
+            tl.store(out.argmax + row, tl.full((), -1, tl.int64))
+        if out.logit_sum is not None:
+            tl.store(out.logit_sum + row, zero)
+            tl.store(out.weight_sum + row, zero)
+            tl.store(out.num_finite + row, zero)
         return
 
-    start = logits + row_offset(row, T, stride_b, stride_t)
+    start = rows.logits + row_offset(rows, row)
     if ALIGNED:
         start = tl.multiple_of(start, 16)
     LINES: tl.constexpr = BLOCK_V // GROUP
-    line_max = tl.full((LINES,), float("-inf"), DTYPE)
-    exp_sum = tl.zeros((LINES,), DTYPE)
-    weighted_sum = tl.zeros((LINES,), DTYPE)  # sum_j exp(z_j - max) (z_j - max)
+    line_max = tl.full((LINES,), float("-inf"), rows.dtype)
+    exp_sum = tl.zeros((LINES,), rows.dtype)
+    weighted_sum = tl.zeros((LINES,), rows.dtype)  # sum_j exp(z_j - max) (z_j - max)
     best = tl.zeros((LINES,), tl.int32)
-    logit_sum = tl.zeros((LINES,), DTYPE)
-    weight_sum = tl.zeros((LINES,), DTYPE)
-    num_finite = tl.zeros((LINES,), DTYPE)
+    logit_sum = tl.zeros((LINES,), rows.dtype)
+    weight_sum = tl.zeros((LINES,), rows.dtype)
+    num_finite = tl.zeros((LINES,), rows.dtype)
     tile = tile_columns(ALIGNED, GROUP, BLOCK_V)
     # whole tiles, which need no mask, then the rest of the row; in float64 all in one loop, whose
     # code is long enough
-    ONE_LOOP: tl.constexpr = 1 if DOUBLE else 0
-    whole = 0 if DOUBLE else V // BLOCK_V * BLOCK_V
+    ONE_LOOP: tl.constexpr = 1 if rows.dtype == tl.float64 else 0
+    whole = 0 if ONE_LOOP else V // BLOCK_V * BLOCK_V
     for REST in tl.static_range(ONE_LOOP, 2):
         for first in range(whole if REST else 0, V if REST else whole, BLOCK_V):
             columns = first + tile
             inside = columns < V if REST else None
-            pointers = start + columns.to(tl.int64) * stride_v
-            z = load_logits(pointers, inside, softcap, scale, SOFTCAP, SCALED, DOUBLE)
+            pointers = start + columns.to(tl.int64) * rows.stride_v
+            z = load_logits(rows, pointers, inside)
             old_max = line_max
             line_max, base, rescale, exp_z, exp_sum_new = online_softmax(z, line_max, exp_sum)
-            if ENTROPY:
+            if out.entropy is not None:
                 shift = tl.where(old_max == float("-inf"), 0.0, old_max - base)
                 # the floor makes p log p = 0 at p = 0
                 terms = exp_z * tl.maximum(z - base[:, None], -1e4)
                 weighted_sum = (weighted_sum + exp_sum * shift) * rescale + tl.sum(terms, axis=1)
             exp_sum = exp_sum_new
-            if ARGMAX:
+            if out.argmax is not None:
                 here = tl.min(tl.where(z == line_max[:, None], columns, V), axis=1)
                 best = tl.where((line_max > old_max) & (here < V), here, best)
-            if COLUMN_SUMS:
+            if out.logit_sum is not None:
                 finite = z > float("-inf")
                 w = 1.0
-                if WEIGHTED:
-                    w = tl.load(column_weight + columns, mask=inside).to(DTYPE)
+                if column_weight is not None:
+                    w = tl.load(column_weight + columns, mask=inside).to(rows.dtype)
                     weight_sum += tl.sum(tl.where(finite, w, 0.0), axis=1)
                 logit_sum += tl.sum(tl.where(finite, w * z, 0.0), axis=1)
                 num_finite += tl.sum(tl.where(finite, 1.0, 0.0), axis=1)
@@ -160,23 +140,24 @@ def row_stats_kernel(
     log_sum = tl.log(total)
     # never a stray read: a target outside the classes makes the row's log-probability NaN
     known = (y >= 0) & (y < V)
-    z_y = load_logits(start + y * stride_v, known, softcap, scale, SOFTCAP, SCALED, DOUBLE)
+    z_y = load_logits(rows, start + y * rows.stride_v, known)
     log_prob = tl.where(known, z_y - base - log_sum, float("nan"))
-    tl.store(row_max_out + row, base)
-    tl.store(log_sum_out + row, log_sum)
-    tl.store(log_prob_out + row, log_prob)
-    if ENTROPY:
+    tl.store(out.row_max + row, base)
+    tl.store(out.log_sum + row, log_sum)
+    tl.store(out.log_prob + row, log_prob)
+    if out.entropy is not None:
         shift = tl.where(line_max == float("-inf"), 0.0, line_max - base)
         weighted_total = tl.sum((weighted_sum + exp_sum * shift) * rescale, axis=0)
-        tl.store(entropy_out + row, log_sum - weighted_total / total)
-    if ARGMAX:
+        tl.store(out.entropy + row, log_sum - weighted_total / total)
+    if out.argmax is not None:
         first_best = tl.min(tl.where(line_max == row_max, best, V), axis=0)
-        tl.store(argmax_out + row, first_best.to(tl.int64))
-    if COLUMN_SUMS:
+        tl.store(out.argmax + row, first_best.to(tl.int64))
+    if out.logit_sum is not None:
         count = tl.sum(num_finite, axis=0)
-        tl.store(logit_sum_out + row, tl.sum(logit_sum, axis=0))
-        tl.store(weight_sum_out + row, tl.sum(weight_sum, axis=0) if WEIGHTED else count)
-        tl.store(num_finite_out + row, count)
+        tl.store(out.logit_sum + row, tl.sum(logit_sum, axis=0))
+        total_weight = count if column_weight is None else tl.sum(weight_sum, axis=0)
+        tl.store(out.weight_sum + row, total_weight)
+        tl.store(out.num_finite + row, count)
 
 
 def row_stats_triton(
@@ -186,26 +167,12 @@ def row_stats_triton(
     stats: RowStats,
     column_weight: Tensor | None,  # (V,)
 ) -> None:
-    spare = stats.row_max  # stands where a pointer is not used
     row_stats_kernel[(rows.num_rows,)](
-        rows.data,
+        rows.for_kernel(),
         target,
-        spare if column_weight is None else column_weight,
-        stats.row_max,
-        stats.log_sum,
-        stats.log_prob,
-        spare if stats.entropy is None else stats.entropy,
-        spare if stats.argmax is None else stats.argmax,
-        spare if stats.logit_sum is None else stats.logit_sum,
-        spare if stats.weight_sum is None else stats.weight_sum,
-        spare if stats.num_finite is None else stats.num_finite,
+        column_weight,
+        stats,
         ignore_index,
-        rows.num_classes,
-        **rows.kernel_arguments(),
-        ENTROPY=stats.entropy is not None,
-        ARGMAX=stats.argmax is not None,
-        COLUMN_SUMS=stats.logit_sum is not None,
-        WEIGHTED=column_weight is not None,
         ALIGNED=rows.aligned,
         GROUP=16 // rows.data.element_size(),
         **row_tile(rows),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 from segloss.kernels.common import Rows
@@ -264,7 +265,7 @@ def watch(memory: Memory, patch: pytest.MonkeyPatch) -> None:
         return store(self, pointers, value, mask, *rest, **options)
 
     def checked_start(self, args, options):
-        values = [*args, *options.values()]
+        values = tree_leaves([*args, *options.values()])  # those in tuples too
         memory.enter([value for value in values if isinstance(value, Tensor)])
         prepared.clear()
         return start(self, args, options)

@@ -91,11 +91,9 @@ def recompiled(module, name: str, monkeypatch) -> None:
 
 
 @triton.jit
-def dividing_grad(z, is_target, row_max, log_sum, prob_coef, target_coef, target_rest, extra,
-                  entropy, entropy_grad, sum_grad, column_weight, softcap, scale,
-                  SOFTCAP: tl.constexpr, SCALED: tl.constexpr, ENTROPY: tl.constexpr,
-                  COLUMN_SUMS: tl.constexpr):  # fmt: skip
-    return tl.exp2((z - row_max) * 1.4426950408889634) / tl.exp(log_sum) * prob_coef
+def dividing_grad(rows, terms, of_row, z, is_target, extra, column_weight):
+    exp_z = tl.exp2((z - of_row.row_max) * 1.4426950408889634)
+    return exp_z / tl.exp(of_row.log_sum) * of_row.prob_coef
 
 
 @pytest.mark.parametrize(

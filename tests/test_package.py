@@ -140,19 +140,25 @@ def test_version_has_one_source():
     assert importlib.metadata.version("segloss") == segloss.__version__
 
 
-def test_wheel_and_sdist_hold_the_kernels(tmp_path):
-    """Both are built from a copy, since a build leaves its folders in the source tree."""
-    source = tmp_path / "source"
-    source.mkdir()
+BUILD = "from setuptools import build_meta as b; print(b.build_{}({!r}))"
+
+
+def copy_of_sources(folder: Path) -> Path:
+    """What is built from, since a build leaves its folders in the source tree."""
+    folder.mkdir()
     for name in ("segloss", "kernels"):
         shutil.copytree(
-            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+            ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
         )
-    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = "from setuptools import build_meta as b; print(b.build_{}({!r}))"
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def test_wheel_and_sdist_hold_the_kernels(tmp_path):
+    source = copy_of_sources(tmp_path / "source")
     wheel, sdist = (
-        tmp_path / python(build.format(kind, str(tmp_path)), source).splitlines()[-1]
+        tmp_path / python(BUILD.format(kind, str(tmp_path)), source).splitlines()[-1]
         for kind in ("wheel", "sdist")
     )
     expected = {f"segloss/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
@@ -162,6 +168,33 @@ def test_wheel_and_sdist_hold_the_kernels(tmp_path):
     assert {name.partition("/")[0] for name in in_wheel if ".dist-info/" not in name} == {"segloss"}
     with tarfile.open(sdist) as archive:
         in_sdist = {member.name.partition("/")[2]: member for member in archive.getmembers()}
-    assert expected | {"pyproject.toml", "LICENSE"} <= set(in_sdist)
+    assert expected | {"pyproject.toml", "setup.py", "LICENSE"} <= set(in_sdist)
     # files, not a link to a folder that the archive does not hold
     assert all(in_sdist[name].isfile() for name in expected)
+
+
+@pytest.mark.parametrize("left", ["a text file", "nothing"])
+def test_a_tree_that_lost_its_link_is_not_built(left, tmp_path):
+    """Python's zipfile and git on Windows leave a file with the link's text; others leave nothing.
+
+    The way out that the error names works.
+    """
+    source = copy_of_sources(tmp_path / "source")
+    (source / "segloss/kernels").unlink()
+    if left == "a text file":
+        (source / "segloss/kernels").write_text("../kernels")
+    for kind in ("wheel", "sdist", "editable"):
+        code = BUILD.format(kind, str(tmp_path))
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=source, capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        [said] = done.stderr.splitlines()  # one sentence, no traceback
+        assert said.endswith("; put a copy of kernels/ in its place")
+    assert not list(tmp_path.glob("*.whl")) + list(tmp_path.glob("*.tar.gz"))
+
+    (source / "segloss/kernels").unlink(missing_ok=True)
+    shutil.copytree(source / "kernels", source / "segloss/kernels")
+    name = python(BUILD.format("wheel", str(tmp_path)), source).splitlines()[-1]
+    in_wheel = zipfile.ZipFile(tmp_path / name).namelist()
+    assert "segloss/kernels/common.py" in in_wheel and "kernels/common.py" not in in_wheel

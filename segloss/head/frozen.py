@@ -61,7 +61,7 @@ class Frozen:
             return
         out, made = torch.empty_like(z.data[0]), []
         for pair in reading.pairs:
-            pair.grad = torch.ones_like(pair.value)
+            pair.grad = torch.ones_like(pair.numbers.value)
             divergence_grad(z, [pair], out)
             made.append(head.times_weight(GradBlock(out)).to(self.dtype))
         self.pair_parts.append(torch.stack(made))

@@ -70,18 +70,24 @@ def _build(node: ast.expr) -> Loss:
         case ast.BinOp(left, ast.Mult(), right):
             factor, loss = (right, left) if _is_number(right) else (left, right)
             return _coefficient(factor) * _build(loss)
-        case ast.Name() | ast.Attribute():
-            return _loss(ast.unparse(node), [])
-        case ast.Call(ast.Name() | ast.Attribute() as function, [], keywords):
-            return _loss(ast.unparse(function), keywords)
-        case ast.Call(ast.Name() | ast.Attribute() as function):
-            name = ast.unparse(function).replace(MARK, ":")
+        case ast.Name() | ast.Attribute() if name := _name(node):
+            return _loss(name, [])
+        case ast.Call(function, [], keywords) if name := _name(function):
+            return _loss(name, keywords)
+        case ast.Call(function) if name := _name(function):
             raise _Wrong(f"the options of {name} are written with their names, as gamma=1.5")
     raise _Wrong(f"{ast.unparse(node).replace(MARK, ':')!r} is not a loss; {_usage()}")
 
 
+def _name(node: ast.expr) -> str | None:
+    """The short name or path that a name or a chain of attributes stands for."""
+    inner = node
+    while isinstance(inner, ast.Attribute):
+        inner = inner.value
+    return ast.unparse(node).replace(MARK, ":") if isinstance(inner, ast.Name) else None
+
+
 def _loss(name: str, keywords: list[ast.keyword]) -> Loss:
-    name = name.replace(MARK, ":")
     loss_class = _imported(name) if ":" in name else LOSSES.get(name)
     if loss_class is None:
         raise _Wrong(

@@ -4,284 +4,41 @@ Near the weights theta* of one model trained on all tasks, a sample's margin is 
 weights, so fine-tuning on a subset is nearly a logistic regression on gradients, and those are
 computed once, in a few hundred random dimensions.
 
-S samples, R rows (a sample's margins), D dimensions, C trainable parameters.
+R rows (a sample's margins), D dimensions.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import itertools
-import json
 import math
 import os
-import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segloss.kernels.common import widest
-from segloss.kernels.projection import back_project, project
-from segloss.selection.margins import answer_margin, output_margin
+from segloss.kernels.projection import back_project
+from segloss.selection.gradients import (
+    Collector,
+    Outputs,
+    Sample,
+    causal_lm,
+    evaluating,
+    fingerprint,
+    margins_of,
+    norm_of,
+)
+from segloss.selection.regression import fit_logistic, fit_published
+from segloss.selection.search import Comparison, Selection, search
+from segloss.selection.store import Rows, Store
 
-# gradients waiting for their projection: one pass over the signs serves all of them
-BUFFER_BYTES = 128 << 20
-SHARD_SAMPLES = 64  # what a kill can cost
 # of the mean squared length of the gradients
 RELATIVE_PENALTY = 3e-3
-# scikit-learn's C in the published code
-PUBLISHED_C = 1e-4
-
-Outputs = Callable[[nn.Module, Any], tuple[Any, Tensor]]
-
-
-class Sample(NamedTuple):
-    """One example: a name that is unique and lasts, its task, and what the model takes."""
-
-    id: str
-    task: str
-    inputs: Any
-
-
-def causal_lm(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, Tensor]:
-    """(logits source, targets) of a transformers causal model on one sample, logits not made.
-
-    `inputs` holds input_ids, labels (-100 where nothing is to be predicted) and maybe more, (1, T)
-    or (T,).
-    """
-    from segloss.integrations.transformers import head_logits
-
-    device = next(model.parameters()).device
-    batch = {key: value.view(-1, value.shape[-1]).to(device) for key, value in inputs.items()}
-    labels = batch.pop("labels")
-    target = F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
-    return head_logits(model, **batch, use_cache=False), target
-
-
-# --------------------------------------------------------------------------------- the gradients
-
-
-@dataclass
-class Rows:
-    """Margins and projected gradients of some samples, a row each (or one per token)."""
-
-    margin: Tensor  # (R,) float64
-    gradient: Tensor  # (R, D) float64
-    task: np.ndarray  # (R,) str
-    tokens: int  # predicted tokens of these samples
-
-    def take(self, mask: np.ndarray) -> Rows:
-        kept = torch.from_numpy(mask)
-        return Rows(self.margin[kept], self.gradient[kept], self.task[mask], self.tokens)
-
-
-@dataclass
-class Shard:
-    """Some samples as they lie in a file."""
-
-    id: list[str] = field(default_factory=list)
-    task: list[str] = field(default_factory=list)
-    role: list[str] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)  # how many of the rows below are the sample's
-    margin: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    gradient: np.ndarray | None = None
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        text = {name: np.array(getattr(self, name), dtype=str) for name in ("id", "task", "role")}
-        numbers = {
-            name: np.array(getattr(self, name), dtype=np.int64) for name in ("tokens", "rows")
-        }
-        assert self.gradient is not None
-        return text | numbers | {"margin": self.margin, "gradient": self.gradient}
-
-
-class Store:
-    """Shards by sample id, in memory and, given a folder, on disk: NumPy files without pickles.
-
-    A file is there whole or not at all, so that a collection may be killed at any time; the next
-    one goes on with the samples that are missing.
-    """
-
-    def __init__(self, folder: str | os.PathLike | None, identity: dict):
-        self.shards: list[Shard] = []
-        self.ids: set[str] = set()
-        self.folder = None if folder is None else Path(folder)
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._check_identity(identity)
-            for path in sorted(self.folder.glob("rows-*.npz")):
-                self._keep(self._read(path))
-
-    def add(self, shard: Shard) -> None:
-        if self.folder is not None:
-            number = 1 + max(
-                (int(p.stem.partition("-")[2]) for p in self.folder.glob("rows-*.npz")), default=-1
-            )
-            arrays: dict[str, Any] = shard.arrays()
-            write_whole(
-                self.folder / f"rows-{number:05d}.npz", lambda file: np.savez(file, **arrays)
-            )
-        self._keep(shard)
-
-    def _keep(self, shard: Shard) -> None:
-        self.shards.append(shard)
-        self.ids.update(shard.id)
-
-    def _check_identity(self, identity: dict) -> None:
-        assert self.folder is not None
-        path = self.folder / "store.json"
-        if not path.exists():
-            text = json.dumps(identity, indent=2) + "\n"
-            write_whole(path, lambda file: file.write(text.encode()))
-            return
-        found = json.loads(path.read_text())
-        different = [key for key in identity if found.get(key) != identity[key]]
-        if different:
-            key = different[0]
-            raise ValueError(
-                f"store {self.folder} holds gradients with {key}={found.get(key)!r}, not "
-                f"{identity[key]!r}; give another folder, or remove this one"
-            )
-
-    @staticmethod
-    def _read(path: Path) -> Shard:
-        try:
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            lists = {
-                name: arrays[name].tolist() for name in ("id", "task", "role", "tokens", "rows")
-            }
-            return Shard(**lists, margin=arrays["margin"], gradient=arrays["gradient"])
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise ValueError(f"{path} is damaged ({error}); remove it and collect again") from None
-        except Exception as error:
-            if type(error).__name__ != "BadZipFile":
-                raise
-            raise ValueError(f"{path} is damaged ({error}); remove it and collect again") from None
-
-
-def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
-    """A file that is complete on disk before it has its name."""
-    partial = path.with_name(f"partial-{path.name}")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-# ------------------------------------------------------------------------------------ regression
-
-
-def fit_logistic(
-    gradient: Tensor,  # (R, D)
-    offset: Tensor,  # (R,)
-    weight: Tensor,  # (R,), sum 1
-    penalty: float,
-    *,
-    start: Tensor | None = None,  # (D,)
-    steps: int = 100,
-) -> Tensor:
-    """`argmin_w sum_i weight_i ln(1 + exp(-(offset_i + g_i.w))) + penalty ||w||^2` by Newton."""
-    w = torch.zeros_like(gradient[0]) if start is None else start.clone()
-    identity = torch.eye(w.numel(), dtype=w.dtype, device=w.device)
-
-    def value(w: Tensor) -> float:
-        losses = F.softplus(-(offset + gradient @ w))
-        return float(weight @ losses + penalty * w.square().sum())
-
-    current = value(w)
-    for _ in range(steps):
-        wrong = torch.sigmoid(-(offset + gradient @ w))  # the probability of the other side
-        slope = 2 * penalty * w - gradient.T @ (weight * wrong)
-        curvature = (weight * wrong * (1 - wrong))[:, None] * gradient
-        hessian = gradient.T @ curvature + 2 * penalty * identity
-        # without a penalty, directions that no row has are left alone
-        hessian.diagonal().add_(1e-12 * hessian.diagonal().mean())
-        step = torch.cholesky_solve(slope[:, None], torch.linalg.cholesky(hessian))[:, 0]
-        decrease = float(slope @ step)
-        if decrease <= 1e-12 * (1 + abs(current)):
-            break
-        size = 1.0
-        while (new := value(w - size * step)) > current - 1e-4 * size * decrease:
-            size /= 2
-            if size < 1e-8:
-                return w
-        w, current = w - size * step, new
-    return w
-
-
-# ----------------------------------------------------------------------------------------- GradEx
-
 
 Subset = Collection[str]
-
-
-@dataclass
-class Selection:
-    """What `GradEx.select` found."""
-
-    objective: str
-    method: str
-    chosen: tuple[str, ...]
-    estimated: float
-    """Of the chosen subset."""
-    subsets: list[tuple[tuple[str, ...], float]]
-    """Every subset that was looked at and is allowed, with its estimated loss, best first."""
-    scores: dict[str, float]
-    """Ensemble: the mean estimate of the subsets that hold the task; lower is better."""
-
-
-@dataclass
-class Comparison:
-    """Estimated against true losses of the same subsets."""
-
-    subsets: list[tuple[str, ...]]
-    estimated: list[float]
-    true: list[float]
-
-    @property
-    def spearman(self) -> float:
-        """Rank correlation; NaN for fewer than two subsets."""
-        return spearman(self.estimated, self.true)
-
-    @property
-    def relative_error(self) -> float:
-        """Mean of |estimated - true| / true."""
-        pairs = zip(self.estimated, self.true, strict=True)
-        return float(np.mean([abs(e - t) / abs(t) for e, t in pairs]))
-
-    def __str__(self) -> str:
-        width = max(len(" ".join(tasks)) for tasks in self.subsets)
-        lines = [f"{'subset':<{width}}  estimated    true   error"]
-        for tasks, e, t in zip(self.subsets, self.estimated, self.true, strict=True):
-            lines.append(f"{' '.join(tasks):<{width}}  {e:9.4f} {t:7.4f} {(e - t) / t:+7.1%}")
-        lines.append(
-            f"mean |error| {self.relative_error:.1%}, rank correlation {self.spearman:.2f}"
-        )
-        return "\n".join(lines)
-
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Rank correlation, ties at their mean rank."""
-    if len(a) < 2:
-        return math.nan
-    ranks = [_ranks(np.asarray(values, dtype=float)) for values in (a, b)]
-    if any(np.ptp(r) == 0 for r in ranks):
-        return math.nan
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[place]
 
 
 class GradEx:
@@ -373,7 +130,6 @@ class GradEx:
         self.norm = norm_of(self.parameters)
         identity = {"version": 1, "dim": dim, "seed": seed, "unit": unit}
         self.store = Store(store, identity | {"weights": fingerprint(named)})
-        self._rows: dict[str, Rows] = {}
 
     # ------------------------------------------------------------------------------ collecting
 
@@ -391,89 +147,20 @@ class GradEx:
         """
         if role not in ("train", "target"):
             raise ValueError(f"role is {role!r}; it takes 'train' or 'target'")
-        was_training = self.model.training
-        self.model.eval()
-        shard, waiting = Shard(), []
-        row_bytes = 4 * self.num_parameters
-        try:
+        collector = Collector(self.store, self.parameters, self.unit, self.dim, self.seed)
+        with evaluating(self.model):
             for sample in samples:
-                if f"{role}:{sample.id}" in self.store.ids or f"{role}:{sample.id}" in shard.id:
-                    progress(1)
-                    continue
-                margins = self._margins(sample)
-                shard.id.append(f"{role}:{sample.id}")
-                shard.task.append(sample.task)
-                shard.role.append(role)
-                shard.tokens.append(margins.numel())
-                rows = [answer_margin(margins)] if self.unit == "answer" else list(margins)
-                shard.rows.append(len(rows))
-                values = [float(row.detach()) for row in rows]
-                shard.margin = np.append(shard.margin, values)
-                for number, row in enumerate(rows):
-                    waiting.append(self._gradient(row, number + 1 < len(rows)))
-                    if len(waiting) * row_bytes >= BUFFER_BYTES:
-                        self._project(shard, waiting)
-                if len(shard.id) >= SHARD_SAMPLES:
-                    self._flush(shard, waiting)
-                    shard = Shard()
+                if not collector.has(role, sample):
+                    collector.add(role, sample, self._margins(sample))
                 progress(1)
-            self._flush(shard, waiting)
-        finally:
-            self.model.train(was_training)
+            collector.flush()
 
     def _margins(self, sample: Sample) -> Tensor:
-        """Margins (T,) of the sample's predicted tokens."""
-        logits, target = self.outputs(self.model, sample.inputs)
-        margins = output_margin(logits, target)[target != -100]
-        if not margins.numel():
-            raise ValueError(f"sample {sample.id!r} has no token to predict: every target is -100")
-        return margins
-
-    def _gradient(self, margin: Tensor, again: bool) -> list[Tensor]:
-        grads = torch.autograd.grad(margin, self.parameters, retain_graph=again, allow_unused=True)
-        return [
-            torch.zeros_like(p) if g is None else g
-            for g, p in zip(grads, self.parameters, strict=True)
-        ]
-
-    def _project(self, shard: Shard, waiting: list[list[Tensor]]) -> None:
-        if not waiting:
-            return
-        if len(waiting) == 1:  # no copy: it may be all of a large model's
-            pieces = [g.reshape(1, -1) for g in waiting[0]]
-        else:
-            per_parameter = zip(*waiting, strict=True)
-            pieces = [torch.stack([g.flatten() for g in piece]) for piece in per_parameter]
-        waiting.clear()
-        new = project(pieces, self.dim, self.seed).cpu().numpy()
-        shard.gradient = new if shard.gradient is None else np.concatenate([shard.gradient, new])
-
-    def _flush(self, shard: Shard, waiting: list[list[Tensor]]) -> None:
-        self._project(shard, waiting)
-        if shard.id:
-            self.store.add(shard)
-            self._rows.clear()
+        return margins_of(self.model, sample, self.outputs)
 
     def rows(self, role: str) -> Rows:
         """All rows with a role."""
-        if role not in self._rows:
-            shards = [shard for shard in self.store.shards if role in shard.role]
-            if not shards:
-                raise ValueError(f"no samples yet: call collect(samples, role={role!r}) first")
-            margin = np.concatenate([shard.margin for shard in shards])
-            gradient = np.concatenate([shard.gradient for shard in shards])
-            repeat = np.concatenate([shard.rows for shard in shards])
-            task = np.repeat(np.concatenate([shard.task for shard in shards]), repeat)
-            mine = np.repeat(np.concatenate([shard.role for shard in shards]), repeat) == role
-            rows = Rows(
-                torch.from_numpy(margin), torch.from_numpy(gradient).double(), task, 0
-            ).take(mine)
-            if not (rows.margin.isfinite().all() and rows.gradient.isfinite().all()):
-                raise ValueError(
-                    f"the {role} samples hold margins or gradients that are no numbers"
-                )
-            self._rows[role] = rows
-        return self._rows[role]
+        return self.store.rows(role)
 
     def tasks(self, role: str = "train") -> tuple[str, ...]:
         """The tasks with samples of a role, in the order they came."""
@@ -481,12 +168,7 @@ class GradEx:
 
     def tokens(self, task: str) -> int:
         """Predicted tokens of a task's target samples."""
-        return sum(
-            tokens
-            for shard in self.store.shards
-            for name, role, tokens in zip(shard.task, shard.role, shard.tokens, strict=True)
-            if name == task and role == "target"
-        )
+        return self.store.tokens(task)
 
     # ------------------------------------------------------------------------------ estimating
 
@@ -512,17 +194,11 @@ class GradEx:
         every = self.rows("train")
         rows = every.take(np.isin(every.task, names))
         weight = self._weights(rows.task)
-        gradient, offset = rows.gradient, rows.margin
-        if self.offset:
-            scale = float(every.gradient.square().sum(1).mean())
-            penalty = RELATIVE_PENALTY * scale if self.penalty is None else self.penalty
-            return fit_logistic(gradient, offset, weight, penalty)
-        count = len(rows.task)
-        penalty = 1 / (2 * PUBLISHED_C * count) if self.penalty is None else self.penalty
-        labels = np.random.default_rng(self.seed).random(count) < 0.7
-        side = torch.from_numpy(np.where(labels, 1.0, -1.0))
-        with_intercept = torch.cat([gradient, side[:, None]], 1)
-        return fit_logistic(with_intercept, torch.zeros_like(offset), weight, penalty)[:-1]
+        if not self.offset:
+            return fit_published(rows.gradient, weight, self.penalty, self.seed)
+        scale = float(every.gradient.square().sum(1).mean())
+        penalty = RELATIVE_PENALTY * scale if self.penalty is None else self.penalty
+        return fit_logistic(rows.gradient, rows.margin, weight, penalty)
 
     def estimate(self, subset: Subset, target: Subset | None = None) -> float:
         """Estimated cross-entropy per token after fine-tuning on the tasks of `subset`.
@@ -604,16 +280,11 @@ class GradEx:
         """
         nll: dict[str, list[float]] = {}
         tokens: dict[str, int] = {}
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with self.moved(subset), torch.no_grad():
-                for sample in samples:
-                    margins = self._margins(sample)
-                    nll.setdefault(sample.task, []).append(F.softplus(-margins).sum().item())
-                    tokens[sample.task] = tokens.get(sample.task, 0) + margins.numel()
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model), self.moved(subset), torch.no_grad():
+            for sample in samples:
+                margins = self._margins(sample)
+                nll.setdefault(sample.task, []).append(F.softplus(-margins).sum().item())
+                tokens[sample.task] = tokens.get(sample.task, 0) + margins.numel()
         if not nll:
             raise ValueError("samples is empty; it takes those whose loss is to be measured")
         return float(np.mean([sum(nll[task]) / tokens[task] for task in nll]))
@@ -654,7 +325,6 @@ class GradEx:
         if method == "auto":
             count = sum(math.comb(len(tasks), k) for k in sizes)
             method = "exhaustive" if count <= subsets else "ensemble"
-        looked_at: dict[tuple[str, ...], float] = {}
         names = self._checked(
             self.tasks("target") if target is None else target, "target", "target"
         )
@@ -662,73 +332,19 @@ class GradEx:
         if measured is not None and (left_out := set(names) - {s.task for s in measured}):
             raise ValueError(f"samples has none of {', '.join(sorted(left_out))}; target names it")
 
-        def estimate(subset: Collection[str]) -> float:
-            key = tuple(task for task in tasks if task in subset)
-            if key not in looked_at:
-                looked_at[key] = (
-                    self.estimate(key, target) if measured is None else self.measure(key, measured)
-                )
-            return looked_at[key]
+        def loss(subset: tuple[str, ...]) -> float:
+            if measured is None:
+                return self.estimate(subset, target)
+            return self.measure(subset, measured)
 
-        scores: dict[str, float] = {}
-        if method == "exhaustive":
-            for count in sizes:
-                for subset in itertools.combinations(tasks, count):
-                    estimate(subset)
-        elif method == "ensemble":
-            drawn = list(self._random_subsets(tasks, subsets, size))
-            for task in tasks:
-                holding = [estimate(subset) for subset in drawn if task in subset]
-                scores[task] = float(np.mean(holding)) if holding else math.nan
-            ranking = sorted(tasks, key=lambda task: (math.isnan(scores[task]), scores[task]))
-            for count in sizes:
-                estimate(ranking[:count])
-        elif method == "forward":
-            chosen: list[str] = []
-            while len(chosen) < len(tasks):
-                rest = [task for task in tasks if task not in chosen]
-                best = min(rest, key=lambda task: estimate([*chosen, task]))
-                enough = len(chosen) >= smallest
-                if enough and estimate([*chosen, best]) >= estimate(chosen):
-                    break
-                chosen.append(best)
-        else:
-            raise ValueError(
-                f"method is {method!r}; it takes 'auto', 'exhaustive', 'ensemble' or 'forward'"
-            )
-        allowed = [item for item in looked_at.items() if len(item[0]) >= smallest]
-        ordered = sorted(allowed, key=lambda item: item[1])
+        ordered, scores = search(
+            loss, tasks, method, subsets=subsets, size=size, smallest=smallest, seed=self.seed
+        )
         objective = f"cross-entropy per token of {' '.join(names)}"
         return Selection(objective, method, *ordered[0], ordered, scores)
-
-    def _random_subsets(
-        self, tasks: Sequence[str], count: int, size: int | None
-    ) -> Iterator[tuple[str, ...]]:
-        size = max(1, len(tasks) // 2) if size is None else size
-        if not 1 <= size <= len(tasks):
-            raise ValueError(f"size is {size}; it takes 1 to {len(tasks)}, the number of tasks")
-        rng = random.Random(self.seed)
-        for _ in range(count):
-            yield tuple(rng.sample(tasks, size))
 
     def compare(self, true: Mapping[Subset, float], target: Subset | None = None) -> Comparison:
         """Estimates beside the true losses of subsets that were fine-tuned."""
         subsets = [tuple(subset) for subset in true]
         estimated = [self.estimate(subset, target) for subset in subsets]
         return Comparison(subsets, estimated, [float(value) for value in true.values()])
-
-
-def norm_of(parameters: Iterable[Tensor]) -> float:
-    """Their length as one vector."""
-    squares = [p.detach().to(widest(p.device)).square().sum().item() for p in parameters]
-    return math.fsum(squares) ** 0.5
-
-
-def fingerprint(named: Sequence[tuple[str, Tensor]]) -> str:
-    """Of names, shapes and values: gradients at other weights are other gradients."""
-    digest = hashlib.sha256()
-    for name, parameter in named:
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        data = parameter.detach().contiguous().flatten().view(torch.uint8)
-        digest.update(data.cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from segloss.kernels.common import Rows
-from segloss.kernels.divergence import Pair, divergence, divergence_grad
+from segloss.kernels.divergence import Pair, PairNumbers, divergence, divergence_grad
 from segloss.kernels.logit_grad import GradTerms, logit_grad
 from segloss.kernels.row_stats import RowStats
 
@@ -192,8 +192,7 @@ class Reading:
         """The same of a block of its classes, from the numbers of the first reading."""
         reading = cls(beside, valid, divergences, [])
         for pair, numbers in zip(reading.make_pairs(z, classes), vectors, strict=True):
-            (pair.student_max, pair.student_sum, pair.teacher_max, pair.teacher_sum,
-             pair.center) = numbers.unbind(0)  # fmt: skip
+            pair.numbers = PairNumbers(*numbers.unbind(0))
             reading.pairs.append(pair)
         return reading
 
@@ -216,14 +215,14 @@ class Reading:
     @property
     def values(self) -> Tensor | None:
         """(R, S)"""
-        return torch.stack([p.value for p in self.pairs], 1) if self.pairs else None
+        return torch.stack([p.numbers.value for p in self.pairs], 1) if self.pairs else None
 
     @property
     def vectors(self) -> Tensor | None:
         """(S, 5, R)"""
         if not self.pairs:
             return None
-        return torch.stack([torch.stack(pair.vectors) for pair in self.pairs])
+        return torch.stack([torch.stack(pair.numbers) for pair in self.pairs])
 
     def upstream(self, grad: Tensor | None) -> list[Pair]:
         """The pairs with the gradient (R, S) of their values; none if there is none."""

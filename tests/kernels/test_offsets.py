@@ -13,7 +13,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from segloss.kernels import candidates as candidates_family
 from segloss.kernels import class_stats, logit_grad, row_stats
-from segloss.kernels.common import Rows, row_offset
+from segloss.kernels.common import KernelRows, Rows, row_offset
 
 V = 4099
 N = 2**19 + 1  # the last row starts at 524288 * 4099 > 2**31
@@ -21,9 +21,9 @@ LAST = N - 1
 
 
 @triton.jit
-def row_offset_kernel(out, T, stride_b, stride_t):
+def row_offset_kernel(out, rows):
     row = tl.program_id(0)
-    tl.store(out + row, row_offset(row, T, stride_b, stride_t))
+    tl.store(out + row, row_offset(rows, row))
 
 
 STRIDES = [(2**31 - 1, 2**30), (2**33, 2**31), (0, 2**40), (-(2**32), 1)]
@@ -33,7 +33,8 @@ STRIDES = [(2**31 - 1, 2**30), (2**33, 2**31), (0, 2**40), (-(2**32), 1)]
 def test_a_row_s_offset_is_of_64_bits(stride_b, stride_t):
     """Program ids and most strides are of 32 bits; their product must not be."""
     out = torch.empty(9, dtype=torch.int64)
-    row_offset_kernel[(9,)](out, 3, stride_b, stride_t)
+    rows = KernelRows(out, 3, V, stride_b, stride_t, 1, softcap=None, scale=None, dtype=None)
+    row_offset_kernel[(9,)](out, rows)
     assert out.tolist() == [b * stride_b + t * stride_t for b in range(3) for t in range(3)]
 
 

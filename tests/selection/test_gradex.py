@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from segloss.kernels.projection import back_project
-from segloss.selection import Comparison, GradEx, Sample, gradex
-from segloss.selection.gradex import fit_logistic, spearman
+from segloss.selection import Comparison, GradEx, Sample, gradex, gradients
+from segloss.selection.regression import fit_logistic
+from segloss.selection.search import random_subsets, spearman
 
 FEATURES = 6
 
@@ -331,7 +332,7 @@ def test_ensemble_scores_are_means_over_subsets(data, held_out, monkeypatch):
     explorer = collected(data, held_out)
     additive(explorer, monkeypatch, WORTH)
     found = explorer.select(method="ensemble", subsets=300, size=2, smallest=1)
-    drawn = list(explorer._random_subsets(tuple("abc"), 300, 2))
+    drawn = list(random_subsets(tuple("abc"), 300, 2, seed=0))
     for task in "abc":
         holding = [np.mean([WORTH[t] for t in s]) for s in drawn if task in s]
         assert found.scores[task] == pytest.approx(np.mean(holding))
@@ -408,8 +409,8 @@ def test_a_store_holds_the_same_numbers_however_it_was_filled(
     data, held_out, tmp_path, monkeypatch
 ):
     whole = collected(data, held_out)
-    monkeypatch.setattr(gradex, "SHARD_SAMPLES", 7)
-    monkeypatch.setattr(gradex, "BUFFER_BYTES", 5 * 4 * FEATURES)
+    monkeypatch.setattr(gradients, "SHARD_SAMPLES", 7)
+    monkeypatch.setattr(gradients, "BUFFER_BYTES", 5 * 4 * FEATURES)
     first = GradEx(Linear(), outputs=outputs, dim=32, store=tmp_path / "store")
     first.collect(samples_of(data)[:40])
     (tmp_path / "store" / "partial-rows-00099.npz").write_bytes(b"a kill while it was written")
@@ -434,8 +435,8 @@ KILLED = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from selection import test_gradex as t
-from segloss.selection import GradEx, gradex
-gradex.SHARD_SAMPLES = 2
+from segloss.selection import GradEx, gradients
+gradients.SHARD_SAMPLES = 2
 def slow(model, inputs):
     time.sleep(0.02)
     return t.outputs(model, inputs)

@@ -103,9 +103,9 @@ def test_a_killed_collection_goes_on(select, monkeypatch, tmp_path):
     assert select("--gradients", store)[0] == 0
     first = json.loads((tmp_path / "run" / "selection.json").read_text())
 
-    from segloss.selection import GradEx
+    from segloss.selection.gradients import Collector
 
-    monkeypatch.setattr(GradEx, "_gradient", None)
+    monkeypatch.setattr(Collector, "add", None)
     assert select("--gradients", store, "--output", tmp_path / "again")[0] == 0
     again = json.loads((tmp_path / "again" / "selection.json").read_text())
     assert again["subsets"] == first["subsets"]
