@@ -130,7 +130,7 @@ def load_targets(teacher, column_weight, pointers, columns, mask):
 
 @jit
 def divergence_kernel(
-    student,  # KernelRows
+    rows,  # KernelRows of the student
     teacher,  # KernelRows or None
     column_weight,  # (V,) or None
     valid,  # (N,)
@@ -145,8 +145,8 @@ def divergence_kernel(
     Every line of a tile keeps sums of its own, relative to maxima of its own.
     """
     row = tl.program_id(0)
-    V = student.V
-    zero = tl.zeros((), student.dtype)
+    V = rows.V
+    zero = tl.zeros((), rows.dtype)
     if tl.load(valid + row) == 0:
         tl.store(out.value + row, zero)
         tl.store(out.student_max + row, zero)
@@ -155,7 +155,7 @@ def divergence_kernel(
         tl.store(out.teacher_sum + row, zero)
         return
 
-    u_start = student.logits + row_offset(student, row)
+    u_start = rows.logits + row_offset(rows, row)
     w_start = u_start
     if teacher is not None:
         w_start = teacher.logits + row_offset(teacher, row)
@@ -163,21 +163,21 @@ def divergence_kernel(
         u_start = tl.multiple_of(u_start, 16)
         w_start = tl.multiple_of(w_start, 16)
     LINES: tl.constexpr = BLOCK_V // GROUP
-    u_max = tl.full((LINES,), float("-inf"), student.dtype)
-    w_max = tl.full((LINES,), float("-inf"), student.dtype)
-    u_sum = tl.zeros((LINES,), student.dtype)
-    w_sum = tl.zeros((LINES,), student.dtype)
+    u_max = tl.full((LINES,), float("-inf"), rows.dtype)
+    w_max = tl.full((LINES,), float("-inf"), rows.dtype)
+    u_sum = tl.zeros((LINES,), rows.dtype)
+    w_sum = tl.zeros((LINES,), rows.dtype)
     # sum_j e_j (difference of the shifted logits), e of the one the mean is taken over
-    mixed = tl.zeros((LINES,), student.dtype)
+    mixed = tl.zeros((LINES,), rows.dtype)
     tile = tile_columns(ALIGNED, GROUP, BLOCK_V)
-    ONE_LOOP: tl.constexpr = 1 if student.dtype == tl.float64 else 0
+    ONE_LOOP: tl.constexpr = 1 if rows.dtype == tl.float64 else 0
     whole = 0 if ONE_LOOP else V // BLOCK_V * BLOCK_V
     for REST in tl.static_range(ONE_LOOP, 2):
         for first in range(whole if REST else 0, V if REST else whole, BLOCK_V):
             columns = first + tile
             inside = columns < V if REST else None
             offsets = columns.to(tl.int64)
-            z = load_logits(student, u_start + offsets * student.stride_v, inside)
+            z = load_logits(rows, u_start + offsets * rows.stride_v, inside)
             u, u_max, u_rescale, u_shift = moved(z, u_max)
             e = tl.exp2(u * LOG2E)
             if KIND == "targets":
@@ -243,7 +243,7 @@ def log_mixture(u, w, beta):
 
 @jit
 def jsd_kernel(
-    student,  # KernelRows
+    rows,  # KernelRows of the student
     teacher,  # KernelRows
     valid,  # (N,)
     numbers,  # PairNumbers: both normalisers, and room for value and center
@@ -253,21 +253,21 @@ def jsd_kernel(
     """One program per row: both divergences from the mixture, given both normalisers."""
     row = tl.program_id(0)
     if tl.load(valid + row) == 0:
-        tl.store(numbers.value + row, tl.zeros((), student.dtype))
-        tl.store(numbers.center + row, tl.zeros((), student.dtype))
+        tl.store(numbers.value + row, tl.zeros((), rows.dtype))
+        tl.store(numbers.center + row, tl.zeros((), rows.dtype))
         return
-    u_start = student.logits + row_offset(student, row)
+    u_start = rows.logits + row_offset(rows, row)
     w_start = teacher.logits + row_offset(teacher, row)
     u_less = tl.load(numbers.student_max + row), tl.load(numbers.student_sum + row)
     w_less = tl.load(numbers.teacher_max + row), tl.load(numbers.teacher_sum + row)
-    share = tl.full((), beta, student.dtype)
-    of_p = tl.zeros((BLOCK_V,), student.dtype)
-    of_q = tl.zeros((BLOCK_V,), student.dtype)
-    for first in range(0, student.V, BLOCK_V):
+    share = tl.full((), beta, rows.dtype)
+    of_p = tl.zeros((BLOCK_V,), rows.dtype)
+    of_q = tl.zeros((BLOCK_V,), rows.dtype)
+    for first in range(0, rows.V, BLOCK_V):
         columns = first + tl.arange(0, BLOCK_V)
-        inside = columns < student.V
+        inside = columns < rows.V
         offsets = columns.to(tl.int64)
-        u = load_logits(student, u_start + offsets * student.stride_v, inside)
+        u = load_logits(rows, u_start + offsets * rows.stride_v, inside)
         w = load_logits(teacher, w_start + offsets * teacher.stride_v, inside)
         u = u - u_less[0] - u_less[1]
         w = w - w_less[0] - w_less[1]
@@ -281,7 +281,7 @@ def jsd_kernel(
 
 @jit
 def divergence_grad_kernel(
-    student,  # KernelRows
+    rows,  # KernelRows of the student
     teacher,  # KernelRows or None
     column_weight,  # (V,) or None
     valid,  # (N,)
@@ -296,7 +296,7 @@ def divergence_grad_kernel(
 ):
     """One program per row: the formulas at the head of this file, written or added to `out`."""
     row = tl.program_id(0)
-    V = student.V
+    V = rows.V
     out += row.to(tl.int64) * out_stride
     if tl.load(valid + row) == 0:
         if not ADD:
@@ -305,27 +305,27 @@ def divergence_grad_kernel(
                 zeros = tl.zeros((BLOCK_V,), out.dtype.element_ty)
                 tl.store(out + columns, zeros, mask=columns < V)
         return
-    u_start = student.logits + row_offset(student, row)
+    u_start = rows.logits + row_offset(rows, row)
     w_start = u_start
     if teacher is not None:
         w_start = teacher.logits + row_offset(teacher, row)
     u_max, u_log = tl.load(numbers.student_max + row), tl.load(numbers.student_sum + row)
     w_max, w_log = tl.load(numbers.teacher_max + row), tl.load(numbers.teacher_sum + row)
     center, upstream = tl.load(numbers.center + row), tl.load(grad + row)
-    share = tl.full((), beta, student.dtype)
+    share = tl.full((), beta, rows.dtype)
     # the divisions by the sums are one multiplication per row, outside the exponents and the loop
     of_p = upstream * tl.exp2(-u_log * LOG2E)
     of_q = upstream * tl.exp2(-w_log * LOG2E)
     if KIND == "targets":
         of_p = of_p * w_log
-    ONE_LOOP: tl.constexpr = 1 if student.dtype == tl.float64 else 0
+    ONE_LOOP: tl.constexpr = 1 if rows.dtype == tl.float64 else 0
     whole = 0 if ONE_LOOP else V // BLOCK_V * BLOCK_V
     for REST in tl.static_range(ONE_LOOP, 2):
         for first in range(whole if REST else 0, V if REST else whole, BLOCK_V):
             columns = first + tl.arange(0, BLOCK_V)
             inside = columns < V if REST else None
             offsets = columns.to(tl.int64)
-            z = load_logits(student, u_start + offsets * student.stride_v, inside)
+            z = load_logits(rows, u_start + offsets * rows.stride_v, inside)
             u = z - u_max
             if KIND == "lse":
                 dz = tl.exp2(u * LOG2E) * of_p
@@ -343,13 +343,13 @@ def divergence_grad_kernel(
                 else:
                     p, _, log_p, _, log_m = log_mixture(u - u_log, w - w_log, share)
                     dz = p * (upstream * (1 - share) * (log_p - log_m - center))
-            if student.softcap is not None:
-                ratio = tl.maximum(z * (1 / tl.full((), student.softcap, student.dtype)), -1.0)
+            if rows.softcap is not None:
+                ratio = tl.maximum(z * (1 / tl.full((), rows.softcap, rows.dtype)), -1.0)
                 dz = dz * (1.0 - ratio * ratio)
-            if student.scale is not None:
-                dz = dz * tl.full((), student.scale, student.dtype)
+            if rows.scale is not None:
+                dz = dz * tl.full((), rows.scale, rows.dtype)
             if ADD:
-                dz += tl.load(out + columns, mask=inside).to(student.dtype)
+                dz += tl.load(out + columns, mask=inside).to(rows.dtype)
             tl.store(out + columns, dz.to(out.dtype.element_ty), mask=inside)
 
 

@@ -314,8 +314,10 @@ def distillation_loss(
         divergence = "reverse" if beta else "forward"
 
     def kl(log_a: Tensor, log_b: Tensor, counted: Tensor) -> Tensor:
+        # 0 log 0 is 0, and so is its gradient
         some = counted & (log_a.exp() > 0)
-        return torch.where(some, log_a.exp() * (log_a - log_b), 0).sum(-1)
+        ratio = torch.where(some, log_a - log_b, 0)
+        return (torch.where(some, log_a, -torch.inf).exp() * ratio).sum(-1)
 
     def value(rows: _Rows, class_weight: Tensor) -> Tensor:
         log_p = (rows.logits[:, :width] / temperature).log_softmax(-1)
@@ -330,7 +332,9 @@ def distillation_loss(
             found = kl(log_p, log_q, counted)
         else:
             shares = torch.tensor([beta, 1 - beta], device=logits.device).double().log()
-            log_m = torch.logaddexp(log_q + shares[0], log_p + shares[1])
+            dead = (log_q == -torch.inf) & (log_p == -torch.inf)
+            of_q, of_p = (torch.where(dead, 0, x) for x in (log_q, log_p))
+            log_m = torch.logaddexp(of_q + shares[0], of_p + shares[1])
             found = beta * kl(log_q, log_m, counted) + (1 - beta) * kl(log_p, log_m, counted)
         factor = temperature**2 if temperature_squared else 1.0
         return class_weight[rows.target] * factor * found

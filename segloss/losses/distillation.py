@@ -163,17 +163,18 @@ class DistillationLoss(TokenLoss, function="distillation_loss", short="distill")
 
 def divergence_of(kind: str, beta: float, log_p: Tensor, log_q: Tensor, listed: Tensor) -> Tensor:
     """The divergence's sum (N,) over the listed classes (N, k)."""
-    log_p = torch.where(listed, log_p, -torch.inf)
 
     def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-        some = log_a > -torch.inf
-        # selected before the product too: 0 * inf has no gradient
-        a, ratio = torch.where(some, log_a, 0), torch.where(some, log_a - log_b, 0)
-        return torch.where(some, a.exp() * ratio, 0).sum(-1)
+        # 0 log 0 is 0, and so is its gradient
+        some = listed & (log_a > -torch.inf)
+        ratio = torch.where(some, log_a - log_b, 0)
+        return (torch.where(some, log_a, -torch.inf).exp() * ratio).sum(-1)
 
     if kind == "forward":
         return kl(log_q, log_p)
     if kind == "reverse":
         return kl(log_p, log_q)
-    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+    dead = ~listed | ((log_p == -torch.inf) & (log_q == -torch.inf))
+    of_q, of_p = (torch.where(dead, 0, x) for x in (log_q, log_p))
+    log_m = torch.logaddexp(of_q + math.log(beta), of_p + math.log1p(-beta))
     return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
