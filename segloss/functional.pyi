@@ -76,6 +76,7 @@ def linear_cross_entropy(
     teacher: Tensor = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
+    options: Tensor = None,
 ) -> Any: ...
 def focal_loss(
     logits: Tensor | Source,
