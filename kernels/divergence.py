@@ -395,6 +395,8 @@ def divergence_grad_triton(pair: Pair, dlogits: Tensor, add: bool) -> None:
 def raw_rows(rows: Rows, here: slice) -> Tensor:
     """Raw logits (R, V) of some rows, copied only where no stride leads from one to the next."""
     time = rows.data.shape[1]
+    if here.start == here.stop:
+        return rows.data[:0].flatten(0, 1)
     parts = [
         rows.data[b, max(here.start - b * time, 0) : here.stop - b * time]
         for b in range(here.start // time, (here.stop - 1) // time + 1)

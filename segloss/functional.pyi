@@ -3,6 +3,7 @@ from typing import Any
 
 from torch import Tensor
 
+from segloss.sources.beside import TopK
 from segloss.sweep.source import Source
 
 __all__ = [
@@ -47,7 +48,7 @@ def cross_entropy(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -73,10 +74,10 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
-    options: Tensor = None,
+    options: Any = None,
 ) -> Any: ...
 def focal_loss(
     logits: Tensor | Source,
@@ -90,7 +91,7 @@ def focal_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -115,7 +116,7 @@ def linear_focal_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -131,7 +132,7 @@ def poly_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -156,7 +157,7 @@ def linear_poly_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -172,7 +173,7 @@ def generalized_cross_entropy(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -197,7 +198,7 @@ def linear_generalized_cross_entropy(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -212,7 +213,7 @@ def dft_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -236,7 +237,7 @@ def linear_dft_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -254,7 +255,7 @@ def self_adjusting_dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -281,7 +282,7 @@ def linear_self_adjusting_dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -300,7 +301,7 @@ def distillation_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -328,7 +329,7 @@ def linear_distillation_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -347,7 +348,7 @@ def dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -375,7 +376,7 @@ def linear_dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -394,7 +395,7 @@ def jaccard_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -422,7 +423,7 @@ def linear_jaccard_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -443,7 +444,7 @@ def tversky_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -473,7 +474,7 @@ def linear_tversky_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -495,7 +496,7 @@ def focal_tversky_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -526,7 +527,7 @@ def linear_focal_tversky_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -544,7 +545,7 @@ def generalized_dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -571,7 +572,7 @@ def linear_generalized_dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -589,7 +590,7 @@ def lovasz_softmax(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
@@ -616,7 +617,7 @@ def linear_lovasz_softmax(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    teacher: Tensor = None,
+    teacher: Tensor | Source | TopK | None = None,
     columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...

@@ -281,7 +281,7 @@ def _soft_cross_entropy(
 
     def value(rows: _Rows, _: Tensor) -> Tensor:
         y = target.detach()[rows.valid].to(logits)
-        finite = rows.logits.isfinite()
+        finite = rows.logits.isfinite().to(logits)
         share = (1 - label_smoothing) * y + label_smoothing * finite / finite.sum(-1, keepdim=True)
         terms = torch.where(share == 0, 0, class_weight * share * -rows.log_probs)
         return terms.sum(-1) + z_loss * rows.lse**2
@@ -331,7 +331,7 @@ def distillation_loss(
         elif divergence == "reverse":
             found = kl(log_p, log_q, counted)
         else:
-            shares = torch.tensor([beta, 1 - beta], device=logits.device).double().log()
+            shares = np.log([beta, 1 - beta])
             dead = (log_q == -torch.inf) & (log_p == -torch.inf)
             of_q, of_p = (torch.where(dead, 0, x) for x in (log_q, log_p))
             log_m = torch.logaddexp(of_q + shares[0], of_p + shares[1])

@@ -5,6 +5,8 @@ N tokens, R rows of a chunk, V classes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,9 @@ def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenSt
     with torch.autocast(inputs.device.type, enabled=False):
         names, options = tuple(inputs.tensors), inputs.options
         value, *stats = _RowSum.apply(names, options, batch, plan, *inputs.tensors.values())
-    *stats, listed = stats
-    return value, TokenStats(*stats, listed=listed)
+    found = TokenStats(*stats[:4])
+    found.listed = stats[4]
+    return value, found
 
 
 def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
@@ -67,7 +70,7 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
         )
         beside = inner.beside.take(here)
         reading = Reading.of(z, beside, valid, request.divergences, stats)
-        leaves = {
+        leaves: dict[str, Any] = {
             "log_prob": stats.log_prob,
             "lse": stats.row_max + stats.log_sum,
             "logit_sum": stats.logit_sum,

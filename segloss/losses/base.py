@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from segloss.checks import check_choice, describe
 from segloss.distributed import sum_over
 from segloss.losses import registry
-from segloss.sources import as_source, is_probabilities, make_beside, public_statistics
+from segloss.sources import TopK, as_source, is_probabilities, make_beside, public_statistics
 from segloss.sweep.batch import Batch, make_batch
 from segloss.sweep.beside import Beside
 from segloss.sweep.request import Request, RowSum, Statistics, Sweep
@@ -134,7 +134,7 @@ class Loss(nn.Module):
         token_weight: Tensor | None = None,
         sample_ids: Tensor | None = None,
         normalizer: float | Tensor | None = None,
-        teacher=None,
+        teacher: Tensor | Source | TopK | None = None,
         columns: Tensor | None = None,
         return_statistics: bool = False,
     ) -> Tensor | tuple[Tensor, Statistics]:
@@ -158,7 +158,7 @@ class Loss(nn.Module):
             # here, not above: what traces takes longer to import than all the rest
             from segloss.losses.compiled import compiled_loss, eager_loss
 
-            keywords = {
+            keywords: dict[str, Any] = {
                 "token_weight": token_weight,
                 "sample_ids": sample_ids,
                 "normalizer": normalizer,
@@ -193,6 +193,7 @@ class Loss(nn.Module):
         if self.is_row_sum and source.forms_gradients:
             loss, stats = source.row_sum(batch, self.row_sum(batch, normalizer, request))
             loss = sum_over(loss, self.group)
+            stats.named(beside, ())
             return (loss, public_statistics(stats, batch)) if return_statistics else loss
         sweep = source.sweep(batch, request)
         with torch.autocast(source.device.type, enabled=False):

@@ -95,7 +95,7 @@ class TopLogits:
 
     @classmethod
     def unpacked(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> TopLogits:
-        return cls(**tensors, **options)
+        return cls(tensors["ids"], tensors["log_prob"], options["num_classes"])
 
 
 def make_beside(

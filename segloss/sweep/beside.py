@@ -107,9 +107,10 @@ class Beside:
     def take(self, rows: Tensor | slice) -> Beside:
         return Beside(
             None if self.columns is None else self.columns[rows],
-            *(None if v is None else v.take(rows)
-              for v in (self.teacher, self.top, self.probabilities)),
-        )  # fmt: skip
+            None if self.teacher is None else self.teacher.take(rows),
+            None if self.top is None else self.top.take(rows),
+            None if self.probabilities is None else self.probabilities.take(rows),
+        )
 
     @property
     def listed(self) -> Tensor | None:
@@ -265,4 +266,4 @@ def unpack(saved: dict[str, Tensor], rest: dict[str, Any], rows: Tensor | slice)
     for name, (kind, options) in rest.items():
         own = {n.removeprefix(f"{name}."): t for n, t in saved.items() if n.startswith(f"{name}.")}
         found[name] = Second(kind.unpacked(own, options), rows)
-    return Beside(**found)
+    return Beside(teacher=found.get("teacher"), probabilities=found.get("probabilities"))

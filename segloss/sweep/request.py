@@ -91,7 +91,8 @@ class TokenStats:
     listed: Tensor | None = None  # (N, k) log-probabilities of all listed classes
     divergences: Tensor | None = None  # (N, S) in the request's order
     # what losses read of the two
-    column_log_prob: Tensor | None = None  # (N, k) of the call's columns, 0 where that is -1
+    columns: Tensor | None = None  # (N, k) class ids that the call lists, -1 to skip
+    column_log_prob: Tensor | None = None  # (N, k) their log-probabilities, 0 where skipped
     top: Top | None = None  # the teacher's likeliest classes
     top_log_prob: Tensor | None = None  # (N, k) the student's of these
     divergence: dict[Divergence, Tensor] | None = None  # (N,) each
@@ -102,8 +103,10 @@ class TokenStats:
             self.divergence = dict(zip(divergences, self.divergences.unbind(1), strict=True))
         if self.listed is None:
             return
-        width = 0 if beside.columns is None else beside.columns.shape[1]
-        self.column_log_prob = self.listed[:, :width] if beside.columns is not None else None
+        width = 0
+        if beside.columns is not None:
+            width = beside.columns.shape[1]
+            self.columns, self.column_log_prob = beside.columns, self.listed[:, :width]
         self.top, self.top_log_prob = beside.top, self.listed[:, width:]
 
 

@@ -182,8 +182,8 @@ def column_slice(terms: GradTerms, first: int, last: int) -> GradTerms:
     if entry_class is not None:
         column = entry_class if terms.columns is None else terms.columns[entry_class]
         if terms.entry_rest is not None and column.is_cuda and terms.columns is None:
-            here = (column >= first) & (column < last)
-            part["entry_class"] = torch.where(here, column - first, -1)  # no count, no wait
+            inside = (column >= first) & (column < last)
+            part["entry_class"] = torch.where(inside, column - first, -1)  # no count, no wait
             return replace(terms, **part)
         chosen = ((column >= first) & (column < last)).nonzero()[:, 0]
         shift = first if terms.columns is None else here.start
