@@ -73,10 +73,9 @@ results: $(READY) ## make bench/RESULTS.md and its plots from bench/results/*.js
 kernels: $(READY) ## compile the kernels for GPUs that are not there; fails over bench/limits.py
 	$(BIN)/python -m bench.kernels
 
-# figures of kernels that fail their tests mean nothing, hence the order
-gpu: $(READY) ## on a GPU: the tests that need one, then the measurements
-	$(BIN)/pytest -m gpu
-	$(BIN)/python -m bench.gpu
+# torch, triton and pytest are all it takes: with or without .venv
+gpu: ## on a GPU: its tests, then every measurement; BENCH="--output DIR --seconds 470"
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench.gpu $(BENCH)
 
 lint: lint-style lint-types lint-layers lint-rules ## check style, types, layers and the rules of .pre-commit-config.yaml
 

@@ -307,6 +307,21 @@ def backend(device: torch.device) -> tuple[str, str]:
     return "torch", f"{device.type} tensor"
 
 
+def launcher(launch: Callable) -> Callable:
+    """A launcher whose kernels run where its first tensor (or rows) is.
+
+    Triton takes the current device, which need not be a tensor's where a process has several.
+    """
+
+    @functools.wraps(launch)
+    def on_its_device(*args, **options):
+        first = next(data for a in args if isinstance(data := getattr(a, "data", a), Tensor))
+        with torch.cuda.device_of(first):
+            return launch(*args, **options)
+
+    return on_its_device
+
+
 def use_triton(tensor: Tensor) -> bool:
     return backend(tensor.device)[0] == "triton"
 

@@ -28,6 +28,7 @@ from .common import (
     Rows,
     exp_,
     jit,
+    launcher,
     load_logits,
     parallel,
     row_offset,
@@ -353,8 +354,9 @@ def divergence_grad_kernel(
             tl.store(out + columns, dz.to(out.dtype.element_ty), mask=inside)
 
 
-def divergence_triton(pair: Pair) -> None:
-    student, teacher = pair.student, pair.teacher or pair.student
+@launcher
+def divergence_triton(student: Rows, pair: Pair) -> None:
+    teacher = pair.teacher or student
     valid = pair.valid.view(torch.uint8)
     grid = (student.num_rows,)
     divergence_kernel[grid](
@@ -373,7 +375,8 @@ def divergence_triton(pair: Pair) -> None:
         pair.numbers.center.copy_(pair.numbers.value)
 
 
-def divergence_grad_triton(pair: Pair, dlogits: Tensor, add: bool) -> None:
+@launcher
+def divergence_grad_triton(dlogits: Tensor, pair: Pair, add: bool) -> None:
     divergence_grad_kernel[(pair.student.num_rows,)](
         *pair.matrices(),
         pair.column_weight,
@@ -593,7 +596,7 @@ def divergence(pair: Pair, known: tuple[Tensor, Tensor] | None = None) -> Pair:
     if n == 0:
         return pair
     if use_triton(student.data):
-        divergence_triton(pair)
+        divergence_triton(student, pair)
         return pair
     known = known if pair.kind in ("forward", "targets", "lse") else None
     if known is not None:
@@ -630,5 +633,5 @@ def divergence_grad(
     elif padded:
         dlogits.zero_()
     for number, pair in enumerate(pairs):
-        divergence_grad_triton(pair, dlogits, add=plain is not None or padded or number > 0)
+        divergence_grad_triton(dlogits, pair, add=plain is not None or padded or number > 0)
     return dlogits

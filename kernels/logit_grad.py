@@ -14,7 +14,7 @@ written p (prob_coef + v) + v (1 - p), with v (1 - p) from the row's accurate lo
 from __future__ import annotations
 
 from collections import namedtuple
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from .common import (
     cdiv,
     exp_,
     jit,
+    launcher,
     load_logits,
     parallel,
     row_offset,
@@ -209,6 +210,7 @@ def grad_entries_kernel(
     rows,  # KernelRows
     dlogits,  # (N, V)
     terms,  # KernelTerms; with entries those M, without all (row, listed column)
+    gathered,  # (N, K) or (M,) logits of these alone, None where dlogits do not lie over them
     M,
     K,
     BLOCK: tl.constexpr,
@@ -226,7 +228,13 @@ def grad_entries_kernel(
         if terms.entry_rest is not None:
             inside = inside & (k >= 0) & (tl.load(terms.valid + row, mask=inside, other=0) != 0)
     column = k if terms.columns is None else tl.load(terms.columns + k, mask=inside, other=0)
-    z = load_logits(rows, rows.logits + row_offset(rows, row) + column * rows.stride_v, inside)
+    if gathered is None:
+        pointers = rows.logits + row_offset(rows, row) + column * rows.stride_v
+    elif terms.entry_grad is None:
+        pointers = gathered + row * K + k
+    else:
+        pointers = gathered + at
+    z = load_logits(rows, pointers, inside)
     y = tl.load(terms.target + row, mask=inside, other=-1)
     of_row = load_row_terms(terms, row, inside)
     extra = tl.zeros((BLOCK,), rows.dtype)
@@ -246,13 +254,16 @@ def grad_entries_kernel(
     tl.store(dlogits + row * rows.V + column, dz.to(dlogits.dtype.element_ty), mask=inside)
 
 
+@launcher
 def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
     n, num_classes = rows.num_rows, rows.num_classes
     covers_all = terms.class_grad is not None and terms.columns is None
     listed = terms.class_grad is not None and not covers_all and terms.class_grad.numel() > 0
     single = terms.entry_grad is not None and terms.entry_grad.numel() > 0
-    if (listed or single) and dlogits.data_ptr() == rows.data.data_ptr():
-        rows = replace(rows, data=rows.data.clone())  # the later passes read the logits again
+    # the later passes read logits again: where dlogits lie over them, a copy of those few
+    in_place = dlogits.data_ptr() == rows.data.data_ptr()
+    panel = rows.data[:, :, terms.columns].contiguous() if listed and in_place else None
+    few = raw_entries(rows, terms) if single and in_place else None
     kernel_rows, kernel_terms = rows.for_kernel(), terms.for_kernel()
     no_entries = kernel_terms._replace(
         entry_row=None, entry_class=None, entry_grad=None, entry_rest=None
@@ -268,13 +279,27 @@ def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
     if listed:
         grid = (n, cdiv(num_columns, 256))
         grad_entries_kernel[grid](
-            kernel_rows, dlogits, no_entries, 0, num_columns, BLOCK=256, num_warps=4
+            kernel_rows, dlogits, no_entries, panel, 0, num_columns, BLOCK=256, num_warps=4
         )
     if single:
         num_entries = terms.entry_grad.numel()
         grad_entries_kernel[(cdiv(num_entries, 256),)](
-            kernel_rows, dlogits, kernel_terms, num_entries, num_columns, BLOCK=256, num_warps=4
+            kernel_rows,
+            dlogits,
+            kernel_terms,
+            few,
+            num_entries,
+            num_columns,
+            BLOCK=256,
+            num_warps=4,
         )
+
+
+def raw_entries(rows: Rows, terms: GradTerms) -> Tensor:
+    """The logits of the entries (M,) as they are stored."""
+    column = terms.entry_class if terms.columns is None else terms.columns[terms.entry_class]
+    time = rows.data.shape[1]
+    return rows.data[terms.entry_row // time, terms.entry_row % time, column]
 
 
 @dataclass
@@ -403,7 +428,7 @@ def logit_grad(rows: Rows, terms: GradTerms, dlogits: Tensor) -> Tensor:
     """Fills dlogits (N, V), contiguous, with the gradient of the logits; returns it.
 
     dlogits may be the memory of the logits. On a GPU, listed columns and entries then cost a copy
-    of them.
+    of their own logits.
     """
     if rows.num_rows:
         run = logit_grad_triton if use_triton(rows.data) else logit_grad_torch

@@ -17,6 +17,7 @@ from .common import (
     bounds,
     exp_,
     jit,
+    launcher,
     load_logits,
     parallel,
     row_offset,
@@ -160,6 +161,7 @@ def row_stats_kernel(
         tl.store(out.num_finite + row, count)
 
 
+@launcher
 def row_stats_triton(
     rows: Rows,
     target: Tensor,  # (N,)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from segloss.head.inputs import Inputs, is_frozen
-from segloss.head.rows import chunk_slices, kept_rows, rows_within_budget
-from segloss.kernels.common import cdiv
+from segloss.head.rows import chunk_slices, kept_rows, rows_to_keep
 from segloss.sweep.batch import Batch
 
 
@@ -16,8 +15,10 @@ def explain(inputs: Inputs, batch: Batch, row_sum: bool) -> str:
     num_rows = batch.target.numel() if rows is None else rows.numel()
     num_classes, width = inputs.weight.shape
     itemsize = inputs.options.product_dtype.itemsize
-    chunk = inputs.chunk_rows(num_rows) if num_rows else 0
-    chunks = cdiv(num_rows, chunk) if num_rows else 0
+    needed = inputs.needed()
+    slices = chunk_slices(inputs, num_rows, needed["weight"], row_sum)
+    chunk = slices[0].stop
+    chunks = len(slices) if num_rows else 0
     one = 2 * num_rows * width * num_classes
     mode, products, extra = plan_of(inputs, row_sum, num_rows, chunks)
     peak = chunk * num_classes * itemsize + sum(size for _, size in extra)
@@ -50,7 +51,7 @@ def plan_of(inputs: Inputs, row_sum: bool, num_rows: int, chunks: int) -> tuple[
         extra.append(("p @ weight", num_rows * width * itemsize))
         return "frozen head: p @ weight stored in forward", 2, extra
     extra.append(("dhidden", 4 * num_rows * width))
-    num_kept = rows_within_budget(inputs, chunk_slices(inputs, num_rows))
+    num_kept = rows_to_keep(inputs, chunk_slices(inputs, num_rows, needed["weight"]))
     if num_kept:
         extra.append(("kept", num_kept * num_classes * itemsize))
     products = 2 + needed["hidden"] + needed["weight"] - num_kept / max(1, num_rows)

@@ -24,7 +24,7 @@ from segloss.kernels.logit_grad import GradTerms, logit_grad
 from segloss.kernels.products import GradBlock, product
 from segloss.sweep.batch import Batch
 from segloss.sweep.beside import LISTED, Reading
-from segloss.sweep.terms import row_slice
+from segloss.sweep.terms import row_slices
 
 
 class Frozen:
@@ -70,6 +70,9 @@ class Frozen:
         pairs = torch.cat(self.pair_parts, 1) if self.pair_parts else None
         return {"qw": torch.cat(self.parts), "pair_weight": pairs}
 
+    def left(self) -> None:
+        return None
+
 
 def probabilities_off_target(z: Rows, stats, batch: Batch, here: slice) -> Tensor:
     """p with 0 at the target, times the transform's slope, over the logits (R, V).
@@ -113,10 +116,9 @@ def hidden_grad(inputs: Inputs, head: Head, terms: GradTerms, saved: dict) -> Te
     )  # fmt: skip
     slices = panel_slices(inputs, own.numel(), columns.numel())
     out = chunk_buffer(panel, slices)
-    for here in slices:
+    for here, part in zip(slices, row_slices(only, slices), strict=True):
         z = panel.take(here).logits(out)
-        part = row_slice(only, here)
-        dlogits = logit_grad(z, part, torch.empty_like(z.data[0]))
+        dlogits = logit_grad(z, part, z.data[0])
         result[here] += panel.times_weight(GradBlock(dlogits))
     return result
 
@@ -131,3 +133,10 @@ def add_listed(inputs: Inputs, head: Head, saved: dict, rest: Tensor, hidden: Te
         if head.lora_b is not None:
             own += head.lora_scale * (head.lora_b[ids[here]] @ head.lora_a).to(hidden.dtype)
         hidden[here] += torch.bmm(rest[here, None], own)[:, 0]
+
+
+def add_pairs(saved: dict, grad: Tensor, hidden: Tensor) -> None:
+    """Add the divergences' part to hidden (N, D), of the gradients (N, S) of their values."""
+    grad = torch.where(saved["valid"][:, None], grad, 0)
+    for column, pair_weight in zip(grad.unbind(1), saved["pair_weight"], strict=True):
+        hidden.addcmul_(pair_weight, column[:, None])

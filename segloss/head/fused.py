@@ -13,9 +13,17 @@ from torch import Tensor
 from segloss.head.gradients import Gradients, factored_block
 from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
-from segloss.head.rows import chunk_buffer, chunk_slices, compact_batch, kept_rows, spread
+from segloss.head.rows import (
+    beside_others,
+    chunk_buffer,
+    chunk_slices,
+    compact_batch,
+    kept_rows,
+    spread,
+)
 from segloss.kernels.products import GradBlock
 from segloss.kernels.row_stats import row_stats
+from segloss.kernels.scale import scaled
 from segloss.sweep.attach import only_once
 from segloss.sweep.batch import Batch
 from segloss.sweep.beside import DIVERGENCES, LISTED, Reading, has_plain, logits_gradient
@@ -35,26 +43,29 @@ def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenSt
 
 
 def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
-    """The value, the row statistics, and the gradients of the tensors."""
+    """The value, the row statistics, the gradients of the tensors and what they are still to be
+    multiplied by, beside the upstream gradient."""
     rows = kept_rows(inputs, batch)
     inner = compact_batch(batch, rows)
     head = Head.of(inputs, rows, inner.valid)
     weights = inner.weights()
-    scale = power_of_two(plan, weights)
-    total = Gradients(head, needed, scale, disjoint=False, dtype=inputs.weight.dtype)
-    total.threshold = inputs.filter_limit / (plan.denominator * scale)
+    # only float16 has too small a range for dlogits that hold 1 / N
+    half = head.hidden.dtype == torch.float16
+    scale: Tensor | float = power_of_two(plan, weights) if half else 1.0
     num_rows = head.hidden.shape[0]
-    loss = torch.zeros((), dtype=inputs.dtype, device=inputs.device)
     request = plan.request
+    inputs = beside_others(inputs, inner, request)
+    slices = chunk_slices(inputs, num_rows, needed["weight"], row_sum=True)
+    total = Gradients(inputs, head, needed, groups=len(slices), held=True)
+    total.threshold = inputs.filter_limit / (plan.denominator * scale)
+    loss = torch.zeros((), dtype=inputs.dtype, device=inputs.device)
     collected = []
-    slices = chunk_slices(inputs, num_rows)
     out = chunk_buffer(head, slices)
     whole = slice(0, head.weight.shape[0])
-    filtering = inputs.options.grad_filter > 0
     # smoothing adds to every column and a filter reads dlogits itself; on a GPU the exponentials
     # would take a second read anyway, and the target's part a synchronisation
     reads_more = inner.beside.listed is not None or len(request.divergences) > 0
-    factored = not (filtering or request.column_sums or reads_more or out.is_cuda)
+    factored = not (total.filtering or request.column_sums or reads_more or out.is_cuda)
     for here in slices:
         z = head.take(here).logits(out)
         target, valid = inner.target[here], inner.valid[here]
@@ -86,7 +97,9 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
             part = chunk_value(plan, token_stats, target, valid, weights[here])
             grads = torch.autograd.grad(part, list(leaves.values()), allow_unused=True)
         loss += part.detach()
-        named = {n: g / scale for n, g in zip(leaves, grads, strict=True) if g is not None}
+        named = {n: g for n, g in zip(leaves, grads, strict=True) if g is not None}
+        if half:
+            named = {n: g / scale for n, g in named.items()}
         saved = {
             "valid": valid,
             "target": target,
@@ -103,7 +116,7 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
             pairs = reading.upstream(named.get(DIVERGENCES))
             dlogits = logits_gradient(z, terms, pairs, z.data[0], has_plain(named))
             block = GradBlock(dlogits)
-        total.block(block, here, whole, filtering)
+        total.block(block, here, whole)
         collected.append(
             (
                 stats.log_prob.detach(),
@@ -113,14 +126,16 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
                 None if reading.listed is None else reading.listed.detach(),
             )
         )
-    grads = total.result(inputs, rows)
+        del reading  # the teacher's logits
+    del z, block, out  # the logits
+    grads = total.result(rows)
     num_tokens = batch.target.numel()
     columns = [
         None if column[0] is None else torch.cat(column) for column in zip(*collected, strict=True)
     ]
     fills = (0, 0, 0, -1, 0)
     per_token = [spread(c, rows, num_tokens, f) for c, f in zip(columns, fills, strict=True)]
-    return loss, per_token, grads
+    return loss, per_token, grads, scale
 
 
 def chunk_value(plan: RowSum, stats: TokenStats, target, valid, weights) -> Tensor:
@@ -148,9 +163,8 @@ class _RowSum(torch.autograd.Function):
     def forward(ctx, names, options, batch, plan, *tensors):
         inputs = Inputs(dict(zip(names, tensors, strict=True)), options)
         needed = dict(zip(names, ctx.needs_input_grad[4:], strict=True))
-        loss, stats, grads = forward(inputs, batch, plan, needed)
+        loss, stats, *ctx.grads = forward(inputs, batch, plan, needed)
         ctx.again = names, options, batch, plan, needed
-        ctx.grads = grads
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*(s for s in stats if s is not None))
         return (loss, *stats)
@@ -158,13 +172,20 @@ class _RowSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         tensors = ctx.saved_tensors
-        grads, ctx.grads = ctx.grads, None
-        if grads is None:
+        found, ctx.grads = ctx.grads, None
+        if found is None:
             names, options, batch, plan, needed = ctx.again
             inputs = Inputs(dict(zip(names, tensors, strict=True)), options)
             with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-                _, _, grads = forward(inputs, batch, plan, needed)
-        if grad.is_cuda or grad != 1:  # a look at a GPU's value would synchronise
-            with torch.no_grad():
-                grads = tuple(None if g is None else g.mul_(grad) for g in grads)
+                _, _, *found = forward(inputs, batch, plan, needed)
+        grads, scale = found
+        with torch.no_grad():
+            pairs = zip(grads, tensors, strict=True)
+            grads = tuple(None if g is None else finished(g, grad * scale, t) for g, t in pairs)
         return (None, None, None, None, *only_once(grads))
+
+
+def finished(grad: Tensor, factor: Tensor, tensor: Tensor) -> Tensor:
+    """A gradient times what was known last, in its tensor's dtype: rounded here, and once."""
+    same = grad.dtype == tensor.dtype
+    return scaled(grad, factor, grad if same else torch.empty_like(grad, dtype=tensor.dtype))

@@ -1,7 +1,7 @@
 """The samples of a trainer's micro-batches, and what each of their tokens weighs.
 
 A window is all micro-batches of one optimizer step. B rows of T tokens, b samples of a micro-batch,
-K tasks.
+K tasks. What is said of (B, T) holds for (B,) too, the labels of a classifier of rows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from segloss.weighting import SampleWeighting, sample_losses, token_weights
 IGNORE = -100
 # columns of a batch that are for the loss and not for the model's forward
 LOSS_COLUMNS = ("task_ids", "sample_ids", "sample_weights", "token_weight")
+# by which collators tell packed samples apart: cumulated lengths of the joined rows
+LENGTHS = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seq_lens", "cu_seqlens")
 
 
 def next_tokens(labels: Tensor, fill: float = IGNORE) -> Tensor:
@@ -32,20 +34,29 @@ def next_tokens(labels: Tensor, fill: float = IGNORE) -> Tensor:
     return F.pad(labels, (0, 1), value=fill)[..., 1:]
 
 
-def target_of(batch: Mapping[str, Tensor]) -> Tensor:
-    """(B, T) the token each place predicts: the labels shifted, unless the batch has done so."""
+def target_of(batch: Mapping[str, Tensor], shift: bool = True, ignore: int = IGNORE) -> Tensor:
+    """(B, T) what each place predicts: the labels, shifted unless the batch has done so or `shift`
+    is off. A place before another packed sample predicts nothing."""
     if batch.get("shift_labels") is not None:
         return batch["shift_labels"]
-    if batch.get("labels") is None:
+    labels = batch.get("labels")
+    if labels is None:
         raise ValueError(f"the batch has the columns {', '.join(batch)}; the loss takes labels")
-    return next_tokens(batch["labels"])
+    if not shift or labels.dim() < 2:
+        return labels
+    target = next_tokens(labels, ignore)
+    packed = packed_index(batch, labels.shape)
+    if packed is None:
+        return target
+    return target.masked_fill(next_tokens(packed, -1) != packed, ignore)
 
 
 @dataclass
 class Samples:
     """The samples of one micro-batch."""
 
-    target: Tensor  # (B, T) next tokens, IGNORE where there is no loss
+    target: Tensor  # (B, T) what is predicted
+    valid: Tensor  # (B, T) whether it is
     index: Tensor  # (B, T) which of the b samples a place belongs to
     num_samples: int
     token_weight: Tensor | None  # (B, T) given with the data
@@ -53,23 +64,39 @@ class Samples:
     weight: Tensor | None  # (b,) given with the data
 
     @classmethod
-    def of(cls, batch: Mapping[str, Tensor]) -> Samples:
-        target = target_of(batch)
+    def of(cls, batch: Mapping[str, Tensor], shift: bool = True, ignore: int = IGNORE) -> Samples:
+        target = target_of(batch, shift, ignore)
+        valid = target != ignore
         index, count = sample_index(batch, target)
-        token_weight = batch.get("token_weight")
+        columns = {
+            name: per_place(name, batch[name], target.shape)
+            for name in ("token_weight", "task_ids", "sample_weights")
+            if batch.get(name) is not None
+        }
+        token_weight = columns.get("token_weight")
         if token_weight is not None:
-            token_weight = next_tokens(per_place("token_weight", token_weight, target), 0)
+            if shift and target.dim() > 1:
+                token_weight = next_tokens(token_weight, 0)
+            check_weights("token_weight", token_weight, valid)
+            token_weight = torch.where(valid, token_weight, 0)
+        if "task_ids" in columns:
+            check_task_ids(columns["task_ids"], valid)
+        if "sample_weights" in columns:
+            check_weights("sample_weights", columns["sample_weights"], valid)
 
         def per_sample(name: str) -> Tensor | None:
-            if batch.get(name) is None:
+            if name not in columns:
                 return None
-            places = per_place(name, batch[name], target)
             # padding belongs to the row's last sample and says nothing of it
-            places = torch.where(target == IGNORE, 0, places).reshape(-1)
-            return places.new_zeros(count).scatter_reduce_(0, index.reshape(-1), places, "amax")
+            values, at = columns[name][valid], index[valid]
+            most = values.new_zeros(count)
+            most.scatter_reduce_(0, at, values, "amax", include_self=False)
+            if not torch.equal(most[at], values):
+                raise ValueError(f"{name} differs within a sample; it takes one number for each")
+            return most
 
         task, weight = per_sample("task_ids"), per_sample("sample_weights")
-        return cls(target, index, count, token_weight, task, weight)
+        return cls(target, valid, index, count, token_weight, task, weight)
 
     @property
     def are_weighed(self) -> bool:
@@ -78,7 +105,7 @@ class Samples:
 
     def num_tokens(self, weighed: bool = True) -> Tensor:
         """(b,) tokens that carry loss, or the sums of their weights."""
-        valid = (self.target != IGNORE).to(widest(self.target.device))
+        valid = self.valid.to(widest(self.target.device))
         if weighed and self.token_weight is not None:
             valid = valid * self.token_weight
         return valid.new_zeros(self.num_samples).index_add_(
@@ -87,48 +114,108 @@ class Samples:
 
     def losses(self, source) -> Tensor:
         """(b,) mean cross-entropy of each sample, NaN without tokens."""
-        log_prob = logit_statistics(source, self.target).log_prob
-        valid = self.target != IGNORE
-        return sample_losses(log_prob, self.index, valid=valid, num_samples=self.num_samples)
+        target = self.target.masked_fill(~self.valid, IGNORE)
+        log_prob = logit_statistics(source, target).log_prob
+        return sample_losses(log_prob, self.index, valid=self.valid, num_samples=self.num_samples)
 
 
-def per_place(name: str, column: Tensor, target: Tensor) -> Tensor:
+def per_place(name: str, column: Tensor, shape: torch.Size) -> Tensor:
     """A column with a number per row (B,) or per place (B, T), as (B, T)."""
-    if column.shape == target.shape:
+    if column.shape == shape:
         return column
-    if column.shape != target.shape[:1]:
+    if column.shape != shape[:1]:
         raise ValueError(
-            f"{name} is {describe(column)}; it takes one number per row, ({len(target)},), or per "
-            f"token, {tuple(target.shape)}"
+            f"{name} is {describe(column)}; it takes one number per row, ({shape[0]},), or per "
+            f"token, {tuple(shape)}"
         )
-    return column[:, None].expand(target.shape)
+    return column[:, None].expand(shape)
 
 
-def packed_index(batch: Mapping[str, Tensor], target: Tensor) -> Tensor | None:
+def check_weights(name: str, column: Tensor, valid: Tensor) -> None:
+    """Where there is a loss; a collator fills the rest up with what it likes."""
+    if column.dtype == torch.bool or column.is_complex():
+        raise TypeError(f"{name} is {describe(column)}; it takes floats >= 0")
+    wrong = ~((column >= 0) & (column < torch.inf)) & valid
+    if wrong.any():
+        raise ValueError(f"{name} has the value {column[wrong][0].item()}; it takes floats >= 0")
+
+
+def check_task_ids(column: Tensor, valid: Tensor) -> None:
+    if column.is_floating_point() or column.is_complex() or column.dtype == torch.bool:
+        raise TypeError(f"task_ids is {describe(column)}; it takes integers 0 to K - 1")
+    wrong = (column < 0) & valid
+    if wrong.any():
+        raise ValueError(f"task_ids has {column[wrong][0].item()}; it takes integers 0 to K - 1")
+
+
+# ------------------------------------------------------------------------------ packed samples
+
+
+def packed_index(batch: Mapping[str, Tensor], shape: torch.Size) -> Tensor | None:
     """Which sample a place of packed rows belongs to (B, T), None if every row is one sample.
 
-    By the column sample_ids (B, T), or by where position_ids start again.
+    By the column sample_ids, or by what a collator that packs tells the model: seq_idx, the
+    cumulated lengths of cu_seq_lens_q, where position_ids (B, T), (1, T), or (3, B, T) as of
+    Qwen2-VL, start again, or an attention_mask that numbers the samples 1, 2, ...
     """
-    if batch.get("sample_ids") is not None:
-        return per_place("sample_ids", batch["sample_ids"], target)
-    positions, attended = batch.get("position_ids"), batch.get("attention_mask")
-    if positions is None or positions.shape != target.shape:
+    if len(shape) < 2:
         return None
-    starts = positions == 0
-    if attended is not None and attended.shape == starts.shape:
-        starts = starts & (attended != 0)
+    if batch.get("sample_ids") is not None:
+        return per_place("sample_ids", batch["sample_ids"], shape)
+    numbers = of_shape(batch.get("seq_idx"), shape)
+    if numbers is not None:
+        return numbers
+    for name in LENGTHS:
+        if batch.get(name) is not None:
+            return by_lengths(name, batch[name], shape)
+    attended = of_shape(batch.get("attention_mask"), shape)
+    positions = of_shape(batch.get("position_ids"), shape)
+    numbered = attended is not None and attended.dtype != torch.bool and bool((attended > 1).any())
+    if positions is None and not numbered:
+        return None
+    device = next(t.device for t in (positions, attended) if t is not None)
+    starts = torch.zeros(shape, dtype=torch.bool, device=device)
+    if positions is not None:
+        starts |= positions == 0
+    if attended is not None:
+        starts &= attended != 0
+        if numbered:
+            starts |= attended != F.pad(attended, (1, 0))[..., :-1]
     starts[:, 0] = True
-    return starts.reshape(-1).cumsum(0).view(target.shape)
+    return starts.reshape(-1).cumsum(0).view(shape)
+
+
+def of_shape(tensor: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """A (B, T) column of a batch as such, None for one of another shape."""
+    if not isinstance(tensor, Tensor):
+        return None
+    if tensor.dim() == 3 and tensor.shape[1:] == shape:
+        return tensor.amax(0)  # places in text, height and width: all 0 where a sample begins
+    if tensor.shape == (1, shape[-1]):
+        return tensor.expand(shape)
+    return tensor if tensor.shape == shape else None
+
+
+def by_lengths(name: str, lengths: Tensor, shape: torch.Size) -> Tensor:
+    """The samples of rows that begin at the cumulated lengths (b + 1,): 0, ..., B * T or less,
+    where what follows is padding."""
+    if lengths.dim() != 1:
+        raise ValueError(f"{name} is {describe(lengths)}; it takes cumulated lengths, (b + 1,)")
+    places = torch.arange(shape.numel(), device=lengths.device, dtype=lengths.dtype)
+    return torch.bucketize(places, lengths[1:].contiguous(), right=True).view(shape)
 
 
 def sample_index(batch: Mapping[str, Tensor], target: Tensor) -> tuple[Tensor, int]:
     """(index of each place's sample (B, T), number of samples b)."""
-    packed = packed_index(batch, target)
+    packed = packed_index(batch, target.shape)
     if packed is not None:
         distinct, index = torch.unique(packed, return_inverse=True)
         return index, len(distinct)
     rows = torch.arange(len(target), device=target.device)
-    return rows[:, None].expand(target.shape), len(target)
+    return rows.view(-1, *[1] * (target.dim() - 1)).expand(target.shape), len(target)
+
+
+# ---------------------------------------------------------------------------- weights of tokens
 
 
 @dataclass
@@ -149,6 +236,8 @@ def weigh(
 ) -> list[Weighed]:
     """What each micro-batch's tokens weigh, by the columns of the data and by what is given.
 
+    Where the weights leave nothing, every token weighs 0.
+
     Args:
         losses: (samples of the window,) for `sample_weighting`.
         task_weights: (K,), for the column task_ids.
@@ -158,14 +247,15 @@ def weigh(
     weights = None if sample_weighting is None else sample_weighting(losses)  # type: ignore[arg-type]
     given = joined("sample_weights", [samples.weight for samples in window])
     if given is not None:
-        given = torch.where(sums > 0, given, 0)
+        given = torch.where(sums > 0, given, 0).to(sums.dtype)
         weights = given if weights is None else given * weights
-        weights = weights / sum_over(weights.sum(), group)
+        total = sum_over(weights.sum(), group)
+        weights = weights / torch.where(total > 0, total, 1)
     task = joined("task_ids", [samples.task for samples in window])
     if task_weights is None:
         task = None
-    elif task is None:
-        raise ValueError("task_weights needs the column task_ids in every batch; there is none")
+    else:
+        check_tasks(task, task_weights)
     per_token = token_weights(
         sums, sample_weights=weights, task_ids=task, task_weights=task_weights, group=group
     )
@@ -177,6 +267,16 @@ def weigh(
         for row, samples in zip(rows, window, strict=True)
         for given in [samples.token_weight]
     ]
+
+
+def check_tasks(task: Tensor | None, task_weights: Tensor) -> None:
+    if task is None:
+        raise ValueError("task_weights needs the column task_ids in every batch; there is none")
+    if task.numel() and int(task.max()) >= len(task_weights):
+        raise ValueError(
+            f"task_ids has the value {int(task.max())}; with task_weights of {len(task_weights)} "
+            f"tasks it takes 0 to {len(task_weights) - 1}"
+        )
 
 
 def joined(name: str, parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -316,7 +316,8 @@ def check_normalizer(normalizer, reduction: str, source: Source) -> Tensor | Non
     if isinstance(normalizer, (int, float)) and not isinstance(normalizer, bool):
         if not 0 <= normalizer < math.inf:
             raise ValueError(f"normalizer is {normalizer}; it takes a number >= 0")
-        return torch.tensor(normalizer, dtype=source.dtype, device=source.device)
+        # filled on the device: a copy of the host's number would wait
+        return torch.full((), float(normalizer), dtype=source.dtype, device=source.device)
     raise TypeError(f"normalizer is {describe(normalizer)}; it takes a number or a 0-dim tensor")
 
 

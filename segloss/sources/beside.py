@@ -6,7 +6,7 @@ N tokens, V classes, k listed classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -74,6 +74,7 @@ class TopLogits:
     ids: Tensor  # (N, k)
     log_prob: Tensor  # (N, k)
     num_classes: int
+    packs: ClassVar[bool] = True
 
     def block(self, rows: Tensor | slice, classes: slice) -> Rows:
         ids, log_prob = self.ids[rows], self.log_prob[rows]
@@ -86,6 +87,10 @@ class TopLogits:
         # what lies outside goes to the spare column
         out.scatter_(1, torch.where(inside, ids - first, width), log_prob)
         return Rows.of(out[:, :width])
+
+    @property
+    def made_classes(self) -> int:
+        return self.num_classes
 
     def block_rows(self, num_rows: int) -> int:
         return min(num_rows, max(1, (16 << 20) // self.num_classes))

@@ -77,6 +77,10 @@ class DenseLogits(Source):
     def rows(self, index: Tensor) -> Tensor:
         return self.logits.reshape(-1, self.num_classes)[index]
 
+    @property
+    def made_classes(self) -> int:
+        return 0
+
     def block(self, rows: Tensor | slice, classes: slice) -> Rows:
         data = Rows.of(self.logits.detach()).data
         time = data.shape[1]

@@ -42,7 +42,8 @@ class LinearLogits(Source):
             count on a GPU, which compact=False avoids (CUDA graphs).
         chunk_bytes: what the logits of one chunk may take; None for a measured default.
         memory_budget: bytes of logits that may be kept from forward to backward where they would
-            otherwise be computed again.
+            otherwise be computed again (region and ranking losses, reduction="none"); None keeps
+            one chunk's, in memory that forward needs anyway, 0 none.
         grad_filter: columns of a block of 256 rows in which every |dlogits| (before the mean and
             the upstream gradient) is below this are multiplied as one rank-1 term; 0 for none.
             With more than 65,536 classes the limit falls as 65,536 / V.
@@ -59,7 +60,7 @@ class LinearLogits(Source):
     lora: tuple[Tensor, Tensor, float] | None = None
     compact: bool = True
     chunk_bytes: int | None = None
-    memory_budget: int = 0
+    memory_budget: int | None = None
     grad_filter: float = 0.0
     # of the matrix products: autocast's where it is on
     product_dtype: torch.dtype = field(init=False, repr=False)
@@ -121,7 +122,7 @@ class LinearLogits(Source):
             raise TypeError(f"compact is {self.compact!r}; it takes True or False")
         for name in ("chunk_bytes", "memory_budget"):
             value = getattr(self, name)
-            if name == "chunk_bytes" and value is None:
+            if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} is {describe(value)}; it takes a number of bytes")
@@ -211,7 +212,7 @@ class LinearLogits(Source):
             return self.unpacked(made, options)
 
     def block_rows(self, num_rows: int) -> int:
-        return self.inputs().chunk_rows(num_rows) if num_rows else 1
+        return self.inputs().chunk_rows(num_rows, trained=False) if num_rows else 1
 
     def plan(self, batch: Batch, row_sum: bool) -> str:
         return explain(self.inputs(), batch, row_sum)

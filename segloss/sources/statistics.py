@@ -60,6 +60,7 @@ def logit_statistics(
         if sweep.classes is None:
             statistics.classes = torch.arange(source.num_classes, device=source.device)
         if isinstance(classes, Tensor):
+            classes = classes.to(source.device)
             place = torch.searchsorted(sweep.classes, classes)
             statistics.prob_sum, statistics.classes = statistics.prob_sum[place], classes
     return statistics

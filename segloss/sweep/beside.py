@@ -48,6 +48,14 @@ class Matrix(Protocol):
 
     def block_rows(self, num_rows: int) -> int: ...
 
+    @property
+    def made_classes(self) -> int:
+        """Columns of a block, if it does not lie in memory as it is."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether tensors and plain options say all of it."""
+
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
 
     @classmethod
@@ -118,6 +126,12 @@ class Beside:
         parts = [self.columns, None if self.top is None else self.top.ids]
         found = [part for part in parts if part is not None]
         return None if not found else found[0] if len(found) == 1 else torch.cat(found, 1)
+
+    @property
+    def made_classes(self) -> int:
+        """Columns of the matrices that a chunk is made of; those that lie in memory cost none."""
+        found = [s for s in (self.teacher, self.probabilities) if s is not None]
+        return sum(s.matrix.made_classes for s in found)
 
     def block_rows(self, num_rows: int) -> int:
         """How many rows every second matrix makes at a time."""
@@ -248,22 +262,89 @@ def has_plain(grads: dict[str, Tensor]) -> bool:
     return any(name != DIVERGENCES for name in grads)
 
 
-def pack(beside: Beside) -> tuple[dict[str, Tensor], dict[str, Any]]:
+class Readings:
+    """The readings of all chunks of a sweep, as outputs and as what its backward needs."""
+
+    def __init__(self, beside: Beside, valid: Tensor, divergences: tuple[Divergence, ...]):
+        self.beside, self.valid, self.divergences = beside, valid, divergences
+        self.numbers: list[tuple] = []
+
+    @property
+    def any(self) -> bool:
+        """Whether the logits are read for more than their statistics."""
+        return self.beside.listed is not None or len(self.divergences) > 0
+
+    def read(self, z: Rows, here: slice, stats: RowStats) -> Reading:
+        at = self.beside.take(here), self.valid[here], self.divergences
+        reading = Reading.of(z, *at, stats)
+        self.numbers.append((reading.listed, reading.values, reading.vectors))
+        return reading
+
+    def column(self, place: int, dim: int = 0) -> Tensor | None:
+        found = [numbers[place] for numbers in self.numbers]
+        return None if not found or found[0] is None else torch.cat(found, dim)
+
+    def outputs(self) -> dict[str, Tensor | None]:
+        """(N, k) and (N, S)"""
+        return {LISTED: self.column(0), DIVERGENCES: self.column(1)}
+
+    def saved(self) -> dict[str, Tensor | None]:
+        """Of the kept tokens; the second matrices' own tensors apart."""
+        return {"ids": self.beside.listed, "vectors": self.column(2, 2)}
+
+
+@dataclass
+class Backward:
+    """Makes the pairs of a block of logits again, with the gradients of their values."""
+
+    beside: Beside
+    saved: dict[str, Tensor]
+    divergences: tuple[Divergence, ...]
+    upstream: Tensor | None  # (N, S)
+
+    @classmethod
+    def of(
+        cls,
+        saved: dict[str, Tensor],
+        upstream: Tensor | None,
+        divergences: tuple[Divergence, ...],
+        seconds: dict[str, Any],
+    ) -> Backward:
+        beside = Beside() if upstream is None else unpack(saved, seconds, saved.get("rows"))
+        return cls(beside, saved, divergences, upstream)
+
+    def pairs(self, z: Rows, rows: slice, classes: slice = slice(None)) -> list[Pair]:
+        if self.upstream is None:
+            return []
+        at = self.beside.take(rows), self.saved["valid"][rows], self.divergences
+        reading = Reading.again(z, *at, self.saved["vectors"][:, :, rows], classes)
+        return reading.upstream(self.upstream[rows])
+
+
+def pack(beside: Beside, divergences: tuple[Divergence, ...]) -> tuple[dict, dict]:
     """(tensors to save, the rest) of the second matrices; `unpack` makes them again."""
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {}
     for name in ("teacher", "probabilities"):
         second = getattr(beside, name)
-        if second is not None:
-            own, options = second.matrix.packed()
-            tensors |= {f"{name}.{n}": t.detach() for n, t in own.items()}
-            rest[name] = type(second.matrix), options
+        if second is None or not divergences:
+            continue
+        if not second.matrix.packs:
+            rest[name] = second.matrix
+            continue
+        own, options = second.matrix.packed()
+        tensors |= {f"{name}.{n}": t.detach() for n, t in own.items()}
+        rest[name] = type(second.matrix), options
     return tensors, rest
 
 
-def unpack(saved: dict[str, Tensor], rest: dict[str, Any], rows: Tensor | slice) -> Beside:
+def unpack(saved: dict[str, Tensor], rest: dict[str, Any], rows: Tensor | None) -> Beside:
     found = {}
-    for name, (kind, options) in rest.items():
-        own = {n.removeprefix(f"{name}."): t for n, t in saved.items() if n.startswith(f"{name}.")}
-        found[name] = Second(kind.unpacked(own, options), rows)
+    for name, given in rest.items():
+        if isinstance(given, tuple):
+            kind, options = given
+            names = [n for n in saved if n.startswith(f"{name}.")]
+            own = {n.removeprefix(f"{name}."): saved[n] for n in names}
+            given = kind.unpacked(own, options)
+        found[name] = Second(given, slice(None) if rows is None else rows)
     return Beside(teacher=found.get("teacher"), probabilities=found.get("probabilities"))

@@ -15,23 +15,22 @@ from segloss.distributed import reduce_over
 from segloss.kernels.candidates import candidates
 from segloss.kernels.class_stats import class_peaks, class_sums, row_dots
 from segloss.kernels.common import Rows
-from segloss.kernels.logit_grad import logit_grad
 from segloss.kernels.row_stats import RowStats, row_stats
 from segloss.sweep.attach import attach
 from segloss.sweep.batch import Batch
 from segloss.sweep.beside import (
     DIVERGENCES,
     LISTED,
+    Backward,
     Divergence,
-    Reading,
+    Readings,
     has_plain,
     logits_gradient,
     pack,
-    unpack,
 )
 from segloss.sweep.classes import class_ids, class_index, thresholds
 from segloss.sweep.request import Request, Sweep
-from segloss.sweep.terms import grad_terms, row_slice
+from segloss.sweep.terms import grad_terms, row_slices
 
 
 def sweep_dense(
@@ -60,7 +59,9 @@ def sweep_dense(
             target=class_index(batch.target, batch.valid, batch.num_classes),
             **class_ids(request, batch),
         )
-        sweep.listed, sweep.divergences, vectors = read_beside(rows, batch, request, stats)
+        readings = read_beside(rows, batch, request, stats)
+        found = readings.outputs()
+        sweep.listed, sweep.divergences = found[LISTED], found[DIVERGENCES]
         peak_row = None
         at = (rows, stats.row_max, stats.log_sum)
         if request.prob_sums:
@@ -78,7 +79,7 @@ def sweep_dense(
     names = ("log_prob", "lse", "entropy", "logit_sum", "prob_sum", "candidate_prob", "peak_prob",
              LISTED, DIVERGENCES)  # fmt: skip
     outputs = {name: getattr(sweep, name) for name in names}
-    packed, seconds = pack(batch.beside)
+    packed, seconds = pack(batch.beside, request.divergences)
     saved = {
         "target": batch.target,
         "valid": batch.valid,
@@ -92,9 +93,8 @@ def sweep_dense(
         "candidate_row": sweep.candidate_row,
         "candidate_class": sweep.candidate_class,
         "peak_row": peak_row,
-        "ids": batch.beside.listed,
-        "vectors": vectors,
-        **(packed if request.divergences else {}),
+        **readings.saved(),
+        **packed,
     }
     rule = functools.partial(
         grad_dense,
@@ -108,24 +108,14 @@ def sweep_dense(
     return sweep
 
 
-def read_beside(rows: Rows, batch: Batch, request: Request, stats: RowStats) -> tuple:
-    """(listed (N, k), divergences (N, S), their vectors (S, 5, N)), None where not asked for.
-
-    As many rows at a time as the second matrix makes.
-    """
-    if batch.beside.listed is None and not request.divergences:
-        return None, None, None
-    numbers = []
-    for here, part in row_chunks(rows, batch.beside.block_rows(rows.num_rows)):
-        some = stats._replace(row_max=stats.row_max[here], log_sum=stats.log_sum[here])
-        at = (batch.beside.take(here), batch.valid[here], request.divergences)
-        reading = Reading.of(part, *at, some)
-        numbers.append((reading.listed, reading.values, reading.vectors))
-    listed, values, vectors = zip(*numbers, strict=True)
-    return tuple(
-        None if column[0] is None else torch.cat(column, dim)
-        for column, dim in ((listed, 0), (values, 0), (vectors, 2))
-    )
+def read_beside(rows: Rows, batch: Batch, request: Request, stats: RowStats) -> Readings:
+    """Listed classes and divergences, as many rows at a time as the second matrix makes."""
+    readings = Readings(batch.beside, batch.valid, request.divergences)
+    if readings.any:
+        for here, part in row_chunks(rows, batch.beside.block_rows(rows.num_rows)):
+            some = stats._replace(row_max=stats.row_max[here], log_sum=stats.log_sum[here])
+            readings.read(part, here, some)
+    return readings
 
 
 def row_chunks(rows: Rows, step: int) -> list[tuple[slice, Rows]]:
@@ -169,14 +159,9 @@ def grad_dense(
         terms.prob_coef = terms.prob_coef - dots
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     out = dlogits.view(-1, logits.shape[-1])
-    upstream = grads.get(DIVERGENCES)
-    if upstream is None:
-        logit_grad(rows, terms, out)
-        return (dlogits,)
-    beside, plain = unpack(saved, seconds, slice(None)), has_plain(grads)
-    for here, part in row_chunks(rows, beside.block_rows(rows.num_rows)):
-        some = terms if part is rows or not plain else row_slice(terms, here)
-        at = (beside.take(here), saved["valid"][here], divergences, saved["vectors"][:, :, here])
-        pairs = Reading.again(part, *at).upstream(upstream[here])
-        logits_gradient(part, some, pairs, out[here], plain)
+    back = Backward.of(saved, grads.get(DIVERGENCES), divergences, seconds)
+    chunks = row_chunks(rows, back.beside.block_rows(rows.num_rows))
+    several = row_slices(terms, [here for here, _ in chunks]) if len(chunks) > 1 else [terms]
+    for (here, part), some in zip(chunks, several, strict=True):
+        logits_gradient(part, some, back.pairs(part, here), out[here], has_plain(grads))
     return (dlogits,)

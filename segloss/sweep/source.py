@@ -18,6 +18,7 @@ class Source(ABC):
 
     softcap: float | None
     scale: float
+    packs = True  # whether `packed` says all of it
 
     @property
     @abstractmethod
@@ -54,9 +55,16 @@ class Source(ABC):
     def rows(self, index: Tensor) -> Tensor:
         """Logits (n, V) of some rows before scale and softcap; differentiable."""
 
-    @abstractmethod
     def block(self, rows: Tensor | slice, classes: slice) -> Rows:
         """Some rows' logits of some classes, for a loss of another source; no gradient."""
+        with torch.no_grad():
+            index = torch.arange(self.leading_shape.numel(), device=self.device)[rows]
+            return Rows.of(self.rows(index)[:, classes], self.softcap, self.scale)
+
+    @property
+    def made_classes(self) -> int:
+        """Columns of a block, if it does not lie in memory as it is."""
+        return self.num_classes
 
     def block_rows(self, num_rows: int) -> int:
         """How many of so many rows a block may have."""

@@ -17,11 +17,15 @@ from integration_helpers import (
     tiny_model,
     tiny_rows,
     validation_batches,
+    watch,
     weighed,
 )
-from integration_worker import ACCUMULATION, TEMPERATURE
+from integration_worker import ACCUMULATION, ALIKE, TEMPERATURE
+
+import segloss
 
 pytest.importorskip("datasets")
+from integrations import test_trainer
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +51,29 @@ def test_token_losses(trained):
     plain = plain_training(tiny_model(), tiny_rows(), PAIRS["focal"][1])
     assert_same_steps(trained("focal")[0], plain)
     assert_same_steps(trained("compute_loss_func")[0], plain)
+    assert_same_steps(trained("fuse_loss")[0], plain)
     steps, logs = trained("trl")
     assert_same_steps(steps, plain)
     assert [line["num_tokens"] for line in logs[:2]] == [36, 72]
+
+
+@pytest.mark.parametrize("accumulation", ACCUMULATION)
+@pytest.mark.parametrize("name", [*ALIKE, "own group"])
+def test_all_that_is_logged_is_one_process_s(name, accumulation, per_rank, tmp_path):
+    """And so are the gradients, for losses of sets of tokens too."""
+    loss = ALIKE.get(name, segloss.DiceLoss())
+    alone = test_trainer.trainer(tmp_path, accumulation=accumulation, loss=loss)
+    expected, logs = watch(alone), list(alone.state.log_history)
+    evaluated = alone.evaluate(tiny_rows()[:5])
+    for steps, logged in (rank[name, accumulation] for rank in per_rank):
+        assert_same_steps(steps, expected)
+        for line, other in zip(logged[:2], logs[:2], strict=True):
+            for key in ("loss", "nll", "perplexity", "entropy", "mean_token_accuracy", "grad_norm"):
+                assert line[key] == pytest.approx(other[key], rel=1e-6), key
+        if name in ALIKE:  # the fifth row is evaluated beside three that are repeated
+            for key in ("nll", "perplexity", "entropy", "mean_token_accuracy"):
+                key = f"eval_{key}"
+                assert logged[-1][key] == pytest.approx(evaluated[key], rel=1e-9), key
 
 
 def test_sample_weighting(trained):

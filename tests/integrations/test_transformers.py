@@ -66,10 +66,10 @@ def test_value_is_the_models_own():
 
 def test_logits_are_never_made():
     model = tiny("Llama")
-    rows = []
-    model.lm_head.register_forward_hook(lambda m, i, o: rows.append(o.shape[1]))
+    made = []
+    model.lm_head.register_forward_hook(lambda m, i, o: made.append(o[-1].shape[-2]))
     segloss.CrossEntropyLoss()(head_logits(model, input_ids=TOKENS), TARGET).backward()
-    assert rows == [1]
+    assert made[1:] == [1]
 
 
 from_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -87,25 +87,17 @@ def test_lora(modules):
     assert_same_training(model, segloss.FocalLoss())
 
 
-@from_peft
-def test_lora_dropout_on_the_head_is_refused():
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, lora_dropout=0.1, target_modules=["lm_head"])
-    with pytest.raises(ValueError, match=r"lora_dropout=0\.1"):
-        head_logits(peft.get_peft_model(tiny("Llama"), config), input_ids=TOKENS)
-
-
 def test_a_model_that_does_more_to_its_logits_is_refused():
     model = tiny("Llama")
     forward = model.forward
 
     def shifted(*args, logits_to_keep=0, **kwargs):
         outputs = forward(*args, logits_to_keep=logits_to_keep, **kwargs)
-        outputs.logits = outputs.logits + 1.0
+        outputs.logits = outputs.logits + 0.01 * outputs.logits.roll(1, -1)
         return outputs
 
     model.forward = shifted
-    with pytest.raises(ValueError, match="differ from those of its head"):
+    with pytest.raises(ValueError, match="does more to its head's logits"):
         head_logits(model, input_ids=TOKENS)
 
 

@@ -1,0 +1,145 @@
+"""A batch through a model up to its loss, on hidden states or on the logits that it makes.
+
+B sequences of T tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segloss.integrations.head import head_loss, prompt_length
+from segloss.integrations.window import LOSS_COLUMNS
+
+# of the model's class or its config, the factor of the router loss of a mixture of experts
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_aux_loss_coef")
+
+
+def loss_of(
+    model: Any, criterion: Callable, target: Tensor, inputs: Mapping[str, Any], fused: bool
+) -> tuple[Any, Any]:
+    """(`criterion(logits, target)`, the model's outputs); `fused`: the logits are never made."""
+    if fused:
+        return head_loss(model, criterion, target, **inputs)
+    outputs = model(**inputs)
+    logits = read(outputs, "logits")
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"the model returned no logits but a {type(outputs).__name__}")
+    prompt = prompt_length(model, dict(inputs))
+    if prompt is not None:
+        logits = logits[:, logits.shape[1] - prompt :]
+    return criterion(logits, target.to(logits.device)), outputs
+
+
+def base_of(model: Any) -> Any:
+    """The model inside DistributedDataParallel, a compiled module and peft."""
+    while True:
+        for name in ("module", "_orig_mod"):
+            if isinstance(getattr(model, name, None), nn.Module):
+                model = getattr(model, name)
+                break
+        else:
+            if not hasattr(model, "get_base_model"):
+                return model
+            model = model.get_base_model()
+
+
+def has_head(model: Any) -> bool:
+    """Whether the logits are a vocabulary's, of a head that a fused loss could take over."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get is not None and get() is not None
+
+
+def read(outputs: Any, name: str) -> Any:
+    """A field of a model's outputs, None where they have none."""
+    if isinstance(outputs, Mapping):
+        return outputs.get(name)
+    return getattr(outputs, name, None)
+
+
+def takes(model: Any, name: str) -> bool:
+    """Whether a model's forward takes an argument."""
+    parameters = inspect.signature(model.forward).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    return name in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model's forward takes of a batch: without labels it computes no loss of its own.
+
+    An encoder-decoder reads its labels, one place on, in the decoder. `model` is the innermost.
+    """
+    not_for_it = (*LOSS_COLUMNS, "labels", "shift_labels", "num_items_in_batch")
+    inputs = {name: value for name, value in batch.items() if name not in not_for_it}
+    labels = batch.get("labels")
+    if reads_labels(model) and labels is not None:
+        given = ("decoder_input_ids", "decoder_inputs_embeds")
+        if all(inputs.get(name) is None for name in given):
+            inputs["decoder_input_ids"] = shifted_right(model, labels)
+    if takes(model, "use_cache"):
+        inputs["use_cache"] = False
+    return inputs
+
+
+def reads_labels(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)) and (
+        "decoder_input_ids" in inspect.signature(model.forward).parameters
+    )
+
+
+def shifted_right(model: Any, labels: Tensor) -> Tensor:
+    """What the decoder reads where the labels are predicted."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    config = model.config
+    start, pad = config.decoder_start_token_id, config.pad_token_id
+    if start is None or pad is None:
+        raise ValueError(
+            f"{type(model).__name__} has decoder_start_token_id {start} and pad_token_id {pad}; to "
+            "make the decoder's input of labels it takes both, or give decoder_input_ids"
+        )
+    inputs = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
+    return inputs.masked_fill(inputs < 0, pad)
+
+
+# ------------------------------------------------------------- what a model adds to its own loss
+
+
+def auxiliary_loss(model: Any, outputs: Any) -> Tensor | None:
+    """The router loss that a mixture of experts adds to its loss, None if there is none.
+
+    Errors: ValueError for one whose factor is not found, and for other terms a model would add.
+    """
+    if getattr(model, "z_loss_coefficient", 0.0):
+        raise ValueError(
+            f"{type(model).__name__} adds a z-loss of all its logits (z_loss_coefficient is "
+            f"{model.z_loss_coefficient}); set that to 0 and give CrossEntropyLoss(z_loss=...)"
+        )
+    terms = []
+    for names, factor_names in (
+        (("aux_loss", "encoder_aux_loss", "decoder_aux_loss"), COEFFICIENTS),
+        (("encoder_z_loss", "decoder_z_loss"), ("router_z_loss_coef",)),
+    ):
+        for name in names:
+            value = read(outputs, name)
+            if isinstance(value, Tensor):
+                terms.append(coefficient(model, name, factor_names) * value)
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+def coefficient(model: Any, name: str, factor_names: tuple[str, ...]) -> float:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    for owner in (model, config, text, getattr(text, "ffn_config", None)):
+        for factor in (*factor_names, *(["moe_loss_weight"] if owner is not model else [])):
+            value = getattr(owner, factor, None)
+            if isinstance(value, (int, float)):
+                return float(value)
+    raise ValueError(
+        f"{type(model).__name__} returns {name}, of which neither it nor its config says how much "
+        f"to add; set {factor_names[0]} in its config (0: nothing)"
+    )

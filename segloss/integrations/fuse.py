@@ -1,0 +1,417 @@
+"""A segloss loss as the loss of a model, or as `compute_loss_func` of a `Trainer`.
+
+B sequences of T tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segloss.integrations.forward import (
+    auxiliary_loss,
+    base_of,
+    has_head,
+    loss_of,
+    model_inputs,
+    read,
+)
+from segloss.integrations.head import replaced
+from segloss.integrations.labels import Shift, calls_loss_function, shifts_labels, standard_loss
+from segloss.integrations.window import (
+    IGNORE,
+    next_tokens,
+    packed_index,
+    per_place,
+    target_of,
+)
+from segloss.losses import Loss
+
+# of the loss, among the arguments of a model's forward
+OPTIONS = ("num_items_in_batch", "token_weight", "sample_ids")
+
+
+# ----------------------------------------------------------------------- logits are never made
+
+
+def fuse_loss(model: nn.Module, criterion: Callable, *, shift: bool | None = None) -> Fused:
+    """Make `model(..., labels=labels).loss` be `criterion`, its logits never made::
+
+        outputs = model(input_ids=ids)                      # as ever, with logits
+        outputs = model(input_ids=ids, labels=labels)       # logits: None
+        outputs.loss == criterion(logits, next_tokens(labels)) + the model's auxiliary losses
+
+    under any trainer that reads the model's loss: `Trainer` and its subclasses, a loop, and with
+    every engine that `head_loss` serves. `num_items_in_batch` (the divisor) and `shift_labels` are
+    honoured; `token_weight` (B, T), of the labels, and `sample_ids` (B, T) reach a segloss loss as
+    further arguments of the model's forward.
+
+    The model can be pickled, copied and saved as before. `.remove()` of what is returned, which
+    is also `model.forward`, gives the model its own loss back.
+
+    TRL's trainers form their loss from log-probabilities and never read the model's: there a fused
+    model raises, and segloss.integrations.trl has trainers to use in their place.
+
+    Args:
+        criterion: a segloss loss, or a callable of (logits source, target (B, T)) that returns a
+            scalar; with an argument `normalizer` it is given `num_items_in_batch`, and without it
+            a trainer is told to average the micro-batches of a step.
+        shift: as of `LossMixin`.
+
+    Errors: TypeError for a model without a head over its vocabulary, such as a classifier, whose
+    few logits are made anyway: `compute_loss_func`.
+    """
+    inner = base_of(model)
+    if not has_head(inner):
+        raise TypeError(
+            f"{type(inner).__name__} has no output embeddings to fuse a loss with; take its logits:"
+            " compute_loss_func(loss), or LossMixin"
+        )
+    if isinstance(criterion, Loss):
+        check_mean(criterion)
+    elif not callable(criterion):
+        raise TypeError(f"criterion is a {type(criterion).__name__}; it takes a segloss loss")
+    current = vars(inner).get("forward")
+    if isinstance(current, Fused):
+        current.remove()
+    return Fused(inner, criterion, Shift(shift))
+
+
+class InPlace:
+    """Lies in the place of a model's forward, whose hooks have run when it is called."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.previous = vars(model).get("forward")
+        vars(model)["forward"] = self
+
+    @property
+    def original(self) -> Callable:
+        if self.previous is not None:
+            return self.previous
+        return type(self.model).forward.__get__(self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+    def named(self, arguments: tuple, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments of a call by their names."""
+        given = inspect.signature(self.original).bind_partial(*arguments).arguments
+        return {**given, **keywords}
+
+    def loss_of(self, criterion: Callable, target: Tensor, inputs: dict) -> tuple[Any, Any]:
+        with replaced(self.model, "forward", self.original):
+            return loss_of(Direct(self.model), criterion, target, inputs, fused=True)
+
+
+class Direct:
+    """A call of a model's forward within its own call."""
+
+    def __init__(self, model: nn.Module):
+        self.module = model
+
+    def __call__(self, **inputs) -> Any:
+        return self.module.forward(**inputs)
+
+
+class Fused(InPlace):
+    """The forward of a fused model; see `fuse_loss`."""
+
+    def __init__(self, model: Any, criterion: Callable, shift: Shift):
+        super().__init__(model)
+        self.criterion, self.shift = criterion, shift
+        self.active = self.removed = False
+        self.takes_normalizer = isinstance(criterion, Loss) or (
+            "normalizer" in inspect.signature(criterion).parameters
+        )
+        if shift.known is None:
+            shift.known = shifts_labels(model)
+        # what Trainer asks to know whether the loss is divided by num_items_in_batch, and which
+        # labels it is to count for that
+        self.settings: dict[str, Any] = {"accepts_loss_kwargs": self.takes_normalizer}
+        if shift.known and standard_loss(model) is standard_loss(None):
+            self.settings["loss_type"] = "ForCausalLM"
+        self.before = {k: vars(model)[k] for k in self.settings if k in vars(model)}
+        vars(model).update(self.settings)
+        backbone = getattr(model, "base_model", model)
+        self.guard = None
+        if isinstance(backbone, nn.Module) and backbone is not model:
+            self.guard = backbone.register_forward_pre_hook(Guard(self))
+
+    def remove(self) -> None:
+        """Give the model its own loss back."""
+        self.removed = True
+        if self.guard is not None:
+            self.guard.remove()
+        if vars(self.model).get("forward") is not self:
+            return  # something else lies over it: it then only passes on
+        for name in self.settings:
+            vars(self.model).pop(name, None)
+        vars(self.model).update(self.before)
+        del vars(self.model)["forward"]
+        if self.previous is not None:
+            vars(self.model)["forward"] = self.previous
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """With the loss's arguments, so that a Trainer keeps these columns."""
+        signature = super().__signature__
+        parameters = list(signature.parameters.values())
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+            for name in ("token_weight", "sample_ids")
+            if name not in signature.parameters
+        ]
+        place = len(parameters)
+        if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+            place -= 1
+        return signature.replace(parameters=parameters[:place] + added + parameters[place:])
+
+    def __call__(self, *arguments, **keywords) -> Any:
+        self.active = True
+        try:
+            if self.removed:
+                return self.original(*arguments, **keywords)
+            if keywords.get("fused_lm_head"):
+                raise TypeError(FUSED_LM_HEAD)
+            batch = self.named(arguments, keywords)
+            if batch.get("labels") is None and batch.get("shift_labels") is None:
+                return self.original(*arguments, **keywords)
+            return self.with_loss(batch)
+        finally:
+            self.active = False
+
+    def with_loss(self, batch: dict[str, Any]) -> Any:
+        model, options = self.model, {name: batch.pop(name, None) for name in OPTIONS}
+        as_tuple = batch.get("return_dict") is False
+        if as_tuple:
+            batch["return_dict"] = True
+        shift = self.shift.of(model, batch, self.own_outputs)
+        of_labels = {**batch, "sample_ids": options["sample_ids"]}
+        if getattr(model.config, "is_encoder_decoder", False):  # its positions are the encoder's
+            of_labels = {k: of_labels.get(k) for k in ("labels", "shift_labels", "sample_ids")}
+        target = target_of(of_labels, shift, getattr(self.criterion, "ignore_index", IGNORE))
+        extras = self.keywords(options, of_labels, target, shift)
+
+        def criterion(source, target):
+            if isinstance(self.criterion, nn.Module):
+                self.criterion.to(source.device)
+            return self.criterion(source, target, **extras)
+
+        loss, outputs = self.loss_of(criterion, target, model_inputs(model, batch))
+        auxiliary = auxiliary_loss(model, outputs)
+        if auxiliary is not None:
+            loss = loss + auxiliary.to(loss.device)
+        fields = {name: value for name, value in outputs.items() if name not in ("loss", "logits")}
+        outputs = type(outputs)(loss=loss, **fields)
+        return outputs.to_tuple() if as_tuple else outputs
+
+    def keywords(self, options, of_labels, target: Tensor, shift: bool) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if options["num_items_in_batch"] is not None and self.takes_normalizer:
+            found["normalizer"] = options["num_items_in_batch"]
+        if isinstance(self.criterion, Loss):
+            found["sample_ids"] = packed_index(of_labels, target.shape)
+            weight = options["token_weight"]
+            if weight is not None:
+                weight = per_place("token_weight", weight, target.shape)
+                found["token_weight"] = next_tokens(weight, 0) if shift else weight
+        return found
+
+    @torch.no_grad()
+    def own_outputs(self, batch: Mapping[str, Any]) -> Any:
+        devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices):
+            return self.original(**batch)
+
+
+FUSED_LM_HEAD = (
+    "a model with fuse_loss was called with fused_lm_head=True: TRL's trainers make their loss of "
+    "log-probabilities and never read the model's; take segloss.integrations.trl.SFTTrainer(..., "
+    "loss=...) and leave fuse_loss out"
+)
+
+
+class Guard:
+    """Raises where TRL's fused head calls the backbone around the fused loss."""
+
+    def __init__(self, fused: Fused):
+        self.fused = fused
+
+    def __call__(self, module, arguments) -> None:
+        forward = vars(self.fused.model).get("forward")
+        code = getattr(getattr(forward, "__func__", forward), "__code__", None)
+        if not self.fused.active and "fused_lm_head" in getattr(code, "co_varnames", ()):
+            raise TypeError(FUSED_LM_HEAD)
+
+
+# ------------------------------------------------------------ from logits that the model makes
+
+
+def compute_loss_func(
+    loss: Loss, *, shift: bool | None = None, model: nn.Module | None = None
+) -> ComputeLoss:
+    """For `Trainer(..., compute_loss_func=...)`, from the model's logits (B, T, V)::
+
+        loss(outputs.logits, next_tokens(labels), normalizer=num_items_in_batch)
+
+    or at the labels themselves, for masked models and for classifiers of tokens and of rows. The
+    mean runs over the tokens of the whole accumulated batch, as the Trainer counts them.
+    `LossMixin` does without logits.
+
+    Args:
+        shift: whether labels are the next tokens'. Default: what the class of the outputs says;
+            those of an encoder-decoder need False, and a collator that gives decoder_input_ids.
+        model: needed for a mixture of experts, whose router loss is then added as the model does.
+    """
+    check_mean(loss)
+    return ComputeLoss(loss, shift, model)
+
+
+class ComputeLoss:
+    def __init__(self, loss: Loss, shift: bool | None, model: nn.Module | None):
+        self.loss, self.model = loss, model
+        self.shift = Shift(shift).known
+
+    def __call__(self, outputs, labels, num_items_in_batch=None) -> Tensor:
+        logits = read(outputs, "logits")
+        if not isinstance(labels, Tensor) or not isinstance(logits, Tensor):
+            raise TypeError(
+                f"labels are a {type(labels).__name__} and logits a {type(logits).__name__}; "
+                "compute_loss_func takes a batch with labels and a model that returns logits"
+            )
+        labels = labels.to(logits.device)
+        self.loss.to(logits.device)
+        target = labels
+        if labels.dim() > 1 and self.shifts(outputs):
+            target = next_tokens(labels, self.loss.ignore_index)
+        value = self.loss(logits, target, normalizer=num_items_in_batch)
+        if self.model is not None:
+            auxiliary = auxiliary_loss(base_of(self.model), outputs)
+            return value if auxiliary is None else value + auxiliary.to(value.device)
+        if any(isinstance(read(outputs, name), Tensor) for name in ("aux_loss", "encoder_z_loss")):
+            raise ValueError(
+                "the model returned an auxiliary loss, which compute_loss_func does not know the "
+                "factor of; give compute_loss_func(loss, model=model), or set output_router_logits "
+                "to False in its config"
+            )
+        return value
+
+    def shifts(self, outputs: Any) -> bool:
+        if self.shift is not None:
+            return self.shift
+        if self.model is not None:
+            found = shifts_labels(base_of(self.model))
+            if found is not None:
+                return found
+        name = type(outputs).__name__
+        if "CausalLM" in name:
+            return True
+        if any(part in name for part in ("MaskedLM", "TokenClassifier", "SequenceClassifier")):
+            return False
+        raise ValueError(
+            f"a {name} does not say whether labels are the next tokens'; give compute_loss_func "
+            "shift=True, or False for labels at their places (an encoder-decoder, whose collator "
+            "then gives decoder_input_ids; LossMixin makes them itself)"
+        )
+
+
+def set_loss_function(model: nn.Module, loss: Loss) -> None:
+    """Make `loss` the one that `model(..., labels=labels).loss` is, of the model's logits.
+
+    For transformers models that call `self.loss_function` on logits of tokens or rows; `fuse_loss`
+    is for any causal model, and makes no logits. `num_items_in_batch` and `shift_labels` are
+    honoured; `token_weight` (B, T), of the labels, and `sample_ids` (B, T) reach the loss as
+    further arguments of the model's forward.
+
+    Errors: TypeError for a model that computes its loss itself (T5, BART, Whisper, BERT's
+    classifiers and many more), here or at its first call with labels.
+    """
+    check_mean(loss)
+    inner = base_of(model)
+    standard = standard_loss(inner)
+    name, of = type(inner).__name__, getattr(standard, "__name__", None)
+    if not any(calls_loss_function(part, inner) for part in type(inner).__mro__):
+        raise TypeError(COMPUTES_ITSELF.format(name))
+    if of not in ("ForCausalLMLoss", "ForMaskedLMLoss", *CLASSIFIERS):
+        raise TypeError(
+            f"the loss of {name} is {of}; set_loss_function takes models of tokens and classifiers"
+        )
+    current = getattr(inner, "loss_function", None)
+    if isinstance(current, LossFunction):
+        current.handle.remove()
+    function = LossFunction(loss, name, list(inspect.signature(standard).parameters))
+    function.shift = of == "ForCausalLMLoss"
+    function.handle = inner.register_forward_hook(WasCalled(function), with_kwargs=True)
+    inner.loss_function = function
+
+
+CLASSIFIERS = ("ForSequenceClassificationLoss", "ForTokenClassification")
+COMPUTES_ITSELF = (
+    "{} computes its loss itself and never calls loss_function; take "
+    "compute_loss_func(loss) with Trainer, LossMixin, or fuse_loss where it has a vocabulary"
+)
+
+
+class LossFunction:
+    """In the place of `model.loss_function`, with the arguments of the standard one."""
+
+    handle: Any
+    shift: bool
+
+    def __init__(self, loss: Loss, name: str, parameters: list[str]):
+        self.loss, self.name, self.parameters = loss, name, parameters
+        self.calls = 0
+
+    def __call__(self, *arguments, **keywords) -> Tensor:
+        self.calls += 1
+        given = dict(zip(self.parameters, arguments, strict=False)) | keywords
+        logits = given.get("pooled_logits")
+        logits = given["logits"] if logits is None else logits
+        kind = getattr(given.get("config"), "problem_type", None)
+        if kind in ("regression", "multi_label_classification"):
+            raise ValueError(
+                f"{self.name} has problem_type {kind!r}; the loss takes one class per row"
+            )
+        ignore = given.get("ignore_index", self.loss.ignore_index)
+        labels = given["labels"] if given.get("shift_labels") is None else given["shift_labels"]
+        shift = self.shift and given.get("shift_labels") is None and labels.dim() > 1
+        weight = given.get("token_weight")
+        if weight is not None:
+            weight = per_place("token_weight", weight, labels.shape).to(logits.device)
+        self.loss.to(logits.device)
+        target = next_tokens(labels, ignore) if shift else labels
+        return self.loss(
+            logits,
+            target.to(logits.device),
+            token_weight=next_tokens(weight, 0) if shift and weight is not None else weight,
+            sample_ids=given.get("sample_ids"),
+            normalizer=given.get("num_items_in_batch"),
+        )
+
+
+class WasCalled:
+    """Raises after a forward with labels in which the model did not call its loss function."""
+
+    def __init__(self, function: LossFunction):
+        self.function, self.calls = function, 0
+
+    def __call__(self, module, arguments, keywords, outputs) -> None:
+        if keywords.get("labels") is not None and self.function.calls == self.calls:
+            raise TypeError(COMPUTES_ITSELF.format(self.function.name))
+        self.calls = self.function.calls
+
+
+def check_mean(loss: Any) -> None:
+    if not isinstance(loss, Loss):
+        raise TypeError(f"loss is a {type(loss).__name__}; it takes a segloss loss")
+    if loss.reduction != "mean":
+        raise ValueError(
+            f"loss has reduction={loss.reduction!r}; what a trainer divides by the tokens of the "
+            "whole accumulated batch is a mean: it takes 'mean'"
+        )

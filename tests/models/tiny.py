@@ -1,0 +1,102 @@
+"""A tiny random model of any class of transformers, from its default configuration made small."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig
+
+V, WIDTH, HEADS, LAYERS = 64, 32, 4, 2
+FIRST_SPECIAL = 48  # ids from here on stand for images, sounds and the like
+
+# the first pattern that an integer option's whole name matches says how large it is made
+SIZES: list[tuple[str, int]] = [
+    (r"(unpadded|padded)_vocab_size", V),
+    (r".*vocab_size.*|n_vocab|num_tokens|vocab_size", V),
+    (r"pad_token_id", 0),
+    (r"bos_token_id|decoder_start_token_id|cls_token_id", 1),
+    (r"eos_token_id|sep_token_id", 2),
+    (r"max_position_embeddings|max_position|n_positions|n_ctx", 64),
+    (r"max_seq_len.*|max_sequence_length", 64),
+    (r"max_(source|target)_positions|seq_length|max_context_length|context_length", 64),
+    (r"num_key_value_heads|num_kv_heads|.*_num_kv_heads|n_head_kv|multi_query_group_num", 2),
+    (r".*key_value_heads", 2),
+    (r"mamba_(n|num)_heads|linear_num_(key|value)_heads|linear_num_heads", HEADS),
+    (r"num_attention_heads|.*attention_heads|num_heads|n_heads?|.*_num_heads|.*n_heads", HEADS),
+    (r".*head_dim|.*d_head|d_kv|attention_head_size|head_size", 8),
+    (r"qk_nope_head_dim|qk_rope_head_dim|kv_channels", 8),
+    (r"q_lora_rank|kv_lora_rank|.*_rank", 8),
+    (r"num_nextn_predict_layers|num_mtp_layers|.*mtp.*layers", 0),
+    (r"first_k_dense_replace|moe_layer_start_index|num_dense_layers", 1),
+    (r"num_hidden_layers|.*num_layers|n_layers?|.*_layers|depth", LAYERS),
+    (r"num_experts_per_tok(en)?|moe_k|top_k_experts|moe_topk|.*experts_per_tok.*|expert_top_k", 2),
+    (r"num_experts|.*num_experts|num_local_experts|n_routed_experts|moe_num_experts", 4),
+    (r"n_group|topk_group|n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
+    (r"moe_intermediate_size|.*expert_intermediate_size|expert_ffn_hidden_size", 16),
+    (r"intermediate_size.*|.*intermediate_size|.*ffn_dim|.*ffn_hidden_size|d_ff|n_inner", 48),
+    (r"inner_dim|mlp_dim|dim_feedforward|ffn_size|.*mlp_hidden_size", 48),
+    (r"hidden_size|.*hidden_size|d_model|n_embd|.*embed_dim|dim|embedding_size|emb_dim", WIDTH),
+    (r".*hidden_dim|.*_dim|.*embedding_dim|width|word_embed_proj_dim|lru_width", WIDTH),
+    (r"(mamba_)?(d_)?ssm_state_size|state_size|mamba_d_state|ssm_d_state|.*d_state", 8),
+    (r"image_size", 16),
+    (r".*patch_size", 4),
+    (r"sliding_window|attention_window.*|window_size|local_attention|.*chunk_size", 16),
+    (r"num_labels", 5),
+]  # fmt: skip
+
+
+def small(name: str, value: Any) -> Any:
+    """An option's tiny value, the value itself where it stays."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return value
+    for pattern, size in SIZES:
+        if re.fullmatch(pattern, name):
+            return min(size, value) if "vocab" not in name else size
+    return value
+
+
+def tiny_options(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Constructor options that make the default configuration tiny."""
+    default = config_class()
+    options: dict[str, Any] = {}
+    specials = iter(range(FIRST_SPECIAL, V))
+    for name, value in default.to_dict().items():
+        inner = getattr(default, name, None)
+        if isinstance(inner, PreTrainedConfig):
+            options[name] = tiny_options(type(inner)) | {"model_type": inner.model_type}
+            options[name] |= OVERRIDES.get(type(inner).__name__, {})
+        elif re.fullmatch(r".*token_(id|index)|.*_token", name) and isinstance(value, int):
+            made = small(name, value)
+            options[name] = made if made < V else next(specials)
+        elif (made := small(name, value)) != value:
+            options[name] = made
+    return options
+
+
+def tiny_config(config_class: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
+    options = tiny_options(config_class) | OVERRIDES.get(config_class.__name__, {}) | more
+    return config_class(**options)
+
+
+def config_class_of(model_class: type) -> type[PreTrainedConfig]:
+    return model_class.config_class
+
+
+def tiny_model(name: str, **options: Any):
+    torch.manual_seed(0)
+    model_class = getattr(transformers, name)
+    options = CLASS_OVERRIDES.get(name, {}) | options
+    config = tiny_config(config_class_of(model_class), **options)
+    for part in (config, config.get_text_config()):
+        if getattr(part, "pad_token_id", None) is None:
+            part.pad_token_id = 0
+    if hasattr(config, "_attn_implementation"):
+        config._attn_implementation = "eager"
+    return model_class(config).float().eval()
+
+
+OVERRIDES: dict[str, dict] = {}
+CLASS_OVERRIDES: dict[str, dict] = {}
