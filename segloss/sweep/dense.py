@@ -60,8 +60,8 @@ def sweep_dense(
             **class_ids(request, batch),
         )
         readings = read_beside(rows, batch, request, stats)
-        found = readings.outputs()
-        sweep.listed, sweep.divergences = found[LISTED], found[DIVERGENCES]
+        beside = readings.outputs()
+        sweep.listed, sweep.divergences = beside[LISTED], beside[DIVERGENCES]
         peak_row = None
         at = (rows, stats.row_max, stats.log_sum)
         if request.prob_sums:
