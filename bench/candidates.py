@@ -43,11 +43,11 @@ class Counter:
 
 def batches(tokenizer, examples: int, generator: random.Random):
     """Endless (input_ids, attention_mask, target) of `BATCH` examples, shuffled every epoch."""
-    from segloss.train.tasks import built_in_examples
+    from bench.tasks import examples as read
 
     texts = []
     for task in TASKS:
-        texts += [e.prompt + e.completion for e in built_in_examples((task,))[: examples // 2]]
+        texts += [prompt + answer for prompt, answer in read(task)[: examples // 2]]
     rows = [[*tokenizer(text)["input_ids"][:LENGTH], tokenizer.eos_token_id] for text in texts]
     while True:
         generator.shuffle(rows)

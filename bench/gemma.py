@@ -25,30 +25,47 @@ def peak_gib() -> float:
 
 def steps(batch_size: int) -> None:
     import torch
+    import transformers
 
-    from segloss.train import data, model, tasks
-    from segloss.train.config import TrainConfig
-    from segloss.train.expression import parse_loss
-    from segloss.train.trainer import EachRow, Trainer
+    import segloss
+    from bench.tasks import examples
+    from segloss.integrations.transformers import LossMixin
+    from segloss.train import model
 
-    language_model, tokenizer = model.load("gemma3")
-    items = data.encode(tasks.built_in_examples(("siqa",))[: 4 * batch_size], tokenizer)
-    items = sorted(items, key=lambda item: len(item.prompt_ids))[-batch_size:]
+    class Trainer(LossMixin, transformers.Trainer):
+        pass
+
+    language_model, tokenizer = model.load("gemma3", attn_implementation="eager")
+    rows = [
+        (tokenizer(prompt)["input_ids"], tokenizer(answer, add_special_tokens=False)["input_ids"])
+        for prompt, answer in examples("siqa")[: 4 * batch_size]
+    ]
+    rows = sorted(rows, key=lambda row: len(row[0]))[-batch_size:]
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    data = []
+    for prompt, answer in rows:
+        room = width - len(prompt) - len(answer)
+        data.append(
+            {
+                "input_ids": torch.tensor(prompt + answer + [0] * room),
+                "attention_mask": torch.tensor([1] * (width - room) + [0] * room),
+                "labels": torch.tensor([-100] * len(prompt) + answer + [-100] * room),
+            }
+        )
     print(f"loaded, peak {peak_gib():.2f} GiB; {batch_size} sequences")
     for expression in LOSSES:
-        config = TrainConfig(steps=1, batch_size=batch_size, lr=1e-6)
-        rows: list[dict] = []
-        trainer = Trainer(
-            language_model,
-            [data.TaskData("siqa", items, [])],
-            parse_loss(expression),
-            config,
-            pad_id=tokenizer.pad_token_id,
-            dtype=torch.bfloat16,
-            callbacks=[EachRow(rows.append)],
-        )
+        arguments = transformers.TrainingArguments(
+            "unused", max_steps=1, per_device_train_batch_size=batch_size, learning_rate=1e-6,
+            use_cpu=True, bf16=True, save_strategy="no", report_to=[], disable_tqdm=True,
+            logging_steps=1,
+        )  # fmt: skip
+        loss = segloss.parse_loss(expression)
+        trainer = Trainer(language_model, arguments, train_dataset=data, loss=loss)
+        trainer.remove_callback(transformers.PrinterCallback)
+        start = time.monotonic()
         trainer.train()
-        print(f"{expression:18} {trainer.seconds:6.1f} s  loss {rows[0]['loss']:8.4f}  "
+        found = trainer.state.log_history[0]["loss"]
+        print(f"{expression:18} {time.monotonic() - start:6.1f} s  loss {found:8.4f}  "
               f"peak {peak_gib():.2f} GiB", flush=True)  # fmt: skip
 
 

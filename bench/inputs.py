@@ -83,20 +83,20 @@ def saturate(name: str, lift: Tensor, generator: torch.Generator) -> Tensor:
 def states(model: str, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """(hidden (N', D), weight (V, D), next tokens (N',)) of at least `num_tokens` real tokens.
 
-    `model` as for `segloss train --model`. The text is the built-in tasks' prompts and answers one
+    `model` as for `segloss train --model`. The text is prompts and answers of `bench.tasks`, one
     after the other, cut into sequences of 128 tokens.
     """
+    from bench.tasks import examples
     from segloss.train import model as models
-    from segloss.train.tasks import built_in_examples
 
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
         network, tokenizer = models.load(model)
     ids: list[int] = []
     wanted = -(-num_tokens // SEQUENCE) * (SEQUENCE + 1)
-    tasks = [built_in_examples((task,)) for task in ("boolq", "asdiv")]
+    tasks = [examples(task) for task in ("boolq", "asdiv")]
     for pair in zip(*tasks, strict=False):
-        for example in pair:
-            ids += tokenizer(example.prompt + example.completion)["input_ids"]
+        for prompt, completion in pair:
+            ids += tokenizer(prompt + completion)["input_ids"]
             ids.append(tokenizer.eos_token_id)
         if len(ids) >= wanted:
             break

@@ -24,7 +24,7 @@ import segloss
 from bench import inputs, peers
 from segloss.head.explain import dweight_bytes
 from segloss.kernels.common import cdiv
-from segloss.train.expression import parse_loss
+from segloss.losses import parse_loss
 
 # bfloat16 logits, their float32 copy, log-probabilities, two gradients
 EAGER_BYTES_PER_LOGIT = 2 + 4 + 4 + 4 + 2

@@ -35,18 +35,23 @@ def check_number(name: str, value, low: float = 0.0, high: float = math.inf) -> 
     return float(value)
 
 
+SHARDED = (
+    "weights that an engine shards are whole only while the model runs: call "
+    "segloss.integrations.transformers.head_loss(model, loss, target, **inputs)"
+)
+
+
 def check_plain(name: str, tensor: Tensor) -> None:
     """Refuse tensors that only stand for data that lies elsewhere."""
     if type(tensor).__name__ == "DTensor":
         raise TypeError(
-            f"{name} is a DTensor; pass {name}.full_tensor(), or {name}.to_local() with group= "
-            "where its rows are sharded over tokens"
+            f"{name} is a DTensor; {SHARDED}, and rows sharded over tokens are {name}.to_local() "
+            "with group="
         )
     if tensor.numel() == 0 and hasattr(tensor, "ds_shape"):
-        raise TypeError(
-            f"{name} is an empty ZeRO-3 placeholder; gather it first with "
-            "deepspeed.zero.GatheredParameters"
-        )
+        raise TypeError(f"{name} is an empty ZeRO-3 placeholder; {SHARDED}")
+    if getattr(tensor, "_fsdp_flattened", False):
+        raise TypeError(f"{name} is a part of a flat parameter of FSDP1; {SHARDED}")
 
 
 def check_transform(softcap: float | None, scale: float) -> None:

@@ -19,44 +19,51 @@ from helpers import LOSSES
 import segloss
 from segloss.losses import LOSSES as SHORT_NAMES
 from segloss.losses import parse_loss
-from segloss.train.command import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {path.name: path.read_text(encoding="utf-8") for path in PAGES}
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SECTION = re.compile(r"^## (.+?)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-SECTIONS = dict(SECTION.findall(README))
-WITH_CODE = [heading for heading, text in SECTIONS.items() if BLOCK.search(text)]
+SECTIONS = {
+    (page, heading): section
+    for page, text in TEXTS.items()
+    for heading, section in SECTION.findall(text)
+}
+WITH_CODE = [place for place, text in SECTIONS.items() if BLOCK.search(text)]
 
 
-def run(heading: str) -> dict:
+def run(page: str, heading: str) -> dict:
     """The namespace that the section's blocks leave behind, its printed output compared."""
     namespace: dict = {}
     printed = ""
-    for kind, code in BLOCK.findall(SECTIONS[heading]):
+    for kind, code in BLOCK.findall(SECTIONS[page, heading]):
         if kind == "text":
             assert printed == code
             continue
-        # its lines' numbers in a traceback are those of the README
-        start = README[: README.index(code)].count("\n")
-        program = compile("\n" * start + code, "README.md", "exec")
+        # its lines' numbers in a traceback are those of the page
+        start = TEXTS[page][: TEXTS[page].index(code)].count("\n")
+        program = compile("\n" * start + code, page, "exec")
         with contextlib.redirect_stdout(io.StringIO()) as output:
             exec(program, namespace)
         printed = output.getvalue()
     return namespace
 
 
-def test_every_block_is_found():
-    assert README.count("\n```python\n") == len(re.findall(r"^```python$", README, re.MULTILINE))
-    assert sum(len(BLOCK.findall(text)) for text in SECTIONS.values()) == len(BLOCK.findall(README))
-    assert README.count("\n```") == 2 * len(BLOCK.findall(README))
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_block_is_found(page):
+    text = TEXTS[page]
+    blocks = [BLOCK.findall(part) for (where, _), part in SECTIONS.items() if where == page]
+    assert sum(map(len, blocks)) == len(BLOCK.findall(text))
+    assert text.count("\n```") == 2 * len(BLOCK.findall(text))
 
 
 # transformers itself warns
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("heading", WITH_CODE)
-def test_code_runs(heading):
-    run(heading)
+@pytest.mark.parametrize(("page", "heading"), WITH_CODE)
+def test_code_runs(page, heading):
+    run(page, heading)
 
 
 @pytest.mark.filterwarnings("default")
@@ -65,7 +72,7 @@ def test_hugging_face_loop_trains_like_the_model_itself(fused, tmp_path):
     """Both ways, with accumulation and micro-batches of unequal length, step like transformers'."""
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-    namespace = run("Replace one line")
+    namespace = run("README.md", "Replace one line")
     criterion = segloss.CrossEntropyLoss()
 
     def weights(trainer_class, **options):
@@ -131,19 +138,26 @@ def test_stated_facts_about_gradients():
 
 COMMANDS = [
     line.partition("#")[0].strip()
-    for line in re.findall(r"^    (.+)$", README, re.MULTILINE)
-    if line.startswith(("make ", "segloss "))
+    for text in TEXTS.values()
+    for line in re.findall(r"^    (.+)$", text, re.MULTILINE)
+    if line.startswith(("make ", "segloss ", "torchrun "))
 ]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("segloss ")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "segloss " in c])
 def test_command_line_is_accepted(command):
-    words = shlex.split(command)[1:]
-    if "--help" in words:
+    from segloss.train.config import Options, settings
+    from segloss.train.select import SelectOptions
+
+    name, *words = shlex.split(command)[shlex.split(command).index("segloss") + 1 :]
+    assert name in ("train", "evaluate", "select", "report", "doctor")
+    if name not in ("train", "select") or "--resume" in words:
         return
-    arguments = _parser().parse_args(words)
-    if "loss" in arguments:
-        parse_loss(arguments.loss)
+    if "--config" in words:  # a file of the reader's
+        del words[words.index("--config") : words.index("--config") + 2]
+    found = settings(words, options=SelectOptions if name == "select" else Options)
+    if found.options.loss is not None:
+        parse_loss(found.options.loss)
 
 
 def test_make_targets_exist_and_the_gate_is_the_stated_one():
@@ -156,16 +170,23 @@ def test_make_targets_exist_and_the_gate_is_the_stated_one():
     assert {"lint", "test"} <= set(gate.split())
 
 
-def test_links_lead_somewhere():
-    for path in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)#:]+)\)", TEXTS[path.name]):
+        assert (path.parent / link).exists(), link
 
 
-def test_example_of_a_data_line_is_read(tmp_path):
-    from segloss.train.data import read_jsonl
+def test_examples_of_rows_are_read():
+    import json
 
-    (line,) = re.findall(r'^    (\{"task".*\})$', README, re.MULTILINE)
-    path = tmp_path / "mine.jsonl"
-    path.write_text(line + "\n")
-    (example,) = read_jsonl(str(path))
-    assert example.task == "colours" and example.options == (" blue", " red")
+    from segloss.train.data import checked
+
+    lines = re.findall(r'^    (\{".*\})$', TEXTS["training.md"], re.MULTILINE)
+    rows = [checked(json.loads(line), "mine", "text", chat=True) for line in lines]
+    assert [row["answer"] for row in rows] == ["Hello", " blue", "Hello", "blue", None]
+    assert rows[1]["options"] == [" blue", " red"]
+
+
+def test_no_page_names_a_stranger_s_package():
+    for text in TEXTS.values():
+        assert "pip install segloss" not in text

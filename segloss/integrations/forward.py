@@ -30,7 +30,7 @@ def loss_of(
     if not isinstance(logits, Tensor):
         raise TypeError(f"the model returned no logits but a {type(outputs).__name__}")
     prompt = prompt_length(model, dict(inputs))
-    if prompt is not None:
+    if prompt is not None and target.shape[1] == prompt:
         logits = logits[:, logits.shape[1] - prompt :]
     return criterion(logits, target.to(logits.device)), outputs
 

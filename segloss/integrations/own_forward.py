@@ -130,19 +130,32 @@ def autocast_of(device: torch.device) -> tuple[bool, torch.dtype]:
 
 
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """By name, what gets a gradient; under FSDP1 plain tensors stand where the parameters were."""
+    """By name, what gets a gradient; under FSDP1 plain tensors stand where the parameters were.
+
+    Errors: TypeError where an engine gathers the parts of the head one by one, as its own hooks
+    inside of `forward` would do it, and not while the head runs.
+    """
+    check_one_unit(module)
     found: dict[str, Tensor] = {}
     for prefix, part in module.named_modules():
-        own = {**vars(part), **part._parameters}
-        for name, tensor in own.items():
+        for name, tensor in {**vars(part), **part._parameters}.items():
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                if tensor.numel() == 0 and hasattr(tensor, "ds_id"):
-                    raise TypeError(
-                        f"the head is a {type(module).__name__}, whose weights ZeRO-3 gathers one "
-                        "by one; leave the head out of the adapter, or use ZeRO-2"
-                    )
+                if type(tensor).__name__ == "DTensor" or not tensor.numel():
+                    raise in_parts(module)
                 found[f"{prefix}.{name}".lstrip(".")] = tensor
     return found
+
+
+def check_one_unit(module: nn.Module) -> None:
+    if any(hasattr(part, "_fsdp_wrapped_module") for part in module.modules()):
+        raise in_parts(module)
+
+
+def in_parts(module: nn.Module) -> TypeError:
+    return TypeError(
+        f"the head is a {type(module).__name__}, and its engine gathers the parts one by one; make "
+        "the head one unit (FSDP), or leave it out of the adapter (ZeRO-3)"
+    )
 
 
 class Repeatable:

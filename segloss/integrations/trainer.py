@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from segloss.distributed import sum_over
@@ -85,6 +86,7 @@ class LossMixin(Trainer):
 
     loss_is_scaled_for_ga = True
     _signature_columns: Any
+    compute_loss_func: Any
     data_collator: Any
 
     def __init__(
@@ -109,8 +111,9 @@ class LossMixin(Trainer):
                 f"label_smoothing_factor is {smoothing} and loss is given; "
                 "give the loss its label_smoothing"
             )
-        if self.compute_loss_func is not None:
+        if callable(self.compute_loss_func):
             raise ValueError("compute_loss_func is given to a LossMixin; it takes loss")
+        self.compute_loss_func = None  # what TRL puts there for older releases of transformers
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"n_gpu is {self.args.n_gpu}: one process with several GPUs wraps the model in "
@@ -212,10 +215,24 @@ class LossMixin(Trainer):
         return self._shift.of(base_of(self.model), batch, call, self.accelerator.reduce)
 
     def _label_side(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What a batch says of its labels; an encoder's positions say nothing of a decoder's."""
-        if not getattr(getattr(base_of(self.model), "config", None), "is_encoder_decoder", False):
+        """What a batch says of its labels, at the places of the logits.
+
+        An encoder's positions say nothing of a decoder's, and prompt tuning puts places before.
+        """
+        inner, prompt = base_of(self.model), virtual_tokens(self.model)
+        decodes = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+        if not (decodes or prompt):
             return batch
-        return {k: v for k, v in batch.items() if k in ("labels", "shift_labels", *LOSS_COLUMNS)}
+        own = {k: v for k, v in batch.items() if k in ("labels", "shift_labels", *LOSS_COLUMNS)}
+        if decodes:
+            return own
+        ignore = self.loss.ignore_index
+        fill = {"labels": ignore, "shift_labels": ignore}
+        return {
+            name: F.pad(value, (prompt, 0), value=fill.get(name, 0)) if value.dim() > 1 else value
+            for name, value in own.items()
+            if value is not None
+        }
 
     def _samples(self, batch: Mapping[str, Any]) -> Samples:
         return Samples.of(self._label_side(batch), self._shifts(batch), self.loss.ignore_index)
@@ -470,6 +487,14 @@ def grouped(loss: Loss, group: Any) -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------- checks
+
+
+def virtual_tokens(model: Any) -> int:
+    """Places that a peft model puts before those of its input."""
+    config: Any = getattr(model, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False) or config.peft_type == "PREFIX_TUNING":
+        return 0
+    return config.num_virtual_tokens
 
 
 def given_columns(init: Any, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:

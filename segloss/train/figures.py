@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from .record import WEIGHT_EDGES, Record
+from .report import SCORES, WEIGHT_EDGES, Record, entries, scored
 
 # Okabe and Ito: told apart with any colour vision
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
-GREY = "#9aa5b1"
+GREY, DARK = "#9aa5b1", "#52606d"
 WIDTH = 11.0
 
 
@@ -32,10 +33,10 @@ def pictures(records: Sequence[Record]) -> list[Picture]:
     """Every picture that the records have data for."""
     draw: list[Callable[[Sequence[Record]], Picture | None]] = [
         results,
+        training,
         task_losses,
         task_weights,
         sample_weights,
-        training,
         selection,
     ]
     drawn = [function(records) for function in draw]
@@ -46,118 +47,117 @@ def color(index: int) -> str:
     return COLORS[index % len(COLORS)]
 
 
-# ------------------------------------------------------------------------------------- results
-
-
 def results(records: Sequence[Record]) -> Picture | None:
-    """Held-out loss and exact match of each task, before and after each run."""
-    records = [record for record in records if record.evaluations.get("after")]
-    if not records:
+    """One panel per score: a row per task, in it a dot with its interval per run and guess."""
+    tasks = scored(records)
+    blocks = {task: entries(records, task) for task in tasks}
+    names = [n for n in SCORES if any(n in s for block in blocks.values() for _, s in block)]
+    if not names:
         return None
-    figure = _figure(4.2)
-    axes = figure.subplots(1, 2)
-    tasks = _tasks(records)
-    for axis, key, scale, form in (
-        (axes[0], "loss", 1.0, "{:.2f}"),
-        (axes[1], "exact_match", 100.0, "{:.0f}"),
-    ):
-        _bars(axis, records, tasks, key, scale, form)
-    axes[0].set_title("loss (nats per token), lower is better")
-    axes[1].set_title("exact match (%), higher is better")
-    _guesses(axes[1], records, tasks)
-    handles = dict(
-        zip(*reversed(axes[1].get_legend_handles_labels()), strict=True)
-    )  # each label once
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False
-    )
+    labels = list(dict.fromkeys(label for block in blocks.values() for label, _ in block))
+    trained = [label for label in labels if is_trained(label)]
+    rows = sum(map(len, blocks.values())) + len(tasks)
+    figure = new_figure(1.2 + 0.3 * rows)
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    places: list[tuple[float, str]] = []
+    place = 0.0
+    for task, block in blocks.items():
+        for label, scores in block:
+            shade = color(trained.index(label)) if label in trained else GREY
+            for name, axis in zip(names, panels, strict=True):
+                draw_score(axis, place, scores.get(name), name, shade)
+            places.append((place, f"{task}: {label}" if len(tasks) > 1 else label))
+            place -= 1
+        place -= 0.6
+    for name, axis in zip(names, panels, strict=True):
+        axis.set_title(SCORES[name][0])
+        axis.margins(x=0.16)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.grid(axis="x", color="#e5e7eb")
+        axis.set_axisbelow(True)
+        axis.tick_params(axis="y", length=0)
+    panels[0].set_yticks([p for p, _ in places], [text for _, text in places], parse_math=False)
     caption = (
-        "Each task's held-out items, which no run trained on: the loss is the cross-entropy of the "
-        "right answer per token, exact match the share of greedy answers that are the right one. "
-        "The black line is what guessing scores, by chance or by always giving the most frequent "
-        "answer, whichever is more: only what is above it has been learnt beyond the form of an "
-        "answer."
+        "On the held-out items, which no run trained on, with 95 % intervals over them: lower is "
+        "better for the loss, higher for the others. Grey is what was there before, and what "
+        "guessing scores: only what is above both has been learnt."
     )
     return Picture("results", "Results on held-out items", caption, figure)
 
 
-def _bars(axis, records: Sequence[Record], tasks: list[str], key: str, scale: float, form) -> None:
-    groups = [("before", [_score(records, "before", task, key) for task in tasks], GREY)]
-    for index, record in enumerate(records):
-        label = "after" if len(records) == 1 else f"after {record.name}"
-        values = [_score([record], "after", task, key) for task in tasks]
-        groups.append((label, values, color(index)))
-    places, width = np.arange(len(tasks)), 0.8 / len(groups)
-    for index, (label, values, shade) in enumerate(groups):
-        heights = [scale * value for value in values]
-        shift = (index - (len(groups) - 1) / 2) * width
-        bars = axis.bar(places + shift, heights, 0.92 * width, color=shade, label=label)
-        if len(groups) * len(tasks) <= 20:
-            texts = [form.format(height) if np.isfinite(height) else "" for height in heights]
-            axis.bar_label(bars, texts, padding=2, fontsize=8)
-    _named(axis, tasks)
-    axis.margins(y=0.1)
-    _plain(axis)
+def is_trained(label: str) -> bool:
+    return label not in ("majority answer", "chance") and not label.endswith("before training")
 
 
-def _score(records: Sequence[Record], phase: str, task: str, key: str) -> float:
-    """Of the first record that has the task."""
-    for record in records:
-        row = record.evaluations.get(phase, {}).get(task)
-        if row is not None and row[key] is not None:
-            return row[key]
-    return float("nan")
+def draw_score(axis: Any, place: float, score: Any, name: str, shade: str) -> None:
+    if score is None:
+        return
+    _, scale, form = SCORES[name]
+    value, *interval = (scale * number for number in score)
+    if interval:
+        axis.plot(interval, [place, place], color=shade, lw=2)
+    axis.plot([value], [place], "o" if interval else "D", color=shade, ms=7 if interval else 5)
+    axis.annotate(
+        form.format(value), (value, place), xytext=(0, 6), textcoords="offset points",
+        ha="center", fontsize=8, color=DARK,
+    )  # fmt: skip
 
 
-def _guesses(axis, records: Sequence[Record], tasks: list[str]) -> None:
-    for record in records:
-        for row in record.results.get("tasks", []):
-            guess = 100 * max(row["chance"] or 0.0, row["majority"])
-            place = tasks.index(row["task"])
-            axis.hlines(guess, place - 0.44, place + 0.44, color="black", label="guessing")
-
-
-# -------------------------------------------------------------------------------------- curves
+def training(records: Sequence[Record]) -> Picture | None:
+    """The training objective, cross-entropy, token accuracy and entropy, as far as logged."""
+    series = {
+        "loss": "training loss, as weighted",
+        "nll": "cross-entropy (nats per token)",
+        "mean_token_accuracy": "token accuracy",
+        "entropy": "entropy (nats)",
+    }
+    names = [name for name in series if any(record.has(name) for record in records)]
+    if not names:
+        return None
+    figure = new_figure(3.4)
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for name, axis in zip(names, panels, strict=True):
+        for index, record in enumerate(records):
+            curve(axis, *record.series(name), color(index), record.name)
+        axis.set_title(series[name])
+        plain(axis)
+    legend(figure, panels[0])
+    on_steps(panels)
+    caption = (
+        "The training batches: what the optimizer sees, with all weights in it (runs with other "
+        "losses or weights cannot be compared there), how often the right token was the most "
+        "probable one, and how undecided the predictions are. Dots are lines of the log."
+    )
+    return Picture("training", "Training", caption, figure)
 
 
 def task_losses(records: Sequence[Record]) -> Picture | None:
-    """One panel per task: its loss in training batches and on validation items."""
-    records = [record for record in records if record.has("task_loss")]
+    """One panel per task: its loss on validation items while training goes on."""
+    records = [record for record in records if record.has("validation_loss")]
     if not records:
         return None
-    tasks = _tasks(records)
+    tasks = list(dict.fromkeys(task for record in records for task in record.tasks))
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
-    figure = _figure(2.9 * rows + 0.4)
+    figure = new_figure(2.9 * rows + 0.4)
     grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
     for axis in grid.flat[len(tasks) :]:
         axis.set_axis_off()
     for axis, task in zip(grid.flat, tasks, strict=False):
         for index, record in enumerate(records):
-            label = record.name if len(records) > 1 else "training"
-            _curve(axis, *record.series("task_loss", task), color(index), label)
-            steps, values = record.series("validation_loss", task)
-            if steps:
-                label = "validation" if len(records) == 1 else f"{record.name}, validation"
-                axis.plot(steps, _smooth(values), color=color(index), ls="--", label=label)
+            curve(axis, *record.series("validation_loss", task), color(index), record.name)
         axis.set_title(task, parse_math=False)
         axis.set_ylim(bottom=0)
-        _plain(axis)
+        plain(axis)
     for axis in grid[:, 0]:
         axis.set_ylabel("nats per token")
-    _legend(figure, grid.flat[0])
-    _steps(grid.flat[max(0, len(tasks) - columns) : len(tasks)])
+    legend(figure, grid.flat[0])
+    on_steps(grid.flat[max(0, len(tasks) - columns) : len(tasks)])
     caption = (
-        "Cross-entropy per token of each task while it is trained (whatever the training loss is). "
-        "Dots are single steps, lines a running mean."
+        "Cross-entropy of each task on the few validation items that CoBa reads after each step, "
+        "which are not trained on. A line that turns up is a task being learnt by heart."
     )
-    if any(record.has("validation_loss") for record in records):
-        caption += (
-            " Dashed: the same on the few validation items that CoBa reads after each step, which "
-            "are not trained on. A dashed line that turns up while the solid one falls is a task "
-            "being learnt by heart."
-        )
-    return Picture("task-losses", "Loss of each task", caption, figure)
+    return Picture("task-losses", "Validation loss of each task", caption, figure)
 
 
 def task_weights(records: Sequence[Record]) -> Picture | None:
@@ -165,21 +165,34 @@ def task_weights(records: Sequence[Record]) -> Picture | None:
     records = [record for record in records if record.has("task_weight")]
     if not records:
         return None
-    figure = _figure(4.6)
+    figure = new_figure(4.8)
     grid = figure.subplots(2, len(records), height_ratios=[3, 1], sharex="col", squeeze=False)
     for column, record in enumerate(records):
-        _weights_panel(grid[0, column], record)
-        steps, share = record.series("divergence_factor")
-        axis = grid[1, column]
-        axis.plot(steps, share, color="black", lw=1.2)
-        axis.set_ylim(-0.05, 1.05)
-        _plain(axis)
-        grid[0, column].set_title(record.name, parse_math=False)
+        axis = grid[0, column]
+        for index, task in enumerate(record.tasks):
+            steps, weights = record.series("task_weight", task)
+            axis.plot(steps, weights, color=color(index), lw=1.8, label=task)
+        axis.axhline(1 / len(record.tasks), color=GREY, ls=":", lw=1.2)
+        warmup = record.given.get("coba_warmup") or max(2, record.given.get("max_steps", 0) // 10)
+        axis.axvspan(steps[0] - 0.5, min(warmup, steps[-1]) + 0.5, color="#f1f3f5", zorder=0)
+        axis.set_ylim(bottom=0)
+        axis.set_title(record.name, parse_math=False)
+        below = grid[1, column]
+        below.plot(*record.series("divergence_factor"), color="black", lw=1.2)
+        below.set_ylim(-0.05, 1.05)
+        for part in (axis, below):
+            part.margins(x=0.01)
+            plain(part)
+        # below the curves, where no two names can meet
+        below.legend(
+            *axis.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=4,
+            loc="upper center", bbox_to_anchor=(0.5, -0.45),
+        )  # fmt: skip
     for axis in grid[0]:
         axis.set_ylim(0, max(other.get_ylim()[1] for other in grid[0]))
     grid[0, 0].set_ylabel("weight in the loss")
     grid[1, 0].set_ylabel("share of the\nrelative score")
-    _steps(grid[1])
+    on_steps(grid[1])
     caption = (
         "How much CoBa lets each task count at each step; the weights of a step add up to 1. The "
         "grey band is the warm-up, in which all are equal (dotted). Afterwards the relative score "
@@ -191,65 +204,25 @@ def task_weights(records: Sequence[Record]) -> Picture | None:
     return Picture("task-weights", "Task weights (CoBa)", caption, figure)
 
 
-def _weights_panel(axis, record: Record) -> None:
-    tasks = record.tasks
-    ends = []
-    for index, task in enumerate(tasks):
-        steps, weights = record.series("task_weight", task)
-        axis.plot(steps, weights, color=color(index), lw=1.8, label=task)
-        ends.append(weights[-1])
-    axis.axhline(1 / len(tasks), color=GREY, ls=":", lw=1.2)
-    warmup = record.settings.get("coba_warmup") or 0
-    axis.axvspan(steps[0] - 0.5, min(warmup, steps[-1]) + 0.5, color="#f1f3f5", zorder=0)
-    spread = np.ptp(axis.get_ylim()) * 0.07
-    for index, place in enumerate(_apart(ends, spread)):
-        axis.annotate(
-            tasks[index],
-            (1, place),
-            xycoords=axis.get_yaxis_transform(),
-            xytext=(4, 0),
-            textcoords="offset points",
-            color=color(index),
-            va="center",
-            fontsize=9,
-            annotation_clip=False,
-            parse_math=False,
-        )
-    axis.margins(x=0.01)
-    _plain(axis)
-
-
-def _apart(places: Sequence[float], spread: float) -> list[float]:
-    """The places moved up where they are closer than `spread`, in their order."""
-    moved = list(places)
-    order = sorted(range(len(places)), key=lambda index: places[index])
-    for before, after in itertools.pairwise(order):
-        moved[after] = max(moved[after], moved[before] + spread)
-    return moved
-
-
 def sample_weights(records: Sequence[Record]) -> Picture | None:
     """The histogram of all sample weights, and how many examples are left of a batch."""
     records = [record for record in records if record.has("sample_weight_counts")]
     if not records:
         return None
-    figure = _figure(3.8)
+    figure = new_figure(3.8)
     histogram, effective = figure.subplots(1, 2)
     edges = [WEIGHT_EDGES[0] / 2**0.5, *WEIGHT_EDGES, WEIGHT_EDGES[-1] * 2**0.5]
     for index, record in enumerate(records):
-        rows = [row for row in record.steps if "sample_weight_counts" in row]
+        rows = [row for row in record.metrics if "sample_weight_counts" in row]
         counts = np.sum([row["sample_weight_counts"] for row in rows], axis=0)
+        label = f"{record.name} ({record.given.get('sample_weights', '')})"
+        share = 100 * counts / counts.sum()
         histogram.stairs(
-            100 * counts / counts.sum(),
-            edges,
-            fill=len(records) == 1,
-            color=color(index),
-            lw=1.8,
-            label=_weighting(record),
+            share, edges, fill=len(records) == 1, color=color(index), lw=1.8, label=label
         )
-        steps, size = record.series("effective_sample_size")
         batch = rows[0]["samples"]
-        _curve(effective, steps, size, color(index), f"of {batch}: {_weighting(record)}")
+        series = record.series("effective_sample_size")
+        curve(effective, *series, color(index), f"of {batch}: {label}")
         effective.axhline(batch, color=GREY, ls=":")
     histogram.axvline(1, color="black", lw=1)
     histogram.set_xscale("log", base=2)
@@ -263,8 +236,8 @@ def sample_weights(records: Sequence[Record]) -> Picture | None:
     effective.set_ylim(bottom=0)
     for axis in (histogram, effective):
         axis.legend(frameon=False, fontsize=9)
-        _plain(axis)
-    _steps([effective])
+        plain(axis)
+    on_steps([effective])
     caption = (
         "Left: how the weights of all examples of all steps are spread; at the black line an "
         "example counts as without weighting, left of it less, right of it more. Right: 1 / sum of "
@@ -274,146 +247,96 @@ def sample_weights(records: Sequence[Record]) -> Picture | None:
     return Picture("sample-weights", "Sample weights", caption, figure)
 
 
-def _weighting(record: Record) -> str:
-    scheme = record.settings.get("sample_weights", "")
-    return f"{record.name} ({scheme})" if scheme else record.name
-
-
-def training(records: Sequence[Record]) -> Picture | None:
-    """The training objective, token accuracy and entropy."""
-    records = [record for record in records if record.steps]
-    if not records:
-        return None
-    figure = _figure(3.4)
-    axes = figure.subplots(1, 3)
-    for axis, key, title in (
-        (axes[0], "loss", "training loss, as weighted"),
-        (axes[1], "token_accuracy", "token accuracy (%)"),
-        (axes[2], "entropy", "entropy (nats)"),
-    ):
-        for index, record in enumerate(records):
-            steps, values = record.series(key)
-            values = [100 * value for value in values] if key == "token_accuracy" else values
-            if steps:
-                _curve(axis, steps, values, color(index), record.name)
-        axis.set_title(title)
-        _plain(axis)
-    if len(records) > 1:
-        _legend(figure, axes[0])
-    _steps(axes)
-    caption = (
-        "What the optimizer sees: the loss with all weights in it (runs with other losses or "
-        "weights cannot be compared here), how often the right token was the most probable one, "
-        "and how undecided the predictions are."
-    )
-    return Picture("training", "Training", caption, figure)
-
-
-# ----------------------------------------------------------------------------------- selection
-
-
 def selection(records: Sequence[Record]) -> Picture | None:
-    """Estimated against true losses of subsets of tasks."""
-    records = [
-        record
-        for record in records
-        if any(subset.get("true") is not None for subset in record.selection.get("subsets", []))
-    ]
+    """Every subset's loss, best first; where subsets were checked, against the true one."""
+    records = [record for record in records if record.selection.get("subsets")]
     if not records:
         return None
-    figure = _figure(5.0, width=7.5)
-    (axis,) = figure.subplots(1, 1, squeeze=False).flat
-    values: list[float] = []
+    checked = [r for r in records if any(s.get("true") is not None for s in r.selection["subsets"])]
+    figure = new_figure(4.4, WIDTH if checked else 6.4)
+    panels = figure.subplots(1, 1 + bool(checked), squeeze=False)[0]
     for index, record in enumerate(records):
-        subsets = [s for s in record.selection["subsets"] if s.get("true") is not None]
-        estimated = [subset["estimated"] for subset in subsets]
-        true = [subset["true"] for subset in subsets]
-        values += estimated + true
-        axis.plot(estimated, true, "o", color=color(index), label=record.name)
-        chosen = set(record.selection.get("chosen", []))
-        for subset in subsets:
-            if set(subset["tasks"]) == chosen:
-                place = subset["estimated"], subset["true"]
-                axis.plot(*place, "o", ms=14, mfc="none", color=color(index), label="chosen")
-        if len(subsets) <= 12:
-            _name_subsets(axis, subsets)
-    low, high = min(values), max(values)
-    margin = 0.08 * (high - low or 1.0)
-    line = [low - margin, high + margin]
-    axis.plot(line, line, color=GREY, ls=":", label="estimated = true")
-    axis.set_xlabel("estimated loss (no training)")
-    axis.set_ylabel("true loss (trained on the subset)")
-    axis.legend(frameon=False, fontsize=9, loc="upper left")
-    _plain(axis)
+        values = sorted(subset["estimated"] for subset in record.selection["subsets"])
+        places = range(1, len(values) + 1)
+        panels[0].plot(places, values, "o", ms=4, color=color(index), label=record.name)
+    panels[0].set_xlabel("subset of tasks, best first")
+    panels[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    panels[0].set_ylabel("estimated loss (nats per token)")
+    if len(records) > 1:
+        panels[0].legend(frameon=False, fontsize=9)
+    if checked:
+        against_truth(panels[1], records)
+    for axis in panels:
+        plain(axis)
     caption = (
-        "Each dot is a subset of tasks: the loss that gradients predict for a model trained on it, "
-        "against the loss after really training on it. On the dotted line the estimate is exact; "
-        "for choosing, it is enough that dots further right are also further up."
+        "Each dot is a subset of tasks, with the loss that gradients predict for a model trained "
+        "on it. Right: against the loss after really training on it. On the dotted line the "
+        "estimate is exact; for choosing, it is enough that dots further right are further up."
     )
     return Picture("selection", "Selection of tasks: estimated and true losses", caption, figure)
 
 
-def _name_subsets(axis, subsets: list[dict]) -> None:
-    for subset in subsets:
-        axis.annotate(
-            "+".join(subset["tasks"]),
-            (subset["estimated"], subset["true"]),
-            xytext=(6, -3),
-            textcoords="offset points",
-            fontsize=7,
-            color="#52606d",
-            parse_math=False,
-        )
+def against_truth(axis: Any, records: Sequence[Record]) -> None:
+    values: list[float] = []
+    for index, record in enumerate(records):
+        subsets = [s for s in record.selection["subsets"] if s.get("true") is not None]
+        subsets.sort(key=lambda subset: subset["true"])
+        chosen = set(record.selection.get("chosen", []))
+        for number, subset in enumerate(subsets):
+            place = subset["estimated"], subset["true"]
+            values += place
+            mark = {"ms": 9, "mec": "black"} if set(subset["tasks"]) == chosen else {"ms": 6}
+            axis.plot(*place, "o", color=color(index), **mark)
+            if len(subsets) <= 12:  # names on both sides in turn, so that neighbours stay apart
+                side = {"xytext": (7, -3), "ha": "left"}
+                if number % 2:
+                    side = {"xytext": (-7, -3), "ha": "right"}
+                axis.annotate(
+                    "+".join(subset["tasks"]), place, textcoords="offset points", fontsize=7,
+                    color=DARK, parse_math=False, **side,
+                )  # fmt: skip
+    low, high = min(values), max(values)
+    margin = 0.25 * (high - low or 1.0)
+    line = [low - margin, high + margin]
+    axis.plot(line, line, color=GREY, ls=":", label="estimated = true")
+    axis.plot([], [], "o", ms=9, mfc="none", mec="black", ls="", label="chosen")
+    axis.set(xlim=line, ylim=line, xlabel="estimated loss", ylabel="loss after training on it")
+    axis.legend(frameon=False, fontsize=9, loc="upper left")
 
 
 # --------------------------------------------------------------------------------------- style
 
 
-def _figure(height: float, width: float = WIDTH) -> Figure:
+def new_figure(height: float, width: float = WIDTH) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _tasks(records: Sequence[Record]) -> list[str]:
-    """Of all records, in the order they first occur."""
-    return list(dict.fromkeys(task for record in records for task in record.tasks))
-
-
-def _curve(axis, steps, values, shade: str, label: str) -> None:
-    """Faint dots and their running mean; nothing of a run that has no such values."""
+def curve(axis: Any, steps: Any, values: Any, shade: str, label: str) -> None:
+    """Faint dots and the mean of a tenth of the values around each; nothing without values."""
     if not len(values):
         return
+    reach = np.ones(2 * (len(values) // 20) + 1)
+    counts = np.convolve(np.ones(len(values)), reach, mode="same")
     axis.plot(steps, values, ".", color=shade, alpha=0.35, ms=4)
-    axis.plot(steps, _smooth(values), color=shade, lw=1.8, label=label)
+    smooth = np.convolve(values, reach, mode="same") / counts
+    axis.plot(steps, smooth, color=shade, lw=1.8, label=label)
 
 
-def _smooth(values: Sequence[float]) -> np.ndarray:
-    """The mean of a tenth of the values around each, fewer at the ends."""
-    reach = len(values) // 20
-    padded = np.convolve(values, np.ones(2 * reach + 1), mode="same")
-    counts = np.convolve(np.ones(len(values)), np.ones(2 * reach + 1), mode="same")
-    return padded / counts
-
-
-def _named(axis, tasks: Sequence[str]) -> None:
-    many = {"rotation": 30, "ha": "right"} if len(tasks) > 5 else {}
-    axis.set_xticks(np.arange(len(tasks)), tasks, parse_math=False, **many)
-
-
-def _steps(axes) -> None:
+def on_steps(axes: Any) -> None:
     for axis in axes:
         axis.set_xlabel("step")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _legend(figure: Figure, axis) -> None:
+def legend(figure: Figure, axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
     if len(labels) > 1:
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
 
 
-def _plain(axis) -> None:
+def plain(axis: Any) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#e5e7eb")
     axis.set_axisbelow(True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import importlib.util
 import io
 import os
@@ -12,64 +11,88 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig, field_docs, option
 from .errors import UserError
-from .record import Record, read_records
+from .report import NOTES, Record, markdown, read_records, scored, story, table
 
 PAGE = "report.html"
 
-STYLE = """
+TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{{ title }}</title>
+<style>
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 66rem; margin: 2rem auto;
        padding: 0 1rem; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { padding: 0.25rem 0.9rem 0.25rem 0; text-align: right; border-bottom: 1px solid #e5e7eb;
          vertical-align: top; }
-td:first-child { white-space: nowrap; }
-th:first-child, td:first-child, table.words td, table.words th { text-align: left; }
+th:nth-child(-n+{{ words }}), td:nth-child(-n+{{ words }}) { text-align: left; }
+table.words td, table.words th { text-align: left; }
 figure { margin: 0; } img { max-width: 100%; }
 figcaption, .note { color: #52606d; font-size: 0.92rem; max-width: 52rem; }
-details { margin-top: 2rem; } code { font-size: 0.9em; }
+</style>
+</head>
+<body>
+{% macro table(header, rows, kind="") %}<table class="{{ kind }}">
+<tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>{% endmacro %}
+<h1>{{ title }}</h1>
+{% for text in stories %}<p>{{ text }}</p>
+{% endfor %}
+{% if results[1] %}<h2>In numbers</h2>
+{{ table(*results) }}
+<p class="note">{{ notes }}</p>{% endif %}
+{% for picture, image in pictures %}<h2>{{ picture.title }}</h2>
+<figure><img alt="{{ picture.title }}" src="data:image/png;base64,{{ image }}">
+<figcaption>{{ picture.caption }}</figcaption></figure>
+{% endfor %}
+{% for record in chosen %}<h2>Chosen tasks of {{ record.name }}</h2>
+<p>{{ record.selection.get("chosen", [])|join(", ") or "nothing" }}</p>
+{{ table(["subset", "estimated loss", "true loss"], subsets(record)) }}
+{% endfor %}
+<h2>Settings</h2>
+{{ table(["setting"] + names, settings, "words") }}
+<p class="note">{{ where }}</p>
+</body>
+</html>
 """
 
 
-def report(paths: list[str], output: str = "") -> None:
+def report(paths: Sequence[str], output: str = "") -> None:
     """Write report.html and its pictures for the runs in some folders.
 
     Raises `UserError` for a folder that is no run's, or where nothing can be written.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("segloss report needs matplotlib: pip install 'segloss[train]'")
+    for package in ("matplotlib", "jinja2"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"segloss report needs {package}: pip install {package}")
     records = read_records(paths)
     folder = Path(output or Path(paths[0]) / "report")
-    _make_folder(folder)
+    taken = os.path.lexists(folder) and not (folder / PAGE).exists()
+    if taken and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and holds no report; give another --output")
 
     from .figures import pictures
 
-    parts = []
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn = []
         for picture in pictures(records):
-            image = _png(picture.figure)
+            image = png(picture.figure)
             (folder / f"{picture.name}.png").write_bytes(image)
-            parts.append(_figure(picture.title, picture.caption, image))
-        (folder / PAGE).write_text(_page(records, parts), encoding="utf-8")
+            drawn.append((picture, base64.b64encode(image).decode()))
+        (folder / PAGE).write_text(page(records, drawn), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    if scored(records):
+        print(markdown(records), end="\n\n")
     print(folder / PAGE)
 
 
-def _make_folder(folder: Path) -> None:
-    """A new folder, or one with an older report, which is replaced."""
-    try:
-        taken = os.path.lexists(folder) and not (folder / PAGE).exists()
-        if taken and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} exists and holds no report; give another --output")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {folder}: {error.strerror}") from None
-
-
-def _png(figure) -> bytes:
+def png(figure: Any) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():
         # a task's name in a script that the font lacks is drawn as boxes
@@ -78,188 +101,51 @@ def _png(figure) -> bytes:
     return file.getvalue()
 
 
-# ---------------------------------------------------------------------------------------- page
+def page(records: Sequence[Record], drawn: Sequence[tuple[Any, str]]) -> str:
+    from jinja2 import Environment
 
-
-def _page(records: Sequence[Record], figures: Sequence[str]) -> str:
-    title = "segloss: " + ", ".join(record.name for record in records)
-    body = [f"<h1>{_text(title)}</h1>"]
-    body += [f"<p>{_text(_story(record))}</p>" for record in records]
-    body += [_results_table(records), *figures, _chosen(records), _settings(records)]
+    names = list(dict.fromkeys(name for record in records for name in record.given))
+    trained = [record for record in records if record.given]
+    versions = trained[0].description.get("versions", {}) if trained else {}
+    facts = ", ".join(f"{package} {version}" for package, version in versions.items())
+    device = trained[0].description.get("device", "?") if trained else "?"
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width">\n<title>{_text(title)}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+        Environment(autoescape=True)
+        .from_string(TEMPLATE)
+        .render(
+            title="segloss: " + ", ".join(record.name for record in records),
+            words=3,
+            stories=[story(record) for record in records],
+            results=table(records),
+            notes=NOTES,
+            pictures=drawn,
+            chosen=[record for record in records if record.selection],
+            subsets=subsets,
+            names=[record.name for record in trained],
+            settings=[
+                [n, *(shown(record.given.get(n)) for record in trained)] for n in sorted(names)
+            ],
+            where=f"Device {device}; {facts}. What is not listed had its default.",
+        )
     )
 
 
-def _figure(title: str, caption: str, image: bytes) -> str:
-    data = base64.b64encode(image).decode()
-    return (
-        f"<h2>{_text(title)}</h2>\n<figure>\n"
-        f'<img alt="{_text(title)}" src="data:image/png;base64,{data}">\n'
-        f"<figcaption>{_text(caption)}</figcaption>\n</figure>"
-    )
-
-
-def _text(value) -> str:
-    return html.escape(str(value))
-
-
-def _story(record: Record) -> str:
-    """What the run did, in words."""
-    settings = record.settings
-    if record.selection:
-        text = f"{record.name}: the loss of a model trained on any subset of its tasks, estimated."
-        return text + (" The curves are of its training on all tasks." if record.steps else "")
-    if not record.steps:
-        return f"{record.name}: no step of training yet."
-    tasks = ", ".join(record.tasks)
-    size = settings.get("batch_size", 1) * settings.get("accumulation", 1)
-    text = (
-        f"{record.name}: {settings.get('model', 'a model')} trained on {tasks}; "
-        f"{len(record.steps)} of {settings.get('steps', '?')} steps of {size} examples, "
-        f"with the loss {settings.get('loss', '?')}"
-    )
-    if settings.get("lora_rank"):
-        text += f", LoRA adapters of rank {settings['lora_rank']}"
-    if settings.get("task_weights", "none") != "none":
-        text += ", task weights by CoBa"
-    if settings.get("sample_weights", "none") != "none":
-        text += f", sample weights by {settings['sample_weights']}"
-    return f"{text}. {_ending(record)}"
-
-
-def _ending(record: Record) -> str:
-    timing = record.results.get("timing")
-    if timing is None:
-        return "It has not finished: segloss train --resume goes on with it."
-    text = f"Training took {timing['train']:.0f} s."
-    if timing.get("stopped_by_time_limit"):
-        text += " The time limit ended it early."
-    if timing.get("stopped_by_patience"):
-        text += " It ended early because the validation loss did not fall any more."
-    return text
-
-
-# -------------------------------------------------------------------------------------- tables
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    attribute = f' class="{kind}"' if kind else ""
-    return f"<table{attribute}>\n<tr>{head}</tr>\n{body}\n</table>"
-
-
-def _results_table(records: Sequence[Record]) -> str:
-    """Each task of each finished run."""
-    rows = []
-    for record in records:
-        for row in record.results.get("tasks", []):
-            gain = row["exact_match_after"] - row["exact_match_before"]
-            low, high = row["gain_low"], row["gain_high"]
-            guess = max(row["chance"] or 0.0, row["majority"])
-            rows.append(
-                [
-                    *([record.name] if len(records) > 1 else []),
-                    row["task"],
-                    str(row["items"]),
-                    f"{row['loss_before']:.3f} → {row['loss_after']:.3f}",
-                    f"{100 * row['exact_match_before']:.1f} → {100 * row['exact_match_after']:.1f}",
-                    f"{100 * gain:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
-                    f"{100 * guess:.1f}",
-                ]
-            )
-    if not rows:
-        return ""
-    header = [
-        *(["run"] if len(records) > 1 else []),
-        *("task", "held-out items", "loss (nats per token)", "exact match (%)"),
-        *("gain (95 % interval)", "guessing"),
+def subsets(record: Record) -> list[list[str]]:
+    """The twelve lowest estimates."""
+    found = sorted(record.selection.get("subsets", []), key=lambda s: s["estimated"])
+    return [
+        [
+            " + ".join(subset["tasks"]),
+            f"{subset['estimated']:.4f}",
+            "-" if subset.get("true") is None else f"{subset['true']:.4f}",
+        ]
+        for subset in found[:12]
     ]
-    note = (
-        "Interval: paired bootstrap over the items. Guessing: the better of chance and always "
-        "giving the most frequent answer. A model that has not seen the form of the answers starts "
-        "near 0, so part of a gain is the form."
-    )
-    return f'<h2>In numbers</h2>\n{_table(header, rows)}\n<p class="note">{_text(note)}</p>'
 
 
-def _chosen(records: Sequence[Record]) -> str:
-    """The tasks that a selection ended in, and its best subsets."""
-    parts = []
-    for record in records:
-        if not record.selection:
-            continue
-        chosen = ", ".join(record.selection.get("chosen", [])) or "nothing"
-        parts.append(f"<h2>Chosen tasks of {_text(record.name)}</h2>\n<p>{_text(chosen)}</p>")
-        subsets = sorted(record.selection.get("subsets", []), key=lambda s: s["estimated"])
-        rows = [
-            [
-                " + ".join(subset["tasks"]),
-                f"{subset['estimated']:.4f}",
-                "-" if subset.get("true") is None else f"{subset['true']:.4f}",
-            ]
-            for subset in subsets[:12]
-        ]
-        if rows:
-            parts.append(_table(["subset", "estimated loss", "true loss"], rows))
-        if len(subsets) > len(rows):
-            note = f"The {len(rows)} lowest estimates of {len(subsets)}."
-            parts.append(f'<p class="note">{note}</p>')
-    return "\n".join(parts)
-
-
-def _settings(records: Sequence[Record]) -> str:
-    """Settings that are not the default or differ between runs; then all of them, folded up."""
-    trained = [record for record in records if record.settings]
-    if not trained:
-        return ""
-    docs = field_docs(TrainConfig)
-    names = list(dict.fromkeys(name for record in trained for name in record.settings))
-    changed = [name for name in names if any(_is_changed(name, r.settings) for r in trained)]
-    header = ["setting", *(record.name for record in trained), "what it is"]
-
-    def rows(chosen: Sequence[str]) -> list[list[str]]:
-        return [
-            [
-                option(name),
-                *(_shown(record.settings.get(name)) for record in trained),
-                docs.get(name, ""),
-            ]
-            for name in chosen
-        ]
-
-    facts = [f"{key} {value}" for key, value in trained[0].description.get("versions", {}).items()]
-    where = f"{trained[0].description.get('device', '?')}; " + ", ".join(facts)
+def shown(value: Any) -> str:
     return (
-        "<h2>Settings that are not the default</h2>\n"
-        + _table(header, rows(changed), "words")
-        + f"\n<details><summary>All settings</summary>\n{_table(header, rows(names), 'words')}\n"
-        + f'<p class="note">Device and versions of {_text(trained[0].name)}: {_text(where)}</p>\n'
-        + "</details>"
+        " ".join(map(str, value))
+        if isinstance(value, list)
+        else str("" if value is None else value)
     )
-
-
-# settings that the defaults of others depend on
-DECIDING = ("data", "tasks", "steps", "task_weights", "patience", "lora_rank")
-
-
-def _is_changed(name: str, settings: dict[str, Any]) -> bool:
-    """Whether the setting is another than without being given, those others being as they are."""
-    if name == "output" or name not in settings:
-        return False
-    deciding = {key: settings[key] for key in DECIDING if key in settings}
-    if settings.get("data"):
-        deciding.pop("tasks", None)
-    usual = TrainConfig() if name in DECIDING else TrainConfig(**deciding).resolved()
-    return _shown(settings[name]) != _shown(getattr(usual, name, None))
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return " ".join(map(str, value))
-    return "" if value is None else str(value)

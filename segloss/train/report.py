@@ -1,201 +1,216 @@
-"""The results of a run as JSON, as a table and as a picture."""
+"""What runs have left: read back, as one table, and in words."""
 
 from __future__ import annotations
 
-import warnings
+import json
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+from .errors import UserError
 
-from .data import TaskData
-from .evaluation import Evaluation, bootstrap_interval, chance, majority
+# the files of a run's folder that are read here
+SETTINGS, METRICS, RESULTS = "segloss.json", "metrics.jsonl", "results.json"
+# How sample weights are counted, as multiples of an equal one: below the first, between each two,
+# above the last. 1 is in the middle of a bin.
+WEIGHT_EDGES = [2.0 ** (k / 2 + 0.25) for k in range(-13, 13)]
 
 
 @dataclass(frozen=True)
-class TaskResult:
-    """One row of the table; rates are fractions of the held-out items."""
+class Record:
+    """One run folder as read; what it lacks is empty."""
 
-    task: str
-    items: int
-    loss_before: float
-    loss_after: float
-    exact_match_before: float
-    exact_match_after: float
-    gain_low: float
-    gain_high: float
-    chance: float | None
-    majority: float
-    majority_answer: str
+    name: str
+    given: dict[str, Any]
+    description: dict[str, Any]
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    results: dict[str, Any] = field(default_factory=dict)
+    selection: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, path: Path, description: dict, results: dict, **others: Any) -> Record:
+        name = path.name or str(path)
+        return cls(name, description.get("given", {}), description, results=results, **others)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Those it trains, in their order."""
+        return self.description.get("tasks", [])
+
+    @property
+    def loss(self) -> str:
+        return self.given.get("loss") or self.given.get("loss_type") or "ce"
+
+    def series(self, name: str, part: str | None = None) -> tuple[list[int], list[float]]:
+        """(steps, values) of a number of the metrics, where there is one."""
+        pairs = [(row["step"], row.get(name)) for row in self.metrics]
+        if part is not None:
+            pairs = [(step, (value or {}).get(part)) for step, value in pairs]
+        known = [(step, value) for step, value in pairs if value is not None]
+        return [step for step, _ in known], [value for _, value in known]
+
+    def has(self, name: str) -> bool:
+        return any(row.get(name) is not None for row in self.metrics)
+
+    def scores(self, phase: str, task: str) -> dict[str, Any] | None:
+        """A task's row of the results, of phase "before" or "after"."""
+        rows = self.results.get("tasks" if phase == "after" else phase) or []
+        return next((row for row in rows if row["task"] == task), None)
 
 
-def task_result(data: TaskData, before: Evaluation, after: Evaluation, seed: int) -> TaskResult:
-    held_out = [item.example for item in data.held_out]
-    answer, rate = majority([item.example for item in data.train], held_out)
-    low, high = bootstrap_interval(before.correct, after.correct, seed=seed)
-    return TaskResult(
-        task=data.task,
-        items=len(held_out),
-        loss_before=before.loss,
-        loss_after=after.loss,
-        exact_match_before=before.exact_match,
-        exact_match_after=after.exact_match,
-        gain_low=low,
-        gain_high=high,
-        chance=chance(held_out),
-        majority=rate,
-        majority_answer=answer,
-    )
+def read_records(paths: Sequence[str]) -> list[Record]:
+    """The runs in these folders. Raises `UserError` where one is no run's folder or unreadable."""
+    if len({os.path.abspath(path) for path in paths}) < len(paths):
+        raise UserError("a run is given twice")
+    names = [Path(os.path.abspath(path)).name for path in paths]
+    names = names if len(set(names)) == len(names) else list(paths)
+    return [read_record(Path(p), name) for p, name in zip(paths, names, strict=True)]
 
 
-def as_json(results: Sequence[TaskResult], timing: dict) -> dict:
-    return {"tasks": [asdict(result) for result in results], "timing": timing}
+def read_record(folder: Path, name: str) -> Record:
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such run folder")
+    files = (SETTINGS, RESULTS, "selection.json")
+    description, results, selection = (read_json(folder / file) for file in files)
+    metrics = list(read_lines(folder / METRICS))
+    if "given" not in description and not selection:
+        raise UserError(f"{folder} is no run's folder: there is no {SETTINGS} in it")
+    for subset in selection.get("subsets", []):
+        if not isinstance(subset, dict) or not {"tasks", "estimated"} <= set(subset):
+            raise UserError(f'{folder}/selection.json: a subset needs "tasks" and "estimated"')
+    given = description.get("given", {})
+    return Record(name, given, description, metrics, results, selection)
 
 
-# ---------------------------------------------------------------------------------- the table
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"cannot read {path}: a JSON object is needed")
+    return value
 
-HEADER = (
-    "task", "items", "loss before", "after", "exact match before", "after",
-    "gain (95 % interval)", "chance", "majority answer",
-)  # fmt: skip
 
+def read_lines(path: Path):
+    """The rows of metrics.jsonl; a last one that a kill cut off is left out."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except ValueError:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: not JSON") from None
+
+
+# ---------------------------------------------------------------------------------- one table
+
+SCORES = {
+    "nll": ("loss (nats per token)", 1, "{:.3f}"),
+    "exact_match": ("exact match (%)", 100, "{:.1f}"),
+    "accuracy": ("accuracy (%)", 100, "{:.1f}"),
+    "macro_f1": ("macro-F1", 1, "{:.3f}"),
+}
 NOTES = """\
-Loss: held-out cross-entropy per completion token, in nats. Exact match: greedy answer equal to the
-completion, in % of the held-out items, after case folding, collapsing white space and removing
-surrounding punctuation; of an answer only as many lines count as the completion has. Interval:
-paired bootstrap over the items. Chance: a uniform guess among the options. Majority answer: always
-giving the training part's most frequent answer. A model that has not seen the form of the answers
-starts near 0, so part of a gain is the form; compare the last columns too."""
+Of each task's held-out items, which nothing was trained on; in brackets a 95 % bootstrap interval
+over the items. Loss: cross-entropy of the right answer. Exact match: of greedy answers. Accuracy
+and macro-F1: of the option that decoding chooses where only the options may come. Majority: always
+the most frequent answer of the training rows."""
 
 
-def table(results: Sequence[TaskResult]) -> str:
-    """A markdown table with its columns aligned, so that it also reads well on a terminal."""
-    return markdown(HEADER, [_cells(result) for result in results])
+def scored(records: Sequence[Record]) -> list[str]:
+    """The tasks that have results, in the order they first occur."""
+    rows = [row for record in records for row in record.results.get("tasks", [])]
+    return list(dict.fromkeys(row["task"] for row in rows))
 
 
-def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rows = [header, *body]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = [_line(row, widths) for row in rows]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([lines[0], _line(rule, widths), *lines[1:]])
+def entries(records: Sequence[Record], task: str) -> list[tuple[str, dict[str, Any]]]:
+    """(label, scores) of a task: before training, of each run, of the guesses."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    befores = [(r.name, r.scores("before", task)) for r in records if r.scores("before", task)]
+    if befores and all(scores == befores[0][1] for _, scores in befores):
+        befores = [("", befores[0][1])]
+    found += [(f"{name} before training".strip(), scores or {}) for name, scores in befores]
+    after = [(r.name, r.scores("after", task)) for r in records if r.scores("after", task)]
+    label = "after training" if befores else "model"
+    found += [(name if len(records) > 1 else label, scores or {}) for name, scores in after]
+    first = after[0][1] if after else None
+    if first and "majority" in first:
+        guess = {k: [v] for k, v in first["majority"].items() if k != "answer"}
+        if "accuracy" not in first:
+            guess = {"exact_match": guess["accuracy"]}
+        found.append(("majority answer", guess))
+    if first and "chance" in first:
+        found.append(("chance", {"accuracy": [first["chance"]]}))
+    return found
 
 
-def _cells(result: TaskResult) -> list[str]:
-    gain = result.exact_match_after - result.exact_match_before
-    return [
-        result.task.replace("|", "\\|"),
-        str(result.items),
-        f"{result.loss_before:.3f}",
-        f"{result.loss_after:.3f}",
-        _percent(result.exact_match_before),
-        _percent(result.exact_match_after),
-        f"{100 * gain:+.1f} ({100 * result.gain_low:+.1f} to {100 * result.gain_high:+.1f})",
-        "-" if result.chance is None else _percent(result.chance),
-        _percent(result.majority),
-    ]
+def table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) with every task, run and guess."""
+    tasks = scored(records)
+    blocks = [(task, entries(records, task)) for task in tasks]
+    names = [n for n in SCORES if any(n in s for _, block in blocks for _, s in block)]
+    rows = []
+    for task, block in blocks:
+        items = next(str(scores["items"]) for _, scores in block if "items" in scores)
+        for place, (label, scores) in enumerate(block):
+            cells = [cell(scores.get(name), *SCORES[name][1:]) for name in names]
+            rows.append([task, items, label, *cells] if place == 0 else ["", "", label, *cells])
+    return ["task", "items", "", *(SCORES[name][0] for name in names)], rows
 
 
-def _percent(rate: float) -> str:
-    return f"{100 * rate:.1f}"
+def cell(score: list[float] | None, scale: float, form: str) -> str:
+    if score is None:
+        return "-"
+    value, *interval = (form.format(scale * number) for number in score)
+    return f"{value} ({' to '.join(interval)})" if interval else value
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = cells
-    padded = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
-    return f"| {' | '.join(padded)} |"
+def markdown(records: Sequence[Record]) -> str:
+    header, rows = table(records)
+    if not rows:
+        return "No items are held out, so there is nothing to say of the result."
+    lines = [[c.replace("|", "\\|") for c in line] for line in (header, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    left = (True, False, True)
+
+    def joined(cells: Sequence[str]) -> str:
+        padded = [
+            text.ljust(width) if (left[i] if i < 3 else False) else text.rjust(width)
+            for i, (text, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * w if i < 3 and left[i] else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join([joined(lines[0]), joined(rule), *map(joined, lines[1:]), "", NOTES])
 
 
-# -------------------------------------------------------------------------------- the picture
-
-BEFORE, AFTER, GUESS = "#9aa5b1", "#2563a8", "#c2410c"
-GUESSING = "chance or majority"
-TITLE_PAD = 28
-# the line at what guessing scores must not cross out a number
-LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.6}
-
-
-def plot(path, losses: Sequence[float], results: Sequence[TaskResult], loss_name: str) -> None:
-    """Training loss per step; held-out loss and exact match per task, before and after."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    training, held_out, match = figure.subplots(1, 3, width_ratios=[1.25, 1, 1])
-    figure.suptitle(f"loss: {loss_name}", parse_math=False)
-    _plot_training(training, losses)
-    _plot_pairs(
-        held_out,
-        results,
-        "held-out cross-entropy (nats per token)",
-        [result.loss_before for result in results],
-        [result.loss_after for result in results],
-        "{:.2f}",
-    )
-    _plot_pairs(
-        match,
-        results,
-        "held-out exact match (%)",
-        [100 * result.exact_match_before for result in results],
-        [100 * result.exact_match_after for result in results],
-        "{:.0f}",
-    )
-    _plot_guessing(match, results)
-    with warnings.catch_warnings():
-        # a task's name in a script that the font lacks is drawn as boxes
-        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
-        figure.savefig(path, dpi=150, format="png")
-
-
-def _plot_training(axes, losses: Sequence[float]) -> None:
-    steps = np.arange(1, len(losses) + 1)
-    axes.plot(steps, losses, color=BEFORE, linewidth=1, marker=".", label="each step")
-    window = max(1, len(losses) // 10)
-    if window > 1:
-        mean = np.convolve(losses, np.ones(window) / window, mode="valid")
-        middle = np.arange(len(mean)) + (window + 1) / 2
-        axes.plot(middle, mean, color=AFTER, linewidth=2, label=f"mean of {window} steps")
-    axes.set_title("training loss", pad=TITLE_PAD)
-    axes.set_xlabel("step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.update_datalim([(1, 0)])
-    axes.autoscale_view()
-    _legend_above(axes)
-    _plain(axes)
-
-
-def _plot_pairs(axes, results, title: str, before, after, form: str) -> None:
-    places = np.arange(len(results))
-    for shift, values, color, label in (
-        (-0.2, before, BEFORE, "before"),
-        (0.2, after, AFTER, "after"),
-    ):
-        bars = axes.bar(places + shift, values, width=0.38, color=color, label=label)
-        texts = [form.format(value) for value in values]
-        axes.bar_label(bars, texts, padding=3, fontsize=9, bbox=LABEL_BOX, zorder=4)
-    many = {"rotation": 30, "ha": "right"} if len(results) > 4 else {}
-    axes.set_xticks(places, [result.task for result in results], parse_math=False, **many)
-    axes.margins(y=0.12)
-    axes.set_title(title, pad=TITLE_PAD)
-    _legend_above(axes)
-    _plain(axes)
-
-
-def _plot_guessing(axes, results: Sequence[TaskResult]) -> None:
-    """A line over each task at what the better of chance and the majority answer scores."""
-    guesses = [100 * max(result.chance or 0.0, result.majority) for result in results]
-    places = np.arange(len(results))
-    axes.hlines(guesses, places - 0.42, places + 0.42, color=GUESS, linewidth=1.5, label=GUESSING)
-    _legend_above(axes)
-
-
-def _legend_above(axes) -> None:
-    """Between title and axes, where no bar is."""
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=3)
-
-
-def _plain(axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e5e7eb")
-    axes.set_axisbelow(True)
+def story(record: Record) -> str:
+    """One paragraph: what was trained, for how long, and what ended it early."""
+    given, results = record.given, record.results
+    if record.selection:
+        text = f"{record.name}: the loss of a model trained on any subset of its tasks, estimated."
+        return text + (" The curves are of its training on all tasks." if record.metrics else "")
+    text = f"{record.name}: {given.get('model_name_or_path', 'a model')}, loss {record.loss}"
+    if given.get("use_peft"):
+        text += f", LoRA of rank {given.get('lora_r', 16)}"
+    if given.get("task_weights", "none") != "none":
+        text += ", task weights by CoBa"
+    if given.get("sample_weights", "none") != "none":
+        text += f", sample weights by {given['sample_weights']}"
+    if "steps" not in results:
+        return f"{text}. It has not finished: segloss train --resume goes on with it."
+    timing = results["timing"]
+    phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in timing.items())
+    text += f": {results['steps']} steps of {results['examples_per_step']} examples ({phases})."
+    if results["stopped"]:
+        why = {"patience": "the validation loss did not fall any more"}
+        reason = why.get(results["stopped"], f"of the {results['stopped']}")
+        text += f" Training ended early, because {reason}."
+    return text

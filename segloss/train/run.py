@@ -2,534 +2,585 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
+import pickle
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import TrainConfig, read_settings
-from .errors import UserError
-from .expression import parse_loss
-from .run_folder import ADAPTER, BEST, FINAL, RESUME, RunFolder, exists, finished
-from .tasks import Example, built_in_examples
+import segloss
+
+from .config import Settings
+from .errors import UserError, first_line
+from .report import METRICS, RESULTS, SETTINGS
 
 if TYPE_CHECKING:
-    import torch
+    from .data import Data
+    from .evaluation import Item
+    from .trainer import Trainer
 
-    from segloss.losses import Loss
-
-    from .checkpoint import Checkpoint
-    from .data import Encoded, TaskData
-    from .evaluation import Evaluation, Evaluator
-
-PACKAGES = ("transformers", "accelerate", "safetensors", "matplotlib")
-
-# room in the time limit for the checkpoint, the plot and evaluation after training being slower
-SPARE_SECONDS, SPARE_FACTOR = 15.0, 1.2
+TRAINED, BEFORE, TABLE = "trained.json", "before.json", "results.md"
+PACKAGES = ("trl", "transformers", "datasets", "accelerate", "peft", "safetensors", "yaml")
+# room in the time limit for what is written, and for evaluation after training being slower
+SPARE_SECONDS, SPARE_FACTOR = 10.0, 1.2
 
 
-def train(config: TrainConfig) -> None:
-    """Fine-tune, evaluate before and after, write the run folder and print the table.
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C; the text says how to go on."""
+
+
+def require_packages(names: Sequence[str] = PACKAGES) -> None:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        needed = " ".join("pyyaml" if name == "yaml" else name for name in missing)
+        raise UserError(f"{', '.join(missing)} not installed: pip install {needed}")
+
+
+def train(settings: Settings, resumed: bool = False) -> None:
+    """Fine-tune, evaluate, write the output folder and print the table.
 
     The order is such that nothing finished is lost: every input is checked before the folder is
-    made, the first evaluation is on disk before training, the checkpoint before the second one.
+    made, and what is finished is on disk before the next thing begins. `resumed`: go on with the
+    run that is in the folder, from its last whole checkpoint or its beginning; on a CPU it ends in
+    the same bits as it would have.
 
     Raises `UserError` for anything the user can put right.
     """
-    clock = Clock()
-    config = config.resolved()
-    _require_new(config.output)
-    run = prepare(config)
-    clock.lap("load")
-
-    with RunFolder(config.output, run.description) as folder:
-        _run(run, folder, clock, None)
-
-
-def resume(path: str, time_limit: float | None = None) -> None:
-    """Go on with an interrupted run, from its last whole checkpoint or from its beginning.
-
-    It ends as it would have ended uninterrupted, on a CPU bit for bit: weights, metrics, results.
-    `time_limit` replaces the run's own and counts from now. Raises `UserError` as `train`, and
-    where the folder is no run's, the run is finished or going on, or its data or model changed.
-    """
-    clock = Clock()
-    config, description = _interrupted(path)
-    if time_limit is not None:
-        config = dataclasses.replace(config, time_limit=time_limit)
-    run = prepare(config)
-    _require_same(description, run.description, path)
-    clock.lap("load")
-
-    with RunFolder.reopen(path) as folder:
-        _run(run, folder, clock, _last_checkpoint(folder))
+    start = time.monotonic()
+    output = Path(settings.training.output_dir)
+    if not resumed:
+        require_new(output, settings)
+    run = prepare(settings)
+    timing = {"load": time.monotonic() - start}
+    run.open(resumed)
+    with run.alone():
+        before = run.before(timing)
+        stopped, steps = run.fit(start, timing, resumed)
+        run.after(start, timing, before, stopped, steps)
 
 
-def _run(run: Run, folder: RunFolder, clock: Clock, checkpoint: Checkpoint | None) -> None:
-    """From an empty run folder, or one that `checkpoint` is in, to the results."""
-    from .fit import Fit
-
-    config = run.config
-    folder.require_room(run.checkpoint_bytes)
-    rows = folder.cut_metrics(checkpoint.state["metrics_bytes"] if checkpoint else 0)
-    if checkpoint is None:
-        before = _evaluate(run, folder, "before")
-        folder.raise_failures()
-        clock.lap("evaluate_before")
-    else:
-        before = _read_evaluations(run, folder, rows)
-        clock.seconds |= checkpoint.state["timing"]
-    reserve = SPARE_SECONDS + SPARE_FACTOR * clock.seconds["evaluate_before"]
-    fit = Fit(run, folder, clock, deadline=clock.deadline(config.time_limit, reserve))
-    fit.losses = [row["loss"] for row in rows if row["event"] == "step"]
-    fit.train(checkpoint)
-    clock.seconds["train"] = round(fit.trainer.seconds, 1)
-
-    run = _merged(run, folder)
-    folder.write(FINAL, partial(_save, run))
-    clock.skip()
-    after = _evaluate(run, folder, "after")
-    clock.lap("evaluate_after")
-    timing = {**clock.seconds, "total": clock.total(), "steps": fit.num_steps}
-    timing |= {"stopped_by_time_limit": fit.stopped == "time limit"}
-    timing |= {"stopped_by_patience": fit.stopped == "patience"}
-    timing |= {"kept_step": fit.kept_step}
-    _report(run, folder, fit.losses, before, after, timing)
-    if finished(folder.path):
-        shutil.rmtree(folder.path / BEST, ignore_errors=True)
+def require_new(output: Path, settings: Settings) -> None:
+    """A run's folder is never written twice."""
+    if settings.training.resume_from_checkpoint:
+        return
+    if (output / SETTINGS).exists() or (output.exists() and not output.is_dir()):
+        raise UserError(
+            f"{output} holds a run already: segloss train --resume {output} goes on with it, "
+            "another --output_dir begins anew"
+        )
 
 
-def say(text: str) -> None:
-    """Progress goes to stderr; stdout holds the results."""
-    print(text, file=sys.stderr, flush=True)
+@dataclass
+class Run:
+    """A trainer with its data, and what becomes of them."""
+
+    settings: Settings
+    trainer: Trainer
+    data: Data
+    held_out: list[Item]
+    description: dict[str, Any]
+    """What segloss.json says: enough to do the run again."""
+    model_name: str
+    is_gguf: bool
+
+    @property
+    def output(self) -> Path:
+        return Path(self.settings.training.output_dir)
+
+    @property
+    def is_main(self) -> bool:
+        return self.trainer.accelerator.is_main_process
+
+    def open(self, resumed: bool) -> None:
+        """Make the folder, or see that it is this run's."""
+        from .data import say
+
+        file = self.output / SETTINGS
+        if resumed:
+            then = json.loads(file.read_text(encoding="utf-8"))
+            for what, value in then.get("fingerprints", {}).items():
+                if value != self.description["fingerprints"][what]:
+                    raise UserError(f"--resume {self.output}: the {what} changed since it began")
+            for key in ("versions", "device", "threads", "processes"):
+                now = self.description[key]
+                if then.get(key) != now:
+                    say(f"note: {key} was {then.get(key)}, is {now}: the last bits may differ")
+        elif self.is_main:
+            sizes = [(p.nbytes, p.requires_grad) for p in self.trainer.model.parameters()]
+            states = 6 * sum(size for size, trains in sizes if trains)
+            needed = sum(size for size, _ in sizes)
+            needed += states * (self.trainer.args.save_strategy != "no")
+            try:
+                self.output.mkdir(parents=True, exist_ok=True)
+                free = shutil.disk_usage(self.output).free
+                if free < needed:
+                    raise UserError(
+                        f"{self.output} has {free / 1e6:.0f} MB of free disk space; model and two "
+                        f"checkpoints need {needed / 1e6:.0f} MB (--save_strategy no: none of them)"
+                    )
+                write(file, self.description)
+            except OSError as error:
+                raise UserError(f"cannot write to {self.output}: {error.strerror}") from None
+        self.trainer.accelerator.wait_for_everyone()
+
+    def alone(self) -> contextlib.AbstractContextManager:
+        """Of the first process: nobody else may be at work in the folder."""
+        from .trainer import locked
+
+        return locked(self.output / METRICS) if self.is_main else contextlib.nullcontext()
+
+    def before(self, timing: dict[str, float]) -> list[dict] | None:
+        """The results before training, from the file that an interrupted run has left."""
+        if not self.settings.options.evaluate_before or not self.held_out:
+            return None
+        file = self.output / BEFORE
+        if not file.exists():
+            found = self.evaluate("evaluating before", timing)
+            if self.is_main:
+                self.save(BEFORE, {"seconds": timing["evaluating before"], "tasks": found})
+            self.trainer.accelerator.wait_for_everyone()
+        stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        timing["evaluating before"] = stored.get("seconds", timing.get("evaluating before", 0.0))
+        return stored.get("tasks", found if not stored else None)
+
+    def evaluate(self, title: str, timing: dict[str, float]) -> list[dict]:
+        """One row of scores per task; beside them the answers, in answers-TITLE.jsonl."""
+        from . import evaluation
+
+        start = time.monotonic()
+        options = self.settings.options
+        evaluator = evaluation.Evaluator(self.trainer, options.head, options.exact_match)
+        with progress(title, len(self.held_out), self.is_main) as report:
+            evaluator(self.held_out, report)
+        timing[title] = time.monotonic() - start
+        answers = [
+            {"task": item.task, "expected": item.answer, **item.found} for item in self.held_out
+        ]
+        if self.is_main and self.output.is_dir():
+            lines = "".join(json.dumps(answer) + "\n" for answer in answers)
+            name = f"answers-{title.rpartition(' ')[2]}.jsonl"
+            self.trainer.attempt(name, lambda: (self.output / name).write_text(lines, "utf-8"))
+        return evaluation.results(self.held_out, self.data, options, self.trainer.args.seed)
+
+    def fit(self, start: float, timing: dict[str, float], resumed: bool) -> tuple[str, int]:
+        """Train, and leave the model in the folder; (what ended it early, steps)."""
+        from .trainer import Recorder, last_whole
+
+        trainer, options = self.trainer, self.settings.options
+        done = self.output / TRAINED
+        if resumed and done.exists():
+            found = json.loads(done.read_text(encoding="utf-8"))
+            trainer._load_from_checkpoint(str(self.output))
+            timing["training"] = found["seconds"]
+            return found["stopped"], found["steps"]
+        checkpoint: Any = self.settings.training.resume_from_checkpoint
+        if resumed or str(checkpoint).lower() == "true":
+            checkpoint = last_whole(self.output, self.is_main)
+            trainer.accelerator.wait_for_everyone()
+        reserve = SPARE_SECONDS + SPARE_FACTOR * timing.get("evaluating before", 0.0)
+        limit = options.time_limit
+        recorder = Recorder(
+            *(trainer, self.data.tasks, start + limit - reserve if limit else math.inf),
+            coba=self.validation_callback(),
+        )
+        trainer.add_callback(recorder)
+        begun = time.monotonic()
+        state = None if checkpoint is None else Path(checkpoint) / "trainer_state.json"
+        past = json.loads(state.read_text("utf-8")) if state and state.exists() else {}
+        if past and past["global_step"] >= past["max_steps"]:
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state.global_step = past["global_step"]
+        else:
+            try:
+                trainer.train(str(checkpoint) if checkpoint else None)
+            except pickle.UnpicklingError as error:
+                raise UserError(
+                    f"{checkpoint} holds a pickle that torch.load(weights_only=True) refuses: "
+                    f"{first_line(error)}"
+                ) from None
+        timing["training"] = time.monotonic() - begun
+        steps = trainer.state.global_step
+        if recorder.stopped == "interrupt":
+            saved = f"{self.output}/checkpoint-{steps}"
+            if trainer.failures:
+                raise UserError(f"interrupted, and could not write {'; '.join(trainer.failures)}")
+            raise Interrupted(
+                f"interrupted after step {steps}, saved in {saved}: segloss train --resume "
+                f"{self.output} goes on from there"
+            )
+        stopped = recorder.stopped
+        if not stopped and steps < trainer.state.max_steps:
+            stopped = "patience"
+        if self.leave_model() and self.is_main:
+            self.save(TRAINED, {"steps": steps, "stopped": stopped, "seconds": timing["training"]})
+        return stopped, steps
+
+    def validation_callback(self) -> Any:
+        """What measures CoBa's losses, on items of each task in turn."""
+        coba: Any = self.trainer.task_weights
+        if coba is None:
+            return None
+        from segloss.integrations.transformers import CoBaCallback
+
+        by_task: dict[str, list[dict]] = {}
+        for row in self.trainer.validation:
+            by_task.setdefault(row["task"], []).append(row)
+        count, batches = self.settings.options.validation_batch, []
+        for i in range(0, max(map(len, by_task.values())), count):
+            rows = [row for rows in by_task.values() for row in rows[i : i + count]]
+            names = ("input_ids", "labels", "task_ids")
+            batch = self.trainer.data_collator([{n: row[n] for n in names} for row in rows])
+            batches.append(batch)
+        callback = CoBaCallback(coba, batches, head=self.settings.options.head)
+        self.trainer.add_callback(callback)
+        return callback
+
+    def leave_model(self) -> bool:
+        """The model, or its adapter, with the tokenizer, as `from_pretrained` reads them."""
+        trainer = self.trainer
+        written = trainer.attempt("the model", lambda: trainer.save_model(str(self.output)))
+        merge = self.settings.options.merge
+        adapted = hasattr(trainer.model, "merge_and_unload")
+        if adapted and (self.is_gguf if merge is None else merge) and self.is_main:
+            written &= trainer.attempt("merged", self._merge)
+        return written
+
+    def _merge(self) -> None:
+        """The adapters' products added to the weights, in a copy that training does not see."""
+        import copy
+
+        import torch
+
+        model = copy.deepcopy(self.trainer.model).cpu()
+        base = model.get_base_model()
+        head = base.get_output_embeddings()
+        if hasattr(head, "lora_A") and head.base_layer.weight is base.get_input_embeddings().weight:
+            # an adapter on a shared weight would change the embeddings as well
+            head.base_layer.weight = torch.nn.Parameter(head.base_layer.weight.detach().clone())
+            base.config.tie_word_embeddings = False
+            base.all_tied_weights_keys = {}  # what saving leaves out
+        merged = model.merge_and_unload()
+        merged.save_pretrained(self.output / "merged")
+        self.trainer.processing_class.save_pretrained(self.output / "merged")
+
+    def after(
+        self, start: float, timing: dict, before: list | None, stopped: str, steps: int
+    ) -> None:
+        """Evaluate, write the results, and print them."""
+        from . import report
+
+        after = self.evaluate("evaluating after", timing) if self.held_out else []
+        timing = {name: round(seconds, 1) for name, seconds in timing.items()}
+        timing["total"] = round(time.monotonic() - start, 1)
+        args = self.trainer.args
+        examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        found = {
+            "tasks": after, "before": before, "timing": timing, "steps": steps,
+            "examples_per_step": examples, "stopped": stopped,
+        }  # fmt: skip
+        if self.is_main:
+            self.save(RESULTS, found)
+            record = report.Record.of(self.output, self.description, found)
+            text = f"{report.markdown([record])}\n\n{report.story(record)}\n"
+            self.trainer.attempt(TABLE, lambda: (self.output / TABLE).write_text(text, "utf-8"))
+            print(f"\n{text}\n{self.output}", flush=True)
+        if args.push_to_hub:
+            self.trainer.push_to_hub(dataset_name=self.settings.script.dataset_name)
+        if self.trainer.failures:
+            failed = "; ".join(dict.fromkeys(self.trainer.failures))
+            raise UserError(f"could not write to {self.output}: {failed}")
+
+    def save(self, name: str, value: Any) -> None:
+        self.trainer.attempt(name, lambda: write(self.output / name, value))
 
 
-class Clock:
-    """Seconds of each phase of the run."""
+def write(path: Path, value: Any) -> None:
+    """JSON, all of it or nothing."""
+    partial = path.with_name(f"partial-{path.name}")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.rename(path)
 
-    def __init__(self):
-        self.start = self.last = time.monotonic()
-        self.seconds: dict[str, float] = {}
 
-    def lap(self, phase: str) -> float:
-        now = time.monotonic()
-        self.seconds[phase] = round(now - self.last, 1)
-        self.last = now
-        return self.seconds[phase]
+def progress(title: str, total: int, shown: bool):
+    """A context whose value is called with the items done: a bar on a terminal, lines elsewhere."""
+    from .data import say
 
-    def skip(self) -> None:
-        """Count the time since the last lap to no phase."""
-        self.last = time.monotonic()
+    @contextlib.contextmanager
+    def context():
+        if shown and sys.stderr.isatty():
+            from tqdm.auto import tqdm
 
-    def total(self) -> float:
-        return round(time.monotonic() - self.start, 1)
+            with tqdm(total=total, desc=title, dynamic_ncols=True) as bar:
+                yield bar.update
+            return
+        start = time.monotonic()
+        yield lambda count: None
+        say(f"{title}: {total} items in {time.monotonic() - start:.0f} s")
 
-    def deadline(self, limit: float | None, reserve: float) -> float:
-        """When training must end for the whole run to take `limit` seconds; 0 or None is never."""
-        return self.start + limit - reserve if limit else float("inf")
+    return context()
 
 
 # ------------------------------------------------------------------------------------- prepare
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Everything a run needs, checked."""
+def prepare(settings: Settings, to_train: bool = True) -> Run:
+    """Check every input, the quick ones first, load the model and tokenise the data.
 
-    config: TrainConfig
-    loss: Loss
-    model: Any
-    """On its device, in float32; with LoRA, peft's model around it."""
-    tokenizer: Any
-    tasks: list[TaskData]
-    device: torch.device
-    dtype: torch.dtype | None
-    """What the forward pass computes in; None for the weights' own float32."""
-    description: dict
-    """What config.json says: enough to do the run again."""
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Of everything the run will have on disk at once."""
-        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in self.model.parameters()]
-        trained = sum(size for size, trains in sizes if trains)
-        states = (self.config.keep + 1) * 3 * trained if self.config.save_every else 0
-        bests = (self.config.keep if self.config.save_every else 0) + 2
-        best = bests * trained if self.config.patience else 0
-        return int(1.1 * (sum(size for size, _ in sizes) + states + best))
-
-    @property
-    def evaluator(self) -> Evaluator:
-        from .evaluation import Evaluator
-
-        return Evaluator(self.tokenizer, self.config.batch_size, self.dtype, self.config.head)
-
-
-def prepare(config: TrainConfig, to_train: bool = True) -> Run:
-    """Check every input, the quick ones first, and load the model.
-
-    `config` is resolved. Without `to_train` all examples of a task may be held out, and the model
-    gets no adapters.
+    Without `to_train` all rows of a task may be held out, and the model gets no adapters.
     """
-    _require_packages(config)
-    loss = parse_loss(config.loss)
-    examples = _examples(config)
-    one_task = len({example.task for example in examples}) < 2
-    if to_train and config.task_weights == "coba" and one_task:
-        raise UserError("--task-weights coba weighs tasks against each other; there is only 1")
-    _quiet_transformers()
-
+    require_packages()
+    try:
+        expression = settings.options.loss
+        loss = None if expression is None else segloss.parse_loss(expression)
+    except ValueError as error:
+        raise UserError(f"--loss: {error}") from None
+    options, training = settings.options, settings.training
+    if not settings.model.model_name_or_path:
+        raise UserError("there is no model: give --model, a folder, a hub id or a GGUF file")
     import torch
+    import trl
+    from accelerate import PartialState
+    from datasets import Dataset
 
-    from segloss.doctor import device as default_device
+    from . import data as of_data
+    from . import evaluation, model
+    from .trainer import Trainer
 
-    from . import data, model
-
-    device = default_device()
-    say(f"loading {config.model}")
-    network, tokenizer = model.load(config.model)
-    encoded = _short_enough(data.encode(examples, tokenizer), config)
-    tasks = data.split(
-        encoded, config.eval_items, config.seed, config.validation_items or 0, to_train
-    )
-    _require_positions(network, tasks, config)
-    counts = _counts(examples, encoded, tasks)
-    dtype = forward_dtype(config.precision, device)
-    network.to(device)
-    description = _description(config, dtype, device, counts)
-    description["fingerprints"] = {"data": _data_hash(tasks), "model": _model_hash(network)}
-    if config.lora_rank and to_train:
-        from . import lora
-
-        torch.manual_seed(config.seed)  # the adapters begin at random
-        network = lora.attach(network, config)
-    return Run(config, loss, network, tokenizer, tasks, device, dtype, description)
-
-
-def _require_packages(config: TrainConfig) -> None:
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
+    PartialState()  # of the backend that the arguments say
+    if not sys.stderr.isatty():  # progress is lines there
+        model.no_bars()
+    name = settings.model.model_name_or_path
+    of_data.say(f"loading {name}")
+    network, tokenizer = model.load(name, **model_options(settings))
+    data = of_data.load(settings, bool(tokenizer.chat_template), to_train)
+    check_columns(settings, data)
+    steps = training.max_steps if training.max_steps > 0 else None
+    if steps is None and len(data.tasks):
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        batch *= training.world_size
+        steps = math.ceil(math.ceil(len(data.train) / batch) * training.num_train_epochs)
+    parts = {"held_out": data.held_out, "validation": data.validation}
+    evaluated = {name: Dataset.from_list(rows) for name, rows in parts.items() if rows}
+    if training.packing:
+        training.eval_packing = False
+    if training.eval_strategy != "no" and not evaluated:
         raise UserError(
-            f"segloss train needs {', '.join(missing)}, which is not installed: "
-            "pip install 'segloss[train]'"
+            f"eval_strategy is {training.eval_strategy} and nothing is held out: --eval_items or "
+            "--validation_items N, or data with a test split"
         )
-    if config.lora_rank:
-        from .lora import require_peft
-
-        require_peft()
-    if config.tensorboard:
-        from .board import require_tensorboard
-
-        require_tensorboard()
-
-
-def _require_new(output: str) -> None:
-    if os.path.lexists(output):
-        raise exists(output)
-
-
-def _examples(config: TrainConfig) -> list[Example]:
-    if not config.data:
-        return built_in_examples(config.tasks)
-    from .data import read_jsonl
-
-    return [example for path in config.data for example in read_jsonl(path)]
-
-
-def _quiet_transformers() -> None:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _short_enough(encoded: list[Encoded], config: TrainConfig) -> list[Encoded]:
-    """The examples within the limits, of which every task must have some."""
-    from .data import within_limits
-
-    kept = within_limits(encoded, config.max_prompt_tokens, config.max_completion_tokens)
-    left = {item.example.task for item in kept}
-    for item in encoded:
-        if item.example.task not in left:
-            raise UserError(
-                f"task {item.example.task!r} has no example within --max-prompt-tokens "
-                f"{config.max_prompt_tokens} and --max-completion-tokens "
-                f"{config.max_completion_tokens}"
+    training.model_init_kwargs = None
+    try:
+        with warnings.catch_warnings(), model.quiet():
+            # names that transformers lets go and TRL and peft still use
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+            trainer = Trainer(
+                model=network,
+                args=training,
+                train_dataset=data.train if to_train else evaluated["held_out"],
+                eval_dataset=evaluated or None,
+                processing_class=tokenizer,
+                peft_config=trl.get_peft_config(settings.model) if to_train else None,
+                callbacks=callbacks(options),
+                loss=loss,
+                head=options.head,
+                task_weights=coba(options, len(data.tasks), steps or 0, training.device),
+                sample_weights=sample_weighting(options),
             )
-    return kept
+    except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+        raise UserError(first_line(error)) from None
+    prepared = trainer.eval_dataset or {}
+    trainer.validation = list(prepared.get("validation", ()))
+    trainer.eval_dataset = prepared.get("validation", prepared.get("held_out"))
+    check_lengths(trainer, prepared, settings)
+    held_out = evaluation.items_of(list(prepared.get("held_out", ())), data, trainer)
+    if trainer.is_fsdp_enabled or getattr(trainer, "is_deepspeed_enabled", False):
+        of_data.say("the table is left out: FSDP and DeepSpeed share the weights out")
+        held_out = []
+    description = describe(settings, trainer, data, network)
+    gguf = model.located(name)[1] is not None
+    torch.manual_seed(training.seed)
+    return Run(settings, trainer, data, held_out, description, name, gguf)
 
 
-def _require_positions(network, tasks: Sequence[TaskData], config: TrainConfig) -> None:
-    """A prompt and an answer must fit into the positions the model knows."""
+def model_options(settings: Settings) -> dict[str, Any]:
+    """What `from_pretrained` is told, as `trl sft` does."""
+    import torch
+    import trl
+
+    model, training = settings.model, settings.training
+    found: dict[str, Any] = dict(training.model_init_kwargs or {})
+    found.setdefault("revision", model.model_revision)
+    found.setdefault("trust_remote_code", training.trust_remote_code)
+    dtype = found.pop("dtype", model.dtype) or "float32"
+    found["dtype"] = dtype if dtype == "auto" else getattr(torch, str(dtype))
+    if model.attn_implementation:
+        found.setdefault("attn_implementation", model.attn_implementation)
+    if model.load_in_4bit or model.load_in_8bit:
+        from .model import require
+
+        require("bitsandbytes", "--load_in_4bit and --load_in_8bit")
+        found["quantization"] = trl.get_quantization_config(model)
+    return found
+
+
+def check_columns(settings: Settings, data: Data) -> None:
+    """What an option would lose or has nothing to work on is refused by name."""
+    options, training = settings.options, settings.training
+    weighs = [f"the column {name}" for name in data.columns]
+    weighs += ["--task_weights coba"] if options.task_weights != "none" else []
+    if training.packing and weighs:
+        raise UserError(f"packing keeps only the tokens, and would lose {' and '.join(weighs)}")
+    if options.task_weights == "coba" and len(data.tasks) < 2:
+        raise UserError("--task_weights coba weighs tasks against each other; there is only 1")
+    if options.task_weights == "coba" and not data.validation:
+        raise UserError("--validation_items is 0; --task_weights coba reads their loss")
+
+
+def callbacks(options: Any) -> list:
+    from transformers import EarlyStoppingCallback
+
+    return [EarlyStoppingCallback(options.patience)] if options.patience else []
+
+
+def coba(options: Any, num_tasks: int, steps: int, device: Any) -> Any:
+    if options.task_weights == "none":
+        return None
+    warmup = options.coba_warmup or max(2, steps // 10)
+    return segloss.CoBa(
+        num_tasks,
+        warmup=warmup,
+        history=options.coba_history or 4 * warmup,
+        tau=options.coba_tau,
+        mode=options.coba_mode,
+        divergence_window=steps + 1,
+        device=device,
+    )
+
+
+def sample_weighting(options: Any) -> Any:
+    if options.sample_weights == "none":
+        return None
+    return segloss.SampleWeighting(
+        *(options.sample_weights, options.sample_temperature, options.sample_burn_in),
+        fraction=options.sample_fraction,
+        band=options.sample_band,
+    )
+
+
+def check_lengths(trainer: Trainer, prepared: dict, settings: Settings) -> None:
+    """Rows that were cut are counted; token weights must be as many as tokens."""
+    from .data import say
     from .evaluation import SLACK_TOKENS
 
-    positions = getattr(network.config, "max_position_embeddings", None)
-    items = [item for task in tasks for item in task.train + task.held_out + task.validation]
-    longest = max(len(item.prompt_ids) for item in items) + SLACK_TOKENS
-    longest += max(len(item.completion_ids) for item in items)
-    if positions is not None and longest > positions:
+    limit, parts = settings.training.max_length, {"train": trainer.train_dataset, **prepared}
+    positions = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = 0
+    for name, rows in parts.items():
+        if not hasattr(rows, "__len__"):
+            return
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        longest = max([longest, *lengths])
+        cut = sum(length == limit for length in lengths)
+        if cut and not settings.training.packing:
+            say(f"{name}: {cut} of {len(lengths)} rows reach --max_length {limit} and may be cut")
+        if "token_weight" in rows.column_names:
+            weights = rows["token_weight"]
+            for place, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
+                if len(weight) != length and not (length == limit and len(weight) > length):
+                    raise UserError(
+                        f"{rows[place]['where']}: it has {len(weight)} token_weight for {length} "
+                        "tokens"
+                    )
+    if "token_weight" in getattr(trainer.train_dataset, "column_names", ()):
+        trainer.train_dataset = trainer.train_dataset.map(
+            lambda row: {"token_weight": row["token_weight"][: len(row["input_ids"])]}
+        )
+    if positions is not None and longest + SLACK_TOKENS > positions:
         raise UserError(
-            f"{config.model} reads at most {positions} tokens, and the longest prompt and "
-            f"completion need {longest}; lower --max-prompt-tokens or --max-completion-tokens"
+            f"{settings.model.model_name_or_path} reads at most {positions} tokens, and the "
+            f"longest row with an answer needs {longest + SLACK_TOKENS}; lower --max_length"
         )
 
 
-def _counts(
-    examples: Sequence[Example], encoded: Sequence[Encoded], tasks: Sequence[TaskData]
-) -> dict[str, dict[str, int]]:
-    """Examples of each task: read, short enough, trained on, held out."""
-    counts = {}
-    for task in tasks:
-        counts[task.task] = count = {
-            "examples": sum(example.task == task.task for example in examples),
-            "short_enough": sum(item.example.task == task.task for item in encoded),
-            "train": len(task.train),
-            "held_out": len(task.held_out),
-        }
-        say(
-            f"{task.task}: {count['examples']} examples, {count['short_enough']} short enough; "
-            f"{count['train']} to train on, {count['held_out']} held out"
-        )
-    return counts
-
-
-def forward_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype, None for the weights' own float32."""
+def describe(settings: Settings, trainer: Trainer, data: Data, network: Any) -> dict[str, Any]:
     import torch
 
-    from segloss.doctor import cpu_flags
-
-    if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            native = device.type == "cpu" and bool(BFLOAT16_FLAGS & cpu_flags())
-        precision = "bfloat16" if native else "float32"
-    return torch.bfloat16 if precision == "bfloat16" else None
-
-
-BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}  # x86, x86, ARM
-
-
-def _description(config: TrainConfig, dtype, device, counts: dict) -> dict:
-    import torch
-
-    names = ("segloss", "torch", "transformers", "numpy")
+    names = ("torch", "transformers", "trl", "datasets", "accelerate", "numpy")
+    versions = {"python": platform.python_version(), "segloss": segloss.__version__}
     return {
-        "settings": dataclasses.asdict(config),
-        "forward_dtype": "float32" if dtype is None else str(dtype).removeprefix("torch."),
-        "device": str(device),
+        "given": settings.given,
+        "device": str(trainer.args.device),
+        "processes": trainer.accelerator.num_processes,
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in names},
-        "data": counts,
+        "versions": versions | {name: importlib.metadata.version(name) for name in names},
+        "data": data.counts,
+        "tasks": data.tasks,
+        "fingerprints": {"data": data_hash(trainer), "model": model_hash(network)},
     }
 
 
-def _data_hash(tasks: Sequence[TaskData]) -> str:
-    """Of every token of every part, in order: what training and evaluation read."""
+def data_hash(trainer: Trainer) -> str:
+    """Of up to some thousand rows' tokens, in order."""
     digest = hashlib.sha256()
-    for task in tasks:
-        for part in (task.train, task.held_out, task.validation):
-            rows = [[item.prompt_ids, item.completion_ids] for item in part]
-            digest.update(json.dumps([task.task, rows]).encode())
+    for rows in (trainer.train_dataset, trainer.eval_dataset):
+        if hasattr(rows, "__len__"):
+            for place in range(0, len(rows), max(1, len(rows) // 4096)):
+                row = rows[place]
+                digest.update(json.dumps([row["input_ids"], row.get("labels")]).encode())
     return digest.hexdigest()
 
 
-def _model_hash(network: torch.nn.Module) -> str:
+def model_hash(network: Any) -> str:
     """Of the beginning of every weight: enough to tell models apart, without reading them all."""
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.flatten()[:1024].float().cpu().numpy().tobytes())
+        if "lora_" not in name:
+            digest.update(str(tuple(value.shape)).encode())
+            digest.update(value.flatten()[:1024].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-# -------------------------------------------------------------------------------------- resume
+# ------------------------------------------------------------------------------------- commands
 
 
-def _interrupted(path: str) -> tuple[TrainConfig, dict]:
-    """The settings and the config.json of a run that has not finished."""
-    file = Path(path) / "config.json"
+def stored(path: str) -> dict[str, Any]:
+    """The settings that a run's folder says it was given. Raises `UserError` without one."""
+    file = Path(path) / SETTINGS
     if not os.path.isdir(path):
-        raise UserError(f"--resume {path}: no such run folder")
+        raise UserError(f"{path}: no such folder")
     if not file.is_file():
-        raise UserError(f"--resume {path}: there is no config.json, so it is no run's folder")
-    if finished(Path(path)):
-        raise UserError(f"--resume {path}: the run is finished, its results are in results.md")
-    if kind_of(file) != "train":
-        raise UserError(f"--resume {path}: its config.json is not that of a segloss train run")
-    settings = read_settings(str(file), TrainConfig)
-    return TrainConfig(**(settings | {"output": path})), json.loads(file.read_text("utf-8"))
-
-
-def kind_of(file: Path) -> str:
-    """Whose config.json it is: "train", "select", or "" for another's, such as a model's."""
+        raise UserError(f"{path}: there is no {SETTINGS} in it, so it is no run's folder")
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-    return "select" if "target" in settings else "train"
+        return json.loads(file.read_text(encoding="utf-8"))["given"] | {"output_dir": path}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is not what a run writes") from None
 
 
-def _require_same(then: dict, now: dict, path: str) -> None:
-    """Refuse other data or another model; say what may change the last bits."""
-    for what, value in then.get("fingerprints", {}).items():
-        if value != now["fingerprints"][what]:
-            raise UserError(f"--resume {path}: the {what} changed since the run began")
-    for key in ("versions", "device", "forward_dtype", "threads"):
-        if then.get(key) != now[key]:
-            say(f"note: {key} was {then.get(key)}, is {now[key]}: the last bits may differ")
-
-
-def _last_checkpoint(folder: RunFolder) -> Checkpoint | None:
-    """The newest whole checkpoint; damaged ones are named. None where there is none."""
-    from . import checkpoint
-
-    states = folder.path / RESUME
-    lines = folder.metrics_size() or 0
-    for step in reversed(checkpoint.steps(states)):
-        try:
-            found = checkpoint.read(states, step)
-            if found.state["metrics_bytes"] > lines:
-                raise checkpoint.Damaged("metrics.jsonl has lost lines that it builds on")
-        except checkpoint.Damaged as damage:
-            say(f"checkpoint {states}/step-{step:08d} is damaged: {damage}; trying the one before")
-            continue
-        say(f"resuming after step {step}")
-        # damaged ones would take the place of new ones among those that are kept
-        checkpoint.prune(states, [s for s in checkpoint.steps(states) if s <= step])
-        return found
-    say("there is no whole checkpoint: starting at the beginning")
-    checkpoint.prune(states, [])
-    return None
-
-
-# ---------------------------------------------------------------------------------------- model
-
-
-def _merged(run: Run, folder: RunFolder) -> Run:
-    """The run with a plain model; adapters are written down and merged into it."""
-    if not run.config.lora_rank:
-        return run
-    from . import lora
-
-    # the embeddings did not change: peft would look for the base model to find that out
-    folder.write(ADAPTER, partial(run.model.save_pretrained, save_embedding_layers=False))
-    return dataclasses.replace(run, model=lora.merge(run.model))
-
-
-def _save(run: Run, path: Path) -> None:
-    run.model.save_pretrained(path)
-    run.tokenizer.save_pretrained(path)
-
-
-# ------------------------------------------------------------------------- evaluate and report
-
-
-def _evaluate(run: Run, folder: RunFolder, phase: str) -> dict[str, Evaluation]:
-    """Evaluate every task; the results are on disk when this returns."""
-    results: dict[str, Evaluation] = {}
-    lines: list[str] = []
-    for task, result in evaluations(run, f"evaluating {phase}"):
-        results[task.task] = result
-        folder.log("evaluation", phase=phase, task=task.task, **result.scores)
-        lines += _answer_lines(task, result)
-    folder.write_text(f"answers-{phase}.jsonl", "".join(lines))
-    return results
-
-
-def evaluations(run: Run, title: str) -> Iterator[tuple[TaskData, Evaluation]]:
-    """Each task with its result, under a progress bar."""
-    from tqdm.auto import tqdm
-
-    total = sum(len(task.held_out) for task in run.tasks)
-    with tqdm(total=total, desc=title, dynamic_ncols=True) as bar:
-        for task in run.tasks:
-            yield task, run.evaluator(run.model, task, bar.update)
-
-
-def _read_evaluations(run: Run, folder: RunFolder, rows: list[dict]) -> dict[str, Evaluation]:
-    """The evaluation before training, from the files it was written to."""
-    from .evaluation import Evaluation
-
-    text = (folder.path / "answers-before.jsonl").read_text(encoding="utf-8")
-    answers = [json.loads(line) for line in text.splitlines()]
-    results = {}
-    for row in rows:
-        if row["event"] == "evaluation":
-            own = [answer for answer in answers if answer["task"] == row["task"]]
-            results[row["task"]] = Evaluation(
-                loss=row["loss"],
-                correct=[answer["correct"] for answer in own],
-                answers=[answer["answer"] for answer in own],
-                token_accuracy=row["token_accuracy"],
-                entropy=row["entropy"],
-            )
-    return results
-
-
-def _answer_lines(task: TaskData, result: Evaluation) -> list[str]:
-    rows = [
-        {
-            "task": task.task,
-            "prompt": item.example.prompt,
-            "completion": item.example.completion,
-            "answer": answer,
-            "correct": correct,
-        }
-        for item, answer, correct in zip(task.held_out, result.answers, result.correct, strict=True)
-    ]
-    return [json.dumps(row) + "\n" for row in rows]
-
-
-def _report(run: Run, folder: RunFolder, losses: list[float], before, after, timing: dict) -> None:
-    """Write the plot and the results, and print the table."""
+def evaluate(settings: Settings, json_path: str = "") -> None:
+    """Print the table of a model on the held-out rows; nothing is trained."""
     from . import report
 
-    config = run.config
-    results = [
-        report.task_result(task, before[task.task], after[task.task], config.seed)
-        for task in run.tasks
-    ]
-    folder.write(
-        "loss.png", partial(report.plot, losses=losses, results=results, loss_name=config.loss)
-    )
-    text = f"{report.table(results)}\n\n{report.NOTES}\n\n{_story(config, timing)}\n"
-    folder.write_text("results.md", text)
-    folder.write_json("results.json", report.as_json(results, timing))  # last: a run is finished
-    print(f"\n{text}\nrun folder: {folder.path}", flush=True)
-
-
-def _story(config: TrainConfig, timing: dict) -> str:
-    """One paragraph: what was trained, for how long, and whether the time limit cut it short."""
-    text = (
-        f"{config.model}, loss {config.loss}: {timing['steps']} steps of "
-        f"{config.batch_size * config.accumulation} examples in {timing['train']:.0f} s; "
-        f"{timing['total']:.0f} s in all (loading {timing['load']:.0f} s, evaluation before "
-        f"{timing['evaluate_before']:.0f} s, after {timing['evaluate_after']:.0f} s)."
-    )
-    if timing["stopped_by_time_limit"]:
-        text += (
-            f" Training stopped at step {timing['steps']} of {config.steps} to keep to the time "
-            f"limit of {config.time_limit:.0f} s (--time-limit)."
-        )
-    if timing["stopped_by_patience"]:
-        text += (
-            f" Training stopped at step {timing['steps']} of {config.steps}: no lower validation "
-            f"loss in {config.patience} validations (--patience)."
-        )
-    if timing["kept_step"] != timing["steps"]:
-        text += f" The weights are those of step {timing['kept_step']}, the lowest of them."
-    return text
+    if json_path and os.path.lexists(json_path):
+        raise UserError(f"--json {json_path} exists already; remove it or give another name")
+    run = prepare(settings, to_train=False)
+    found = {"tasks": run.evaluate("evaluating", {}), "before": None, "model": run.model_name}
+    record = report.Record.of(Path(run.model_name), run.description, found)
+    print(f"\n{report.markdown([record])}")
+    if json_path:
+        try:
+            write(Path(json_path), found)
+        except OSError as error:
+            raise UserError(f"cannot write {json_path}: {error.strerror}") from None

@@ -54,7 +54,8 @@ def train(command, model_folder, data_file, tmp_path):
     def run(*arguments):
         return command(
             *("train", "--model", model_folder, "--data", data_file, "--output", tmp_path / "run"),
-            *("--steps", 3, "--batch-size", 4, "--eval-items", 4, *arguments),
+            *("--steps", 3, "--batch-size", 4, "--eval-items", 4, "--logging-steps", 1),
+            *arguments,
         )
 
     return run

@@ -19,7 +19,7 @@ EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir"
 
 def kill_at(moment, folder, counter):
     """SIGKILL this process before its `moment`-th operation on the folder; counts them."""
-    from segloss.train.run_folder import RunFolder
+    from segloss.train.trainer import Recorder
 
     count = 0
 
@@ -35,13 +35,13 @@ def kill_at(moment, folder, counter):
         if event in EVENTS and str(arguments[0]).startswith(folder):
             tick()
 
-    log = RunFolder.log
+    write = Recorder._write
 
-    def logged(self, event, **values):
-        log(self, event, **values)
+    def written(self, row):
+        write(self, row)
         tick()
 
-    RunFolder.log = logged
+    Recorder._write = written
     sys.addaudithook(hook)
 
 
@@ -62,14 +62,15 @@ def run(arguments, log, prepare=lambda: None):
 def main():
     import torch
 
-    for name in ("matplotlib.backends.backend_agg", "peft", "transformers.models.llama", "run"):
-        importlib.import_module(f"segloss.train.{name}" if name == "run" else name)
+    for name in ("trl", "peft", "transformers.models.llama", "segloss.train.select"):
+        importlib.import_module(name)
+    importlib.import_module("segloss.train.evaluation")
+    importlib.import_module("segloss.train.report")
 
     torch.set_num_threads(1)
     root, points, arguments = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     counter = root / "count"
     whole, log = root / "whole", root / "log"
-    # "partial-whole" becomes "whole": both are watched
     count = lambda: kill_at(None, str(root / "whole"), counter)  # noqa: E731
     assert run(["train", *arguments, "--output", str(whole)], log, count) == 0, log.read_text()
     total = int(counter.read_text())
@@ -80,8 +81,9 @@ def main():
         command = ["train", *arguments, "--output", str(folder)]
         kill = lambda m=moment, f=folder: kill_at(m, str(f), counter)  # noqa: E731
         first = run(command, log, kill)
-        # before the folder has its name there is nothing to resume
-        again = ["train", "--resume", str(folder)] if folder.exists() else command
+        # before its settings are there, there is nothing to resume
+        started = (folder / "segloss.json").exists()
+        again = ["train", "--resume", str(folder)] if started else command
         codes.append((moment, first, run(again, log)))
     print(json.dumps({"total": total, "codes": codes}))
 

@@ -1,139 +1,157 @@
-"""Settings from a file: what goes over what, their types, and the messages for wrong ones."""
+"""TRL's options and ours, from the command line and from files."""
 
 import json
 
 import pytest
 
-import segloss
-from segloss.train.config import TrainConfig, read_settings
+from segloss.train.config import ALIASES, settings
 from segloss.train.errors import UserError
 
-
-def settings_of(folder):
-    return json.loads((folder / "config.json").read_text())["settings"]
-
-
-@pytest.mark.parametrize("kind", ["yaml", "json"])
-def test_command_line_over_file_over_default(train, tmp_path, kind):
-    values = {"steps": 2, "lr": "2e-3", "sample-weights": "irdro", "weight_decay": 1}
-    path = tmp_path / f"settings.{kind}"
-    lines = "".join(f"{key}: {value}\n" for key, value in values.items())
-    path.write_text(json.dumps(values) if kind == "json" else f"# mine\n{lines}")
-    # the fixture gives --steps 3
-    code, _, err = train("--config", path, "--sample-temperature", 2)
-    assert code == 0, err
-    settings = settings_of(tmp_path / "run")
-    assert (settings["steps"], settings["lr"], settings["sample_weights"]) == (3, 2e-3, "irdro")
-    assert (settings["weight_decay"], settings["sample_temperature"]) == (1.0, 2.0)
-    assert settings["seed"] == TrainConfig.seed
-
-
-def test_the_settings_of_a_run_are_a_file(command, train, tmp_path):
-    assert train("--lr", 0.01, "--task-weights", "coba", "--validation-items", 2)[0] == 0
-    again = tmp_path / "again"
-    code, _, err = command("train", "--config", tmp_path / "run/config.json", "--output", again)
-    assert code == 0, err
-    assert settings_of(again) == settings_of(tmp_path / "run") | {"output": str(again)}
-    first, second = [(tmp_path / n / "checkpoint/model.safetensors") for n in ("run", "again")]
-    assert first.read_bytes() == second.read_bytes()
+# as `trl sft` documents it
+SFT_YAML = """
+model_name_or_path: Qwen/Qwen2-0.5B
+dataset_name: trl-lib/Capybara
+learning_rate: 2.0e-4
+num_train_epochs: 1
+packing: true
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 8
+gradient_checkpointing: true
+eos_token: '<|im_end|>'
+eval_strategy: steps
+eval_steps: 100
+use_peft: true
+lora_r: 32
+lora_alpha: 16
+lora_target_modules: [q_proj, v_proj]
+output_dir: Qwen2-0.5B-SFT
+push_to_hub: true
+bf16: false
+env:
+  SEGLOSS_TEST: "7"
+"""
 
 
-def test_the_band_of_ranks(train, tmp_path, monkeypatch):
-    """The options reach the weights and the saved settings; wrong ones are named."""
-    made = []
-
-    class Recorded(segloss.SampleWeighting):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            made.append((self.scheme, self.fraction, self.band))
-
-    monkeypatch.setattr(segloss, "SampleWeighting", Recorded)
-    options = ("--sample-weights", "rank", "--sample-fraction", 0.5, "--sample-band", 0.25)
-    code, _, err = train(*options)
-    assert code == 0, err
-    assert set(made) == {("rank", 0.5, 0.25)}
-    settings = settings_of(tmp_path / "run")
-    assert (settings["sample_fraction"], settings["sample_band"]) == (0.5, 0.25)
-
-
-def test_every_kind_of_value(tmp_path):
-    path = tmp_path / "settings.yaml"
-    path.write_text(
-        "tasks: [boolq, siqa]\ndata: one.jsonl\ntime_limit: null\ntensorboard: true\n"
-        "steps: 1e2\nlr: 1e-3\nloss: focal(gamma=1.5)\nprecision: float32\n"
+def test_yaml_of_trl(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEGLOSS_TEST", "1")
+    path = tmp_path / "sft.yaml"
+    path.write_text(SFT_YAML)
+    found = settings(["--config", str(path), "--lora-r", "4", "--loss=ce"])
+    training, model = found.training, found.model
+    assert (model.model_name_or_path, found.script.dataset_name) == (
+        *("Qwen/Qwen2-0.5B", "trl-lib/Capybara"),
     )
-    assert read_settings(str(path), TrainConfig) == {
-        "tasks": ("boolq", "siqa"),
-        "data": ("one.jsonl",),
-        "time_limit": None,
-        "tensorboard": True,
-        "steps": 100,
-        "lr": 1e-3,
-        "loss": "focal(gamma=1.5)",
-        "precision": "float32",
-    }
+    assert (training.learning_rate, training.num_train_epochs, training.packing) == (2e-4, 1, True)
+    assert (training.eval_steps, training.push_to_hub, training.bf16) == (100, True, False)
+    assert (model.use_peft, model.lora_r, model.lora_alpha) == (True, 4, 16)
+    assert model.lora_target_modules == ["q_proj", "v_proj"] and found.options.loss == "ce"
+    import os
+
+    assert os.environ["SEGLOSS_TEST"] == "7"
+    json.dumps(found.given)  # which a run keeps
+
+
+def test_what_trl_s_own_parser_makes_of_it_is_the_same(tmp_path):
+    """Field by field, but for what is set for a machine without a GPU."""
+    import dataclasses
+
+    import trl
+
+    path = tmp_path / "sft.yaml"
+    path.write_text(SFT_YAML + "use_cpu: true\nlogging_nan_inf_filter: false\n")
+    parser = trl.TrlParser((trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig))
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        theirs = parser.parse_args_and_config(["--config", str(path)])
+    ours = settings(["--config", str(path)])
+    for one, two in zip((ours.script, ours.training, ours.model), theirs, strict=True):
+        for field in dataclasses.fields(two):
+            mine, its = getattr(one, field.name, None), getattr(two, field.name, None)
+            assert not field.init or mine == its or repr(mine) == repr(its), field.name
+
+
+def test_json_and_a_run_s_own_settings(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"lr": 1e-3, "save-every": 5, "data": ["a", "b"]}))
+    found = settings(["--config", str(path)])
+    assert found.training.learning_rate == 1e-3 and found.training.save_steps == 5
+    assert found.options.data == ["a", "b"]
+    path.write_text(json.dumps({"given": found.given | {"output_dir": "runs/one"}}))
+    again = settings([f"--config={path}", "--output", "two"])
+    assert again.given == found.given | {"output_dir": "two"}
+
+
+@pytest.mark.parametrize("short", ALIASES)
+def test_short_names(short):
+    value = {"model": "m", "output": "o", "lora_targets": "q_proj"}.get(short, "3")
+    found = settings([f"--{short.replace('_', '-')}", value])
+    assert found.given[ALIASES[short]] in (value, 3, [value])
+    assert found.model.use_peft == short.startswith("lora")
+
+
+def test_a_flag_alone_is_yes():
+    found = settings(["--bf16", "--gradient-checkpointing", "--no-evaluate-before", "--merge"])
+    assert found.training.bf16 and found.training.gradient_checkpointing and found.options.merge
+    assert not found.options.evaluate_before
+
+
+def test_patience_is_early_stopping():
+    training = settings(["--patience", "2", "--validate-every", "5"]).training
+    assert training.load_best_model_at_end and training.metric_for_best_model == "eval_loss"
+    assert training.eval_steps == training.save_steps == 5
+
+
+def test_bfloat16_only_where_a_cpu_has_it(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    for flags, bf16 in (({"avx2"}, False), ({"avx512_bf16"}, True)):
+        monkeypatch.setattr("segloss.doctor.cpu_flags", lambda flags=flags: flags)
+        assert settings([]).training.bf16 == bf16
+    assert settings([]).training.use_cpu
+    monkeypatch.setattr("segloss.doctor.cpu_flags", lambda: {"avx2"})
+    assert settings(["--bf16", "true"]).training.bf16
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("name", "text", "message"),
     [
-        ("stepps: 3", "there is no setting 'stepps'; did you mean steps?"),
-        ("colour: 3", "there is no setting 'colour'; segloss train --help lists them"),
-        ("steps: many", "steps is 'many'; it takes a whole number"),
-        ("steps: 1.5", "steps is 1.5; it takes a whole number"),
-        ("steps: true", "steps is True; it takes a whole number"),
-        ("steps: .inf", "steps is inf; it takes a whole number"),
-        ("steps: null", "steps is None; it takes a whole number"),
-        ("lr: fast", "lr is 'fast'; it takes a number"),
-        ("loss: 3", "loss is 3; it takes text"),
-        ("tensorboard: perhaps", "tensorboard is 'perhaps'; it takes true or false"),
-        ("tasks: 3", "tasks is 3; it takes a list of names"),
-        ("head: cold", "head is 'cold'; it takes fused or logits"),
-        ("- a\n- b", "settings are needed, one `name: value` a line"),
-        ("steps: [1", "is not YAML"),
-        ("a: b: c", "line 1 is not YAML: mapping values are not allowed here"),
-        ("!!python/object/apply:os.system [exit]", "is not YAML"),
+        ("a.yaml", "max_steps: 2.5", "invalid int value: '2.5'"),
+        ("a.yaml", "lerning_rate: 3", "there is no option --lerning_rate; did you mean --learning"),
+        ("a.yaml", "task_weights: cobra", "--task_weights is cobra; it takes none, coba"),
+        ("a.yaml", "truncation_mode: x", "--truncation_mode is x; it takes keep_end, keep_start"),
+        ("a.yaml", "steps: [", "a.yaml, line 1 is not YAML"),
+        ("a.yaml", "- 1", "settings are needed, one `name: value` a line"),
+        ("a.json", "{", "a.json is not JSON"),
+        ("a.yaml", "sample_band: -1", "--sample_band is -1.0; it takes a number from 0 up"),
     ],
 )
-def test_wrong_files(tmp_path, text, message):
-    path = tmp_path / "settings.yaml"
-    path.write_text(text)
+def test_wrong_files(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
     with pytest.raises(UserError) as error:
-        read_settings(str(path), TrainConfig)
-    assert str(path) in str(error.value) and message in str(error.value)
-
-
-def test_unreadable_files(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read absent\.yaml: No such file"):
-        read_settings("absent.yaml", TrainConfig)
-    (tmp_path / "x.json").write_text("{")
-    with pytest.raises(UserError, match=r"x\.json is not JSON"):
-        read_settings(str(tmp_path / "x.json"), TrainConfig)
-    (tmp_path / "y.yaml").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(UserError, match="it is not UTF-8"):
-        read_settings(str(tmp_path / "y.yaml"), TrainConfig)
+        settings(["--config", str(tmp_path / name)])
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("words", "message"),
     [
-        ({"sample_fraction": 0.0}, "--sample-fraction is 0.0; it takes a number above 0, up to 1"),
-        ({"sample_fraction": 1.5}, "--sample-fraction is 1.5; it takes a number above 0, up to 1"),
-        ({"sample_band": -1.0}, "--sample-band is -1.0; it takes a number from 0 up"),
-        ({"sample_band": float("nan")}, "--sample-band is nan; it takes a number from 0 up"),
+        (
+            ["--lerning-rate", "1"],
+            "there is no option --lerning_rate; did you mean --learning_rate",
+        ),
+        (["--xyzzy"], "there is no option --xyzzy; segloss train --help lists them"),
+        (["--steps", "many"], "invalid int value: 'many'"),
+        (["--config", "absent.yaml"], "cannot read absent.yaml: No such file"),
+        (["--config"], "--config takes a file"),
+        (["extra"], "'extra' is no option"),
+        (["--validation-batch", "0"], "--validation_batch is 0; it takes a whole number from 1"),
+        (["--coba-history", "1"], "--coba_history is 1; it takes a whole number from 2"),
+        (["--coba-tau", "nan"], "--coba_tau is nan; it takes a positive number"),
+        (["--fp16", "--bf16"], "At most one of fp16 and bf16"),
     ],
 )
-def test_wrong_bands_are_named(settings, message):
+def test_wrong_words(words, message):
     with pytest.raises(UserError) as error:
-        TrainConfig(**settings)
-    assert str(error.value) == message
-
-
-def test_defaults_of_weights_follow_the_steps():
-    config = TrainConfig(steps=200, task_weights="coba", lora_rank=8).resolved()
-    assert (config.coba_warmup, config.coba_history, config.validation_items) == (20, 80, 32)
-    assert (config.lora_alpha, config.validate_every) == (16.0, 20)
-    assert TrainConfig().resolved().validation_items == 0
-    assert TrainConfig(patience=2).resolved().validation_items == 32
-    with pytest.raises(UserError, match="--validation-items is 0; --task-weights coba needs some"):
-        TrainConfig(task_weights="coba", validation_items=0)
+        settings(words)
+    assert message in str(error.value)

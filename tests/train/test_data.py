@@ -1,146 +1,371 @@
-"""Reading, splitting, ordering and padding of examples."""
+"""Every format, token by token against text written by hand; every faulty row by file and line."""
 
 import json
-import re
-from collections import Counter
 
 import pytest
-import torch
-from train.tiny import examples, write_jsonl
+from train.tiny import write_jsonl
 
-from segloss.integrations.window import next_tokens
-from segloss.train import data
-from segloss.train.data import IGNORE, Encoded
+from segloss.train.config import settings
 from segloss.train.errors import UserError
-from segloss.train.tasks import Example
+from segloss.train.run import prepare
 
-GOOD = {"task": "t", "prompt": "p", "completion": "c"}
+EOS = "<eos>"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}!{% endgeneration %}{% else %}{{ m.content }}!{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
-def test_read_jsonl(tmp_path):
-    path = tmp_path / "good.jsonl"
-    row = GOOD | {"options": ["c", "d"], "group": "g", "more": 1}
-    path.write_text(f"\ufeff{json.dumps(GOOD)}\r\n\n{json.dumps(row)}")
-    assert data.read_jsonl(str(path)) == [
-        Example("t", "p", "c"),
-        Example("t", "p", "c", ("c", "d"), "g"),
-    ]
+@pytest.fixture(scope="module")
+def chat_folder(model_folder, tokenizer, tmp_path_factory):
+    import copy
+    import shutil
+
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(model_folder, folder)
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = CHAT
+    chatty.save_pretrained(folder)
+    return folder
+
+
+def prepared(model, files, *options):
+    words = ["--model", str(model), "--eval-items", "0", "--steps", "2", "--batch-size", "2"]
+    words += ["--max-length", "1024"]
+    words += [str(option) for option in options]
+    return prepare(settings([*words, *(["--data", *map(str, files)] if files else [])]))
+
+
+def spelled(tokenizer, ids):
+    """The text of some tokens; the end of text is written out."""
+    return "".join(
+        EOS if token == tokenizer.eos_token_id else tokenizer.decode([token]) for token in ids
+    )
+
+
+def trained_parts(tokenizer, row):
+    """(the whole text, the parts of it that carry loss) of a row that the trainer has tokenised."""
+    parts, current = [], []
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        assert label in (token, -100)
+        if label == -100 and current:
+            parts.append(spelled(tokenizer, current))
+            current = []
+        elif label != -100:
+            current.append(token)
+    if current:
+        parts.append(spelled(tokenizer, current))
+    return spelled(tokenizer, row["input_ids"]), parts
+
+
+def turns(*pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+TALK = turns(("user", "hi"), ("assistant", "ho"), ("user", "so"), ("assistant", "la"))
+# name: (rows, options, the text, what of it carries loss)
+CHATS = {
+    "messages": ({"messages": TALK}, (), "<user>hi!<assistant>ho!<user>so!<assistant>la!", None),
+    "assistant-only": (
+        {"messages": TALK},
+        ("--assistant-only-loss",),
+        "<user>hi!<assistant>ho!<user>so!<assistant>la!",
+        ["ho!", "la!"],
+    ),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+        ("--assistant-only-loss",),
+        "<user>hi!<assistant>ho!",
+        ["ho!"],
+    ),
+    "conversational prompt": (
+        {"prompt": TALK[:3], "completion": TALK[3:]},
+        (),
+        "<user>hi!<assistant>ho!<user>so!<assistant>la!",
+        ["la!"],
+    ),
+    "alpaca with a template": (
+        {"instruction": "add", "input": "1 2", "output": "3"},
+        (),
+        "<user>add\n1 2!<assistant>3!",
+        ["3!"],
+    ),
+}
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\nadd\n\n### Response:\n"
+)
+PAIRED = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n### Instruction:\nadd"
+    "\n\n### Input:\n1 2\n\n### Response:\n"
+)
+TEXTS = {
+    "text": ({"text": "abc"}, (), "abc" + EOS, None),
+    "another text field": (
+        {"story": "abc"},
+        ("--dataset_text_field", "story"),
+        "abc" + EOS,
+        None,
+    ),
+    "prompt and completion": (
+        {"prompt": "ab", "completion": " c"},
+        (),
+        "ab c" + EOS,
+        [" c" + EOS],
+    ),
+    "everything": (
+        {"prompt": "ab", "completion": " c"},
+        ("--completion-only-loss", "false"),
+        "ab c" + EOS,
+        None,
+    ),
+    "alpaca": ({"instruction": "add", "output": "3"}, (), f"{ALPACA}3{EOS}", ["3" + EOS]),
+    "alpaca with input": (
+        {"instruction": "add", "input": "1 2", "output": "3"},
+        (),
+        f"{PAIRED}3{EOS}",
+        ["3" + EOS],
+    ),
+    "tokens": ({"input_ids": [64, 65, 66], "labels": [-100, 65, 66]}, (), None, None),
+}
+
+
+def assert_trained_on(run, tokenizer, text, parts):
+    row = run.trainer.train_dataset[0]
+    if text is None:
+        assert (row["input_ids"], row["labels"]) == ([64, 65, 66], [-100, 65, 66])
+    else:
+        assert trained_parts(tokenizer, row) == (text, [text] if parts is None else parts)
+    batch = run.trainer.data_collator([row, row])
+    assert batch["labels"].tolist() == [row["labels"]] * 2
+    run.trainer.train()
+    assert run.trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_conversations(chat_folder, tokenizer, tmp_path, name):
+    row, options, text, parts = CHATS[name]
+    file = write_jsonl(tmp_path / "mine.jsonl", [row, row | {"task": "x"}])
+    run = prepared(chat_folder, [file], "--output", tmp_path / "run", *options)
+    assert run.data.tasks == ["mine", "x"]
+    assert_trained_on(run, tokenizer, text, parts)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts(model_folder, tokenizer, tmp_path, monkeypatch, name):
+    row, options, text, parts = TEXTS[name]
+    file = write_jsonl(tmp_path / "mine.jsonl", [row, row | {"task": "x"}])
+    if name.startswith("alpaca"):  # the tiny model has few positions
+        monkeypatch.setattr("segloss.train.run.check_lengths", lambda *args: None)
+    run = prepared(model_folder, [file], "--output", tmp_path / "run", *options)
+    assert_trained_on(run, tokenizer, text, parts)
+
+
+ROWS = [{"prompt": f"{i}:", "completion": " yes", "weight": i + 0.5} for i in range(3)]
+
+
+def as_csv(folder):
+    path = folder / "mine.csv"
+    lines = [f"{row['prompt']},{row['completion']},{row['weight']}" for row in ROWS]
+    path.write_text("prompt,completion,weight\n" + "\n".join(lines) + "\n")
+    return path
+
+
+def as_json(folder):
+    path = folder / "mine.json"
+    path.write_text(json.dumps(ROWS, indent=1))
+    return path
+
+
+def as_parquet(folder):
+    from datasets import Dataset
+
+    Dataset.from_list(ROWS).to_parquet(folder / "mine.parquet")
+    return folder / "mine.parquet"
+
+
+def as_saved(folder):
+    from datasets import Dataset
+
+    Dataset.from_list(ROWS).save_to_disk(folder / "mine")
+    return folder / "mine"
+
+
+def as_splits(folder):
+    from datasets import Dataset, DatasetDict
+
+    parts = {"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}
+    DatasetDict(parts).save_to_disk(folder / "mine")
+    return folder / "mine"
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    "write", [as_csv, as_json, as_parquet, as_saved, as_splits, lambda folder: write_jsonl(
+        folder / "mine.jsonl", ROWS)],
+    ids=["csv", "json", "parquet", "saved", "splits", "jsonl"],
+)  # fmt: skip
+def test_files(model_folder, tokenizer, tmp_path, write):
+    run = prepared(model_folder, [write(tmp_path)], "--output", tmp_path / "run")
+    rows = run.trainer.train_dataset
+    found = {trained_parts(tokenizer, row)[0]: row["sample_weights"] for row in rows}
+    expected = {f"{row['prompt']} yes{EOS}": row["weight"] for row in ROWS}
+    if write is as_splits:  # what is in the test split is not trained on
+        expected.pop(f"0: yes{EOS}")
+        assert [item.answer for item in run.held_out] == []  # --eval-items 0
+    assert found == expected and run.data.tasks == ["mine"]
+
+
+def test_a_tokenizer_that_ends_texts_itself(model_folder, tokenizer, tmp_path):
+    """Generation starts from the prompt, not from an end of text after it."""
+    import copy
+    import shutil
+
+    from tokenizers.processors import TemplateProcessing
+
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    ending = copy.deepcopy(tokenizer)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.eos_token_id)]
+    )
+    ending.save_pretrained(folder)
+    file = write_jsonl(
+        tmp_path / "a.jsonl", [{"prompt": f"{i}", "completion": " y"} for i in "abcd"]
+    )
+    run = prepared(folder, [file], "--eval-items", 1, "--output", tmp_path / "run")
+    (item,) = run.held_out
+    assert len(item.prompt_ids) == 1 and tokenizer.eos_token_id not in item.prompt_ids
+    text, parts = trained_parts(tokenizer, run.trainer.train_dataset[0])
+    assert text.endswith(f" y{EOS}") and parts == [f" y{EOS}"]
+
+
+def test_token_weights(model_folder, tmp_path):
+    """One per token of the row, the end of text included; other numbers of them are refused."""
+    row = {"prompt": "ab", "completion": " c", "token_weight": [0, 0, 1, 2, 3]}
+    file = write_jsonl(tmp_path / "mine.jsonl", [row])
+    run = prepared(model_folder, [file], "--output", tmp_path / "run")
+    (found,) = run.trainer.train_dataset["token_weight"]
+    assert found == [0, 0, 1, 2, 3] and len(run.trainer.train_dataset[0]["input_ids"]) == 5
+    file = write_jsonl(tmp_path / "mine.jsonl", [row | {"token_weight": [1, 2]}])
+    with pytest.raises(UserError, match=r"mine.jsonl, line 1: it has 2 token_weight for 5 tokens"):
+        prepared(model_folder, [file], "--output", tmp_path / "run")
+
+
+GOOD = '{"prompt": "p", "completion": " c"}'
+ODD = {
+    "not JSON": ('{"prompt": "p"', "line 2: not JSON (Expecting ',' delimiter at column 15)"),
+    "not an object": ("[1]", "line 2: an object is needed, not a list"),
+    "half a pair": ('{"prompt": "p"}', "line 2: there is 'prompt'; a row has messages, "),
+    "number for text": (
+        '{"prompt": "p", "completion": 3}',
+        'line 2: "prompt" and "completion" must both be strings or both be messages',
+    ),
+    "empty": ('{"prompt": "p", "completion": " "}', 'line 2: "completion" is empty'),
+    "surrogate": ('{"prompt": "\\ud800", "completion": "c"}', "half of a surrogate pair"),
+    "options without the answer": (
+        '{"prompt": "p", "completion": " c", "options": ["a", "b"]}',
+        'line 2: the answer is none of the "options"',
+    ),
+    "negative weight": (
+        '{"prompt": "p", "completion": " c", "weight": -1}',
+        'line 2: "weight" must be a number from 0 up, not -1',
+    ),
+    "no role": (
+        '{"messages": [{"content": "x"}]}',
+        'line 2: each of "messages" must be an object with "role" and "content"',
+    ),
+    "picture in a message": (
+        '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+        'line 2: the "content" of a message must be a string, not a list',
+    ),
+    "nested": ("[" * 100_000, "line 2: not JSON that can be read (nested too deeply)"),
+    "labels of another length": (
+        '{"input_ids": [1, 2], "labels": [1]}',
+        'line 2: there are 2 "input_ids" and 1 "labels"',
+    ),
+    "another shape": ('{"text": "x"}', "some rows have prompt, some text; a run takes one of them"),
+    "weight in some": (
+        '{"prompt": "q", "completion": " c", "weight": 1}',
+        "1 of 2 rows have a weight; all or none must",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_rows(train, tmp_path, name):
+    line, message = ODD[name]
+    path = tmp_path / "odd.jsonl"
+    path.write_text(f"{GOOD}\n{line}\n")
+    code, out, err = train("--data", path, "--eval-items", 0)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and out == "" and last.startswith("segloss: error: ") and message in last, err
+    assert ("line 2" in message) <= (f"{path}, line 2" in last)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
     [
-        (b'{"task": "t"', "not JSON (Expecting ',' delimiter at column 13)"),
-        (b'{"task": "\xff"}', "not UTF-8 (invalid start byte at byte 11)"),
-        (b"[" * 100_000, "not JSON that can be read (nested too deeply)"),
-        (b"[1]", "a JSON object is needed, not a list"),
-        (b"null", "a JSON object is needed, not null"),
-        (b'{"task": "t", "prompt": "p"}', '"completion" is missing; there is task, prompt'),
-        (b"{}", '"task" is missing; there is nothing'),
-        (GOOD | {"prompt": 3}, '"prompt" must be a string, not a number'),
-        (GOOD | {"prompt": None}, '"prompt" must be a string, not null'),
-        (GOOD | {"completion": "  "}, '"completion" is empty'),
-        (GOOD | {"task": "a\nb"}, '"task" must be a name on one line'),
-        (GOOD | {"prompt": "\ud800"}, '"prompt" holds half of a surrogate pair'),
-        (GOOD | {"options": ["c"]}, '"options" must be a list of at least two strings'),
-        (GOOD | {"options": "cd"}, '"options" must be a list of at least two strings'),
-        (GOOD | {"options": ["c", 1]}, "an option must be a string, not a number"),
-        (GOOD | {"options": ["x", "y"]}, '"completion" is none of the "options"'),
-        (GOOD | {"group": 7}, '"group" must be a string, not a number'),
+        ("odd.jsonl", b'{"prompt": "\xff"}', "line 1: not UTF-8 (invalid start byte at byte 13)"),
+        ("odd.json", b'[{"prompt": "p",\n', "odd.json: not JSON (Expecting property name"),
+        ("odd.csv", b"prompt,completion\na\n", "line 2: it has fewer cells than the first line"),
+        ("odd.csv", b'prompt,completion\n"a,b\n', "line 2: not CSV (unexpected end of data)"),
+        ("odd.csv", b"prompt,completion\na,\xff\n", "line 2: not UTF-8 (invalid start byte)"),
+        ("odd.csv", b"text,weight\na,b\n", "line 2, weight: not JSON"),
+        ("odd.parquet", b"PAR1", "cannot read "),
+        ("odd.txt", b"text", "it takes .jsonl, .json, .csv, .tsv and .parquet files"),
+        ("empty.jsonl", b"\n\n", "the data hold no rows"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, message):
-    line = line if isinstance(line, bytes) else json.dumps(line).encode()
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n")
-    with pytest.raises(UserError, match=re.escape(f"{path}, line 2: {message}")):
-        data.read_jsonl(str(path))
+def test_odd_files(train, tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    code, out, err = train("--data", path, "--eval-items", 0)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and out == "" and message in last and "Traceback" not in err, err
 
 
-def test_missing_and_empty_files(tmp_path):
-    with pytest.raises(UserError, match=r"absent\.jsonl: No such file"):
-        data.read_jsonl(str(tmp_path / "absent.jsonl"))
-    with pytest.raises(UserError, match="Is a directory"):
-        data.read_jsonl(str(tmp_path))
-    with pytest.raises(UserError, match="holds no examples"):
-        data.read_jsonl(str(write_jsonl(tmp_path / "empty.jsonl", [])))
+def test_columns_that_nothing_reads_are_named(train, tmp_path):
+    rows = [{"prompt": f"{i}", "completion": " c", "optons": ["a"], "id": i} for i in range(4)]
+    path = write_jsonl(tmp_path / "mine.jsonl", rows)
+    code, _, err = train("--data", path, "--eval-items", 1)
+    assert code == 0
+    assert f"{path}: columns that nothing reads: optons (did you mean options?), id" in err
 
 
-# ------------------------------------------------------------------------- splitting and order
+def test_repeated_rows_are_counted_and_prompts_stay_together(model_folder, tmp_path, capsys):
+    rows = [{"prompt": f"{i % 10}", "completion": f" {i % 20}"} for i in range(40)]
+    file = write_jsonl(tmp_path / "mine.jsonl", rows)
+    run = prepared(
+        *(model_folder, [file], "--eval-items", 6, "--validation-items", 4),
+        *("--output", tmp_path / "run"),
+    )
+    assert (
+        "mine: 40 rows, 20 of them repeated; 10 to train on, 6 held out" in capsys.readouterr().err
+    )
+    parts = [run.trainer.train_dataset["prompt"], [i["prompt"] for i in run.data.held_out]]
+    parts.append([row["prompt"] for row in run.data.validation])
+    for i, one in enumerate(parts):
+        for two in parts[i + 1 :]:
+            assert not set(one) & set(two)
 
 
-def encoded(rows):
-    return [Encoded(Example(**row), [1], [2]) for row in rows]
+def test_every_answer_has_its_share_of_the_held_out_items(model_folder, tmp_path):
+    rows = [{"prompt": f"{i}", "completion": " a" if i % 4 else " b"} for i in range(80)]
+    file = write_jsonl(tmp_path / "mine.jsonl", rows)
+    run = prepared(model_folder, [file], "--eval-items", 20, "--output", tmp_path / "run")
+    answers = [row["answer"] for row in run.data.held_out]
+    assert (answers.count(" a"), answers.count(" b")) == (15, 5)
 
 
-def test_split_holds_out_exactly_and_repeats_nothing():
-    rows = examples("a", 30) + examples("b", 20) + examples("a", 30)
-    first, second = data.split(encoded(rows), 8, seed=0)
-    assert (first.task, len(first.held_out), len(first.train)) == ("a", 8, 22)
-    assert (second.task, len(second.held_out), len(second.train)) == ("b", 8, 12)
-    prompts = {item.example.prompt for item in first.held_out}
-    assert not prompts & {item.example.prompt for item in first.train}
-
-
-def test_split_depends_on_the_seed_only():
-    rows = encoded(examples("a", 30))
-    assert data.split(rows, 8, seed=3) == data.split(rows, 8, seed=3)
-    assert data.split(rows, 8, seed=3) != data.split(rows, 8, seed=4)
-
-
-def test_a_group_is_on_one_side():
-    rows = [row | {"group": f"passage {i // 3}"} for i, row in enumerate(examples("a", 30))]
-    (task,) = data.split(encoded(rows), 8, seed=0)
-    held_out = {item.example.group for item in task.held_out}
-    assert len(task.held_out) == 8
-    assert not held_out & {item.example.group for item in task.train}
-
-
-def test_too_few_examples():
-    with pytest.raises(UserError, match="task 'a' has 8 usable examples; --eval-items 8 leaves"):
-        data.split(encoded(examples("a", 8)), 8, seed=0)
-
-
-def test_training_order_gives_tasks_turns_and_every_example_its_share():
-    tasks = data.split(encoded(examples("a", 9) + examples("b", 5)), 2, seed=0)
-    order = data.training_order(tasks, 42, seed=1)
-    assert [item.example.task for item in order] == ["a", "b"] * 21
-    shares = Counter(item.example.prompt for item in order if item.example.task == "a")
-    assert set(shares.values()) == {3} and len(shares) == 7
-    assert order == data.training_order(tasks, 42, seed=1) != data.training_order(tasks, 42, seed=2)
-
-
-# ------------------------------------------------------------------------------------- batches
-
-
-def test_encoding_ends_with_the_end_of_text(tokenizer):
-    (item,) = data.encode([Example("t", "ab", " c")], tokenizer)
-    assert tokenizer.decode(item.prompt_ids) == "ab"
-    assert tokenizer.decode(item.completion_ids) == " c<eos>"
-
-
-def tokens(prompt_ids, completion_ids):
-    return Encoded(Example("t", "p", "c"), prompt_ids, completion_ids)
-
-
-def test_limits_leave_out_long_and_promptless_examples():
-    items = [tokens([1] * p, [2] * c) for p, c in [(0, 1), (3, 2), (4, 1), (1, 3)]]
-    assert data.within_limits(items, 3, 2) == [items[1]]
-
-
-def test_batches():
-    items = [tokens([5, 6, 7], [8, 0]), tokens([9], [0])]
-    batch = data.training_batch(items, pad_id=1)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 0], [9, 0, 1, 1, 1]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
-    X = IGNORE
-    assert batch["labels"].tolist() == [[X, X, X, 8, 0], [X, 0, X, X, X]]
-    assert next_tokens(batch["labels"]).tolist() == [[X, X, 8, 0, X], [0, X, X, X, X]]
-    batch = data.prompt_batch(items, pad_id=1)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [1, 1, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-
-
-def test_next_tokens_keeps_the_shape():
-    labels = torch.arange(6).view(2, 3)
-    assert next_tokens(labels).tolist() == [[1, 2, IGNORE], [4, 5, IGNORE]]
+def test_equal_tasks(model_folder, tmp_path):
+    files = [
+        write_jsonl(
+            tmp_path / f"{name}.jsonl",
+            [{"prompt": f"{name}{i}", "completion": " y"} for i in range(count)],
+        )
+        for name, count in (("few", 3), ("many", 12))
+    ]
+    run = prepared(model_folder, files, "--equal-tasks", "--output", tmp_path / "run")
+    tasks = run.trainer.train_dataset["task"]
+    assert list(tasks).count("few") == list(tasks).count("many") == 12

@@ -1,140 +1,210 @@
-"""Exact match, what guessing scores, the bootstrap, and the held-out loss."""
+"""Scores against what is counted by hand and what a plain loop over the model gives."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from train.tiny import build_model
+from train.tiny import examples, write_jsonl
 
-from segloss.train import data
-from segloss.train.evaluation import (
-    Evaluator,
-    bootstrap_interval,
-    chance,
-    exact_match,
-    majority,
-    normalise,
-)
-from segloss.train.tasks import Example
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (' "48\tPoints." ', "48 points"),
-        ("$5.50", "$5.50"),
-        ("**Yes**!", "yes"),
-        ("STRASSE", "strasse"),
-        ("Straße", "strasse"),
-        (" ... ", ""),
-    ],
-)
-def test_normalise(text, expected):
-    assert normalise(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("answer", "completion", "matches"),
-    [
-        (" yes", "Yes.", True),
-        (" Yes\nThe passage says", " Yes", True),
-        ("\n\n Yes", " Yes", True),
-        (" Yes, it does", " Yes", False),
-        ("", " Yes", False),
-        (" a\nb\nc", "a\nb", True),
-        (" a\nc", "a\nb", False),
-        (" a", "a\nb", False),
-    ],
-)
-def test_exact_match(answer, completion, matches):
-    assert exact_match(answer, completion) is matches
-
-
-def example(completion, options=()):
-    return Example("t", "p", completion, options)
-
-
-def test_chance():
-    options = ("a", "b"), ("a", "b", "c", "d")
-    assert chance([example("a", o) for o in options]) == pytest.approx((1 / 2 + 1 / 4) / 2)
-    assert chance([example("a", options[0]), example("a")]) is None
-
-
-def test_majority_is_of_the_training_part():
-    train = [example(text) for text in (" Yes", "no", "yes.", "no", "YES")]
-    held_out = [example(text) for text in ("no", "no", "yes", "maybe")]
-    assert majority(train, held_out) == ("yes", 1 / 4)
-
-
-def test_majority_breaks_ties_by_the_alphabet():
-    assert majority([example("b"), example("a")], [example("a")]) == ("a", 1.0)
-
-
-def test_bootstrap_of_a_certain_gain():
-    assert bootstrap_interval([False] * 5, [True] * 5) == (1.0, 1.0)
-    assert bootstrap_interval([True, False], [True, False]) == (0.0, 0.0)
-
-
-def test_bootstrap_of_two_items():
-    """Means 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4."""
-    assert bootstrap_interval([False, False], [True, False]) == (0.0, 1.0)
-    assert bootstrap_interval([False, False], [True, False], level=0.4) == (0.5, 0.5)
-
-
-def test_bootstrap_equals_the_binomial_quantiles():
-    """40 of 100 items gained: the resampled gain is Binomial(100, 0.4) / 100."""
-    chances = [math.comb(100, k) * 0.4**k * 0.6 ** (100 - k) for k in range(101)]
-    low, high = np.searchsorted(np.cumsum(chances), [0.025, 0.975]) / 100
-    interval = bootstrap_interval([False] * 100, [True] * 40 + [False] * 60, seed=1)
-    assert interval == pytest.approx((low, high), abs=0.011)
-
-
-def test_bootstrap_is_paired():
-    """A loss and a gain on other items cancel in the mean, not in the spread."""
-    low, high = bootstrap_interval([True, False] * 20, [False, True] * 20)
-    assert low < -0.2 and high > 0.2
-    assert bootstrap_interval([True, False] * 20, [True, False] * 20) == (0.0, 0.0)
-
-
-# ------------------------------------------------------------------------------------ the model
-
-ROWS = [("a b c", " three"), ("z", " seven"), ("long long prompt", " x")]
+from segloss.train.config import settings
+from segloss.train.errors import UserError
+from segloss.train.evaluation import Evaluator, Item, branch, macro_f1, results, same
+from segloss.train.run import prepare
 
 
 @pytest.fixture
-def task(tokenizer):
-    return data.TaskData("t", [], data.encode([Example("t", *row) for row in ROWS], tokenizer))
+def run(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    rows = examples("a", 24)
+    file = write_jsonl(folder / "data.jsonl", rows)
+    words = ["--model", str(model_folder), "--data", str(file), "--eval-items", "8"]
+    return prepare(settings([*words, "--output", str(folder / "run"), "--bf16", "false"]))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_held_out_loss_is_the_mean_over_completion_tokens(task, tokenizer, batch_size):
-    model = build_model()
-    total, tokens = 0.0, 0
-    for item in task.held_out:
-        ids = torch.tensor([item.prompt_ids + item.completion_ids])
-        log_prob = model(ids).logits.log_softmax(-1)[0, len(item.prompt_ids) - 1 : -1]
-        total -= log_prob.gather(1, torch.tensor(item.completion_ids)[:, None]).sum().item()
-        tokens += len(item.completion_ids)
-    result = Evaluator(tokenizer, batch_size)(model, task)
-    assert result.loss == pytest.approx(total / tokens, rel=1e-5)
+def fresh(run):
+    return [Item(**{**vars(item), "found": {}}) for item in run.held_out]
 
 
-def greedy(model, item, tokenizer, limit):
-    """Token after token, without padding, cache or `generate`."""
-    ids = list(item.prompt_ids)
-    for _ in range(limit):
-        ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-        if ids[-1] == tokenizer.eos_token_id:
-            break
-    return tokenizer.decode(ids[len(item.prompt_ids) :], skip_special_tokens=True)
+@pytest.mark.parametrize("head", ["fused", "logits"])
+def test_sums_answers_and_choices_are_those_of_a_plain_loop(run, tokenizer, head):
+    items = fresh(run)
+    run.trainer.args.per_device_eval_batch_size = 3
+    Evaluator(run.trainer, head)(items, lambda count: None)
+    model = run.trainer.model.eval()
+    for item in items:
+        with torch.no_grad():
+            logits = model(torch.tensor([item.input_ids])).logits[0].double()
+        log_prob = logits.log_softmax(-1)
+        labels = [(i, t) for i, t in enumerate(item.labels) if t != -100]
+        nll = -sum(log_prob[i - 1, t].item() for i, t in labels)
+        assert item.found["nll"] == pytest.approx(nll, rel=1e-5)
+        assert item.found["tokens"] == len(labels) == len(item.answer) + 1
+        assert item.found["hits"] == sum(log_prob[i - 1].argmax() == t for i, t in labels)
+        entropy = -(log_prob.exp() * log_prob).sum(-1)
+        expected = sum(entropy[i - 1].item() for i, _ in labels)
+        assert item.found["entropy"] == pytest.approx(expected, rel=1e-5)
+        ids = list(item.prompt_ids)
+        for _ in range(len(item.input_ids) - len(item.prompt_ids) + 4):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        new = ids[len(item.prompt_ids) :]
+        assert item.found["answer"] == tokenizer.decode(new, skip_special_tokens=True)
+        assert item.found["choice"] == constrained(model, item)
 
 
-def test_answers_are_greedy_and_in_order(task, tokenizer):
-    model = build_model()
-    limit = max(len(item.completion_ids) for item in task.held_out) + 4
-    model.train()
-    result = Evaluator(tokenizer, batch_size=2)(model, task)
-    assert result.answers == [greedy(model, item, tokenizer, limit) for item in task.held_out]
-    assert result.correct == [False] * 3 and result.exact_match == 0
-    assert model.training
+def constrained(model, item):
+    """Greedy decoding with only the options' tokens allowed, one at a time."""
+    ids, alive = list(item.prompt_ids), list(zip(item.options, item.option_ids, strict=True))
+    while len(alive) > 1:
+        at = len(ids) - len(item.prompt_ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1]
+        ids.append(max({o[at] for _, o in alive}, key=lambda token: logits[token].item()))
+        alive = [(text, o) for text, o in alive if o[at] == ids[-1]]
+    return alive[0][0].strip()
+
+
+def test_options_that_begin_alike_and_one_in_another():
+    item = Item("t", [], [], option_ids=[[1, 2, 9], [1, 3, 9], [1, 3, 4]])
+    assert branch(item, [0, 1, 2], 0) == ([0, 1, 2], 1)
+    assert branch(item, [1, 2], 2) == ([1, 2], 2)
+    item.option_ids = [[1], [1, 2]]  # without an end of text the shorter one is it
+    assert branch(item, [0, 1], 0) == ([0], 1)
+
+
+def test_macro_f1():
+    true, said = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 0])
+    # class 0: 2 of 3 said, 2 of 3 true; class 1: 1 of 2, 1 of 2; class 2: 0
+    assert macro_f1(true, said, [0, 1, 2]) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    assert macro_f1(true, said, [0]) == pytest.approx(2 / 3)
+    assert macro_f1(true, said, []) == 0
+
+
+def found_of(answers, choices, expected, **others):
+    options = sorted({*expected, *choices})
+    return [
+        Item("t", [1], [1], answer, [1], options, [], {
+            "nll": 2.0 * (i + 1), "hits": 1.0, "entropy": 0.5, "tokens": 2.0,
+            "answer": given, "choice": choice.strip(),
+        })
+        for i, (given, choice, answer) in enumerate(zip(answers, choices, expected, strict=True))
+    ]  # fmt: skip
+
+
+class Facts:
+    majority = {"t": " b"}  # noqa: RUF012
+
+
+class Least:
+    min_class_items = 1
+
+
+def test_results_by_hand():
+    items = found_of([" a.", "x", "B", "b"], [" a", " a", " b", " b"], [" a", " b", " b", " b"])
+    (row,) = results(items, Facts, Least)
+    assert row["items"] == 4 and row["nll"][0] == pytest.approx((2 + 4 + 6 + 8) / 8)
+    assert row["token_accuracy"][0] == 0.5 and row["entropy"] == 0.25
+    assert row["exact_match"][0] == row["accuracy"][0] == 0.75
+    assert row["chance"] == 0.5 and row["classes"] == 2
+    assert row["macro_f1"][0] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert row["majority"]["accuracy"] == 0.75 and row["majority"]["answer"] == "b"
+    assert row["majority"]["macro_f1"] == pytest.approx((0 + 6 / 7) / 2)
+    for name in ("nll", "accuracy", "macro_f1"):
+        value, low, high = row[name]
+        assert low < value < high
+
+    class Three:
+        min_class_items = 3
+
+    (row,) = results(items, Facts, Three)  # of class a there is one item
+    assert row["classes"] == 1 and row["macro_f1"][0] == pytest.approx(4 / 5)
+
+
+def test_an_interval_is_the_binomial_s():
+    number, share = 400, 0.3
+    right = [i < share * number for i in range(number)]
+    choices = [" a" if r else " b" for r in right]
+    (row,) = results(found_of([""] * number, choices, [" a"] * number), Facts, Least)
+    value, low, high = row["accuracy"]
+    width = 1.96 * math.sqrt(share * (1 - share) / number)
+    assert value == share
+    assert (low, high) == pytest.approx((share - width, share + width), abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "equal"),
+    [
+        ("48 points", " 48  Points.", True),
+        ("yes\nand more", " yes", True),
+        ("no", " yes", False),
+        ("a\nb", "a\nb", True),
+        ("a", "a\nb", False),
+        ("", " yes", False),
+    ],
+)
+def test_same(answer, expected, equal):
+    assert same(answer, expected) is equal
+
+
+def test_weights_that_are_not_finite(train, model_folder, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = train("--model", folder)
+    assert code == 2 and "Traceback" not in err
+    assert "the weights of model.norm.weight are not finite" in err
+    code, _, err = train("--model", folder, "--head", "logits", "--output", tmp_path / "two")
+    assert code == 2 and "the loss on the held-out items of 'parity' is nan" in err
+
+
+def test_generation_config_of_the_model_does_not_take_part(run, model_folder):
+    """num_return_sequences and a penalty would change the answers, or their number."""
+    plain, odd = fresh(run), fresh(run)
+    Evaluator(run.trainer)(plain, lambda count: None)
+    config = run.trainer.model.generation_config
+    config.num_return_sequences, config.repetition_penalty = 2, 5.0
+    try:
+        Evaluator(run.trainer)(odd, lambda count: None)
+        assert run.trainer.model.generation_config is config
+    finally:
+        config.num_return_sequences, config.repetition_penalty = None, None
+    assert [item.found for item in plain] == [item.found for item in odd]
+
+
+def test_a_mixture_of_experts_that_returns_its_routers(tmp_path, command, tokenizer):
+    import transformers
+
+    folder = tmp_path / "mixtral"
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+            output_router_logits=True, eos_token_id=256, pad_token_id=257,
+        )
+    ).save_pretrained(folder)  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    rows = [{"prompt": "x" * (i + 1), "completion": " y" if i % 2 else " z"} for i in range(16)]
+    file = write_jsonl(tmp_path / "data.jsonl", rows)
+    code, out, err = command(
+        *("train", "--model", folder, "--data", file, "--output", tmp_path / "run"),
+        *("--steps", 2, "--eval-items", 6),
+    )
+    assert code == 0 and "| data |" in out, err
+
+
+def test_a_model_whose_head_cannot_be_fused_says_what_to_do(run, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise TypeError("BertLMHeadModel has no decoder below its head")
+
+    monkeypatch.setattr("segloss.train.evaluation.head_logits", refuse)
+    with pytest.raises(UserError, match="below its head; --head logits takes the model's own"):
+        Evaluator(run.trainer)(fresh(run), lambda count: None)

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import segloss
-from segloss.train.errors import UserError
-from segloss.train.expression import LOSSES, parse_loss
+from segloss.losses import LOSSES, parse_loss
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -64,5 +63,5 @@ def test_a_weighted_sum_is_the_sum_of_its_parts(expression):
     ],
 )
 def test_message(expression, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         parse_loss(expression)
