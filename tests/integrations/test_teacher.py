@@ -133,3 +133,28 @@ def test_trainer_refuses_a_loss_without_its_teacher(tmp_path):
         trainer_class()(
             tiny_model(), training_arguments(tmp_path), train_dataset=tiny_rows(), loss=MIXED
         )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # TRL's, of what is experimental
+@pytest.mark.parametrize("num_items", [None, 100])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_the_gkd_example_is_trl_s_own_loss(beta, num_items):
+    pytest.importorskip("trl.experimental.gkd")
+    from segloss.integrations.examples.gkd import GKDTrainer
+
+    rows = tiny_rows()
+    batch = {k: torch.tensor([row[k] for row in rows]) for k in ("input_ids", "labels")}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    found = []
+    for kind in (GKDTrainer, GKDTrainer.__base__):
+        student = tiny_model(tie_word_embeddings=True)
+        trainer = GKDTrainer.__new__(GKDTrainer)  # of what it sets up, the loss reads these two
+        trainer.beta, trainer.teacher_model = beta, tiny_model().eval()
+        torch.manual_seed(3)
+        for parameter in trainer.teacher_model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        value = kind.compute_loss(trainer, student, dict(batch), num_items_in_batch=num_items)
+        value.backward()
+        found.append((value.detach().double(), gradients(student)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
