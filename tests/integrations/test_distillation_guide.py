@@ -11,21 +11,21 @@ pytest.importorskip("transformers")
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "distillation.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
 
 
-@pytest.fixture(scope="module")
-def names() -> dict:
-    """Everything that the page's blocks define, run one after the other."""
-    found: dict = {}
-    for code in BLOCKS:
+def run(heading: str) -> dict:
+    """What the section's blocks define, run one after the other."""
+    names: dict = {}
+    for code in re.findall(r"^```python\n(.*?)^```$", SECTIONS[heading], re.MULTILINE | re.DOTALL):
         start = TEXT[: TEXT.index(code)].count("\n")  # lines of a traceback are the page's
-        exec(compile("\n" * start + code, str(PAGE), "exec"), found)
-    return found
+        exec(compile("\n" * start + code, str(PAGE), "exec"), names)
+    return names
 
 
-def test_the_student_learns_what_the_two_losses_ask(names):
+def test_the_student_learns_what_the_two_losses_ask():
     """Against the formula on full logits, before and after the ten steps."""
+    names = run("From a bigger model")
     student, teacher, ids = names["student"], names["teacher"], names["ids"]
     torch.manual_seed(0)
     values = []
@@ -39,8 +39,9 @@ def test_the_student_learns_what_the_two_losses_ask(names):
     assert values[1] < 0.9 * values[0]
 
 
-def test_stored_probabilities_are_those_of_the_teacher_spread_out(names):
-    ids, log_prob = names["ids_kept"], names["log_prob"]
+def test_stored_probabilities_are_those_of_the_teacher_spread_out():
+    names = run("From stored probabilities")
+    ids, log_prob = names["ids"], names["log_prob"]
     q = torch.full((4, 16, 100), 0.0)
     q += ((1 - log_prob.exp().sum(-1)) / 92)[..., None]
     q.scatter_(-1, ids, log_prob.exp())
@@ -49,13 +50,12 @@ def test_stored_probabilities_are_those_of_the_teacher_spread_out(names):
     q = (q.log() / 2).log_softmax(-1)
     kl = (q.exp() * (q - p)).sum(-1).mean()
     hard = F.cross_entropy(logits.flatten(0, 1), names["target"].flatten())
-    # `loss` was bound again further down the page
-    value = names["criterion"](logits, names["target"], teacher=names["kept"])
-    torch.testing.assert_close(value, 0.5 * hard + 0.5 * kl, rtol=1e-5, atol=0)
+    torch.testing.assert_close(names["loss"].detach(), 0.5 * hard + 0.5 * kl, rtol=1e-5, atol=0)
     assert names["hidden"].grad is not None and names["head"].grad is not None
 
 
-def test_policy_gradient_and_unlikelihood(names):
+def test_policy_gradient_and_unlikelihood():
+    names = run("Log-probabilities of several answers")
     logits = names["logits"].detach()
     log_p = logits.log_softmax(-1).gather(-1, names["answers"])
     expected = -(names["advantage"] * log_p).mean()
