@@ -1,11 +1,11 @@
 """The one backward: gradients of the row and class statistics back into the logits.
 
     dz_ij = p_ij (prob_coef_i + class_grad_[b_i]j + g_ij - h_i (log p_ij + H_i))
-            + [j = y_i] v_i + t_i w_j
+            + [j = y_i] v_i + t_i w_j + r_ij
 
-N rows, V columns, K listed classes, B samples, M entries with a g of their own.
+N rows, V columns, K listed classes, B samples, M entries with a g or r of their own.
 Three passes over less and less, each with the whole formula, so that an element is rounded once:
-all N x V elements, then the K listed columns (class_grad), then the M entries (g).
+all N x V elements, then the K listed columns (class_grad), then the M entries (g, r).
 
 At the target the terms -v p (part of prob_coef) and v nearly cancel as p -> 1; there the formula is
 written p (prob_coef + v) + v (1 - p), with v (1 - p) from the row's accurate log-probability.
@@ -61,8 +61,10 @@ class GradTerms:
     row_weight: Tensor | None = None  # (N,), what prob_sum weighted rows by
     columns: Tensor | None = None  # (K,) int64 sorted, None for all V
     entry_row: Tensor | None = None  # (M,) int64, ascending
-    entry_class: Tensor | None = None  # (M,) int64 into `columns`, or a column if that is None
+    # (M,) int64 into `columns`, or a column if that is None; on a GPU, -1 is no entry
+    entry_class: Tensor | None = None
     entry_grad: Tensor | None = None  # (M,)
+    entry_rest: Tensor | None = None  # (M,) dL/dz_ij of the logit alone
 
     def for_kernel(self) -> KernelTerms:
         terms = KernelTerms(**vars(self))
@@ -96,6 +98,7 @@ def grad_tile(
     is_target,
     extra,  # class_grad + g of the tile, or 0
     column_weight,
+    rest,  # r of the tile, or 0
 ):
     """The formula at the head of this file on one tile."""
     shifted = z - of_row.row_max
@@ -108,7 +111,7 @@ def grad_tile(
     # the division by the sum is one multiplication per row, outside the exponent and the loop
     dz = tl.exp2(shifted * LOG2E) * (coef * tl.exp2(-of_row.log_sum * LOG2E))
     if is_target is not None:
-        dz += tl.where(is_target, of_row.target_rest, 0.0)
+        dz += tl.where(is_target, of_row.target_rest, 0.0) + rest
     if terms.sum_grad is not None:
         dz += tl.where(z > float("-inf"), of_row.sum_grad * column_weight, 0.0)
     if rows.softcap is not None:
@@ -187,13 +190,13 @@ def grad_rows_kernel(
             z = load_logits(rows, start + columns.to(tl.int64) * rows.stride_v, inside)
             extra = 0.0 if grads is None else tl.load(grads + columns, mask=inside) * weight
             w = load_column_weight(rows, terms, columns, inside)
-            dz = grad_tile(rows, terms, of_row, z, None, extra, w)
+            dz = grad_tile(rows, terms, of_row, z, None, extra, w, 0.0)
             tl.store(out + columns, dz.to(dlogits.dtype.element_ty), mask=inside)
 
     tl.debug_barrier()
     extra = 0.0 if grads is None else tl.load(grads + y, mask=known) * weight
     w = load_column_weight(rows, terms, y, known)
-    dz = grad_tile(rows, terms, of_row, z_y, True, extra, w)
+    dz = grad_tile(rows, terms, of_row, z_y, True, extra, w, 0.0)
     tl.store(out + y, dz.to(dlogits.dtype.element_ty), mask=known)
 
 
@@ -225,6 +228,8 @@ def grad_entries_kernel(
         inside = at < M
         row = tl.load(terms.entry_row + at, mask=inside, other=0)
         k = tl.load(terms.entry_class + at, mask=inside, other=0)
+        if terms.entry_rest is not None:
+            inside = inside & (k >= 0) & (tl.load(terms.valid + row, mask=inside, other=0) != 0)
     column = k if terms.columns is None else tl.load(terms.columns + k, mask=inside, other=0)
     if gathered is None:
         pointers = rows.logits + row_offset(rows, row) + column * rows.stride_v
@@ -236,8 +241,11 @@ def grad_entries_kernel(
     y = tl.load(terms.target + row, mask=inside, other=-1)
     of_row = load_row_terms(terms, row, inside)
     extra = tl.zeros((BLOCK,), rows.dtype)
+    rest = 0.0
     if terms.entry_grad is not None:
         extra += tl.load(terms.entry_grad + at, mask=inside, other=0.0)
+        if terms.entry_rest is not None:
+            rest = tl.load(terms.entry_rest + at, mask=inside, other=0.0)
     if terms.class_grad is not None:
         b = tl.load(terms.sample + row, mask=inside, other=0)
         a = tl.load(terms.class_grad + b * K + k, mask=inside, other=0.0)
@@ -245,7 +253,7 @@ def grad_entries_kernel(
             a *= tl.load(terms.row_weight + row, mask=inside, other=0.0)
         extra += a
     w = load_column_weight(rows, terms, column, inside)
-    dz = grad_tile(rows, terms, of_row, z, column == y, extra, w)
+    dz = grad_tile(rows, terms, of_row, z, column == y, extra, w, rest)
     tl.store(dlogits + row * rows.V + column, dz.to(dlogits.dtype.element_ty), mask=inside)
 
 
@@ -260,7 +268,9 @@ def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
     panel = rows.data[:, :, terms.columns].contiguous() if listed and in_place else None
     few = raw_entries(rows, terms) if single and in_place else None
     kernel_rows, kernel_terms = rows.for_kernel(), terms.for_kernel()
-    no_entries = kernel_terms._replace(entry_row=None, entry_class=None, entry_grad=None)
+    no_entries = kernel_terms._replace(
+        entry_row=None, entry_class=None, entry_grad=None, entry_rest=None
+    )
     no_classes = no_entries._replace(sample=None, class_grad=None, row_weight=None, columns=None)
     grad_rows_kernel[(n,)](
         kernel_rows,
@@ -345,7 +355,10 @@ class RowVectors:
             z = rows.at(row, column)
             p = torch.exp(z - terms.row_max[row] - terms.log_sum[row])
             vectors.entry_place = row * num_classes + column
-            vectors.entry_value = p * terms.entry_grad * rows.slope(z)
+            grad = p * terms.entry_grad
+            if terms.entry_rest is not None:
+                grad = grad + terms.entry_rest
+            vectors.entry_value = grad * rows.slope(z)
             vectors.entry_before = bounds(row, groups)
         return vectors
 

@@ -44,6 +44,7 @@ class Inputs:
 
     tensors: dict[str, Tensor]
     options: Options
+    other_classes: int = 0  # of a chunk of other logits that is made beside one of these
 
     @property
     def hidden(self) -> Tensor:
@@ -90,7 +91,7 @@ class Inputs:
         go without, and may take as much.
         """
         on_gpu, chunk_bytes = self.device.type == "cuda", self.options.chunk_bytes
-        row_bytes = self.num_classes * self.options.product_dtype.itemsize
+        row_bytes = (self.num_classes + self.other_classes) * self.options.product_dtype.itemsize
         if chunk_bytes is not None:
             return self.even_rows(num_rows, chunk_bytes // row_bytes)
         sum_bytes = 4 * self.weight.numel() if trained and self.sums_apart else 0

@@ -35,7 +35,12 @@ __all__ = ["head_logits", "head_loss"]
 
 
 def head_loss(
-    model: nn.Module, criterion: Callable, target: Tensor | None, **inputs
+    model: nn.Module,
+    criterion: Callable,
+    target: Tensor | None,
+    *,
+    teacher: nn.Module | None = None,
+    **inputs,
 ) -> tuple[Any, Any]:
     """`(criterion(model(**inputs).logits, target), outputs)`, the logits never made::
 
@@ -53,6 +58,9 @@ def head_loss(
             `Statistics`, or a tuple, list or dict of them.
         target: (B, T) the class each place predicts, -100 for none; nothing is shifted. With prompt
             tuning also (B, virtual tokens + T), whose last virtual token predicts the first token.
+        teacher: another causal model, in evaluation mode: it runs on the same inputs, without
+            gradients and without logits, and `criterion` is called with `teacher=` a source of
+            its logits, as `DistillationLoss` takes it. Each head is computed in its own model.
         inputs: of the model's forward, `labels` left out.
 
     Returns what `criterion` does, and the model's outputs: `logits` are those of the last place
@@ -64,8 +72,32 @@ def head_loss(
     1,024th).
 
     Errors: TypeError for a model whose head is not found or not called once; ValueError for
-    `labels`, and for logits that the head's differ from.
+    `labels`, for a teacher in training mode, and for logits that the head's differ from.
     """
+    if teacher is None:
+        return loss_at_head(model, criterion, target, inputs)
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher is {describe(teacher)}; it takes a transformers causal model")
+    if teacher.training:
+        raise ValueError("teacher is in training mode, with its dropout; call teacher.eval()")
+    differentiates = torch.is_grad_enabled()
+    found = []
+
+    def teach(source, _) -> None:
+        """Runs where the teacher's head has its weights, and the student's within it."""
+        with torch.set_grad_enabled(differentiates):
+            taught = functools.partial(criterion, teacher=source)
+            found.append(loss_at_head(model, taught, target, inputs))
+
+    with torch.no_grad():
+        loss_at_head(teacher, teach, None, inputs)
+    return found[0]
+
+
+def loss_at_head(
+    model: nn.Module, criterion: Callable, target: Tensor | None, inputs: dict
+) -> tuple[Any, Any]:
+    """`head_loss` of one model."""
     check_inputs(model, inputs)
     inner = unwrapped(model)
     head = head_of(inner)

@@ -76,6 +76,8 @@ class LossMixin(Trainer):
         shift: whether labels are the next tokens' (causal models) or stand at their places
             (encoder-decoders, masked models, classifiers). Default: what the model's class or its
             own loss says; refused where neither does.
+        teacher: a causal model that `loss` distils from (`DistillationLoss`, alone or in a sum). It
+            is moved to the device, frozen, and runs on the same inputs without making its logits.
         task_weights: (K,) constants, or a `CoBa`, which `CoBaCallback` keeps up to date. The loss
             is the sum of weight x loss per token of each task, wherever its tokens are.
         sample_weights: a `SampleWeighting`, of the samples of the whole accumulated batch over all
@@ -98,6 +100,7 @@ class LossMixin(Trainer):
         loss: Loss | None = None,
         head: str = "fused",
         shift: bool | None = None,
+        teacher: torch.nn.Module | None = None,
         task_weights: CoBa | Tensor | None = None,
         sample_weights: SampleWeighting | None = None,
         log_statistics: bool = True,
@@ -127,6 +130,8 @@ class LossMixin(Trainer):
         check_mean(loss)
         self.loss = loss.to(self.args.device)
         self.head = head
+        loss.check_teacher(teacher)
+        self.teacher = None if teacher is None else frozen(teacher, self.args.device)
         self.task_weights = task_weights
         self.sample_weights = sample_weights
         self.log_statistics = log_statistics
@@ -167,7 +172,7 @@ class LossMixin(Trainer):
         weighed = None if place is None else self._weighed_at(place)
         statistics: Any = None
 
-        def criterion(source, target):
+        def criterion(source, target, **given):
             nonlocal statistics
             single = self._weigh_single(inputs, source) if place is None and training else weighed
             normalizer = num_items_in_batch if training else None
@@ -180,6 +185,7 @@ class LossMixin(Trainer):
                 else packed_index(batch, target.shape),
                 normalizer=normalizer if single is None else single.normalizer,
                 return_statistics=self.log_statistics,
+                **given,
             )
             if self.log_statistics:
                 found, statistics = found
@@ -187,7 +193,9 @@ class LossMixin(Trainer):
 
         group = self._spread.group if training else None
         with self._autocast(), grouped(self.loss, group):
-            loss, outputs = self._forward(model, inputs, criterion, target, return_outputs)
+            loss, outputs = self._forward(
+                model, inputs, criterion, target, return_outputs, self.teacher
+            )
         if statistics is not None:
             self._record("train" if training else "eval", statistics, target.to(loss.device))
         if training and group is not None:
@@ -200,11 +208,13 @@ class LossMixin(Trainer):
         self._computed = True
         return (loss, outputs) if return_outputs else loss
 
-    def _forward(self, model, inputs, criterion, target, make_logits: bool) -> tuple[Any, Any]:
+    def _forward(
+        self, model, inputs, criterion, target, make_logits: bool, teacher=None
+    ) -> tuple[Any, Any]:
         """(the criterion of the logits or of what stands for them, the model's outputs)."""
         inner = innermost(self.model)
         fused = self.head == "fused" and not make_logits and has_head(inner)
-        return loss_of(model, criterion, target, model_inputs(inner, inputs), fused)
+        return loss_of(model, criterion, target, model_inputs(inner, inputs), fused, teacher)
 
     def _autocast(self):
         return self.accelerator.autocast()
@@ -400,6 +410,12 @@ class LossMixin(Trainer):
             if size is not None:
                 logs["effective_sample_size"] = size.item()
         super().log(logs, start_time)
+
+
+def frozen(teacher: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """A teacher as it is used: evaluating, untrained, on the device (unless it is spread out)."""
+    teacher.requires_grad_(False).eval()
+    return teacher if hasattr(teacher, "hf_device_map") else teacher.to(device)
 
 
 # ------------------------------------------------------------------------- tokens on many ranks

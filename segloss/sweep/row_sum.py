@@ -5,31 +5,46 @@ N tokens, R rows of a chunk, V classes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from segloss.kernels.common import Rows
 from segloss.kernels.logit_grad import GradTerms
+from segloss.kernels.row_stats import RowStats
 from segloss.kernels.scale import scaled
+from segloss.sweep.beside import DIVERGENCES, LISTED, Reading
 from segloss.sweep.classes import class_index
 from segloss.sweep.request import RowSum, TokenStats
 from segloss.sweep.terms import grad_terms
 
 
 def chunk_gradients(
-    plan: RowSum, stats, target: Tensor, valid: Tensor, weights: Tensor, num_classes: int, scale=1.0
-) -> tuple[Tensor, Tensor, GradTerms]:
-    """(value (), lse (R,), the terms of dlogits divided by `scale`) of a chunk's statistics."""
-    leaves = {
+    plan: RowSum,
+    stats: RowStats,
+    reading: Reading,
+    target: Tensor,
+    weights: Tensor,
+    num_classes: int,
+    scale: Tensor | float = 1.0,
+) -> tuple[Tensor, Tensor, dict[str, Tensor], GradTerms]:
+    """(value (), lse (R,), the statistics' gradients and the terms of dlogits, both divided by
+    `scale`) of a chunk's statistics and what else was read of it."""
+    valid, beside, divergences = reading.valid, reading.beside, plan.request.divergences
+    leaves: dict[str, Any] = {
         "log_prob": stats.log_prob,
         "lse": stats.row_max + stats.log_sum,
         "logit_sum": stats.logit_sum,
+        LISTED: reading.listed,
+        DIVERGENCES: reading.values,
     }
     leaves = {n: v.requires_grad_() for n, v in leaves.items() if v is not None}
     rest = {n: getattr(stats, n) for n in ("weight_sum", "num_finite")}
     index = class_index(target, valid, num_classes)
     token_stats = TokenStats(**leaves, **rest, target=index)
     with torch.enable_grad():
+        token_stats.named(beside, divergences)
         value = chunk_value(plan, token_stats, target, valid, weights)
         grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     named = {n: g for n, g in zip(leaves, grads, strict=True) if g is not None}
@@ -42,8 +57,9 @@ def chunk_gradients(
         "log_sum": stats.log_sum,
         "log_prob": stats.log_prob.detach(),
         "column_weight": plan.request.column_weight,
+        "ids": beside.listed,
     }
-    return value.detach(), leaves["lse"].detach(), grad_terms(saved, named)
+    return value.detach(), leaves["lse"].detach(), named, grad_terms(saved, named)
 
 
 def chunk_value(plan: RowSum, stats: TokenStats, target, valid, weights) -> Tensor:
