@@ -23,6 +23,7 @@ from segloss.kernels import (
     projection,
     row_stats,
     sample_weights,
+    scale,
     task_weights,
 )
 
@@ -183,6 +184,14 @@ LAUNCHES = {
     "sample_weights-linupper": lambda rows: weigh_samples(rows, "linupper"),
     "sample_means-extremes": lambda rows: weigh_tokens(rows, "extremes", FEW),
     "sample_means-rank": lambda rows: weigh_tokens(rows, "rank"),
+    "scale": lambda rows: scale.scaled(rows.data, torch.ones(()), rows.data),
+    "scale-cast": lambda rows: scale.scaled(
+        rows.data,
+        torch.ones(()),
+        torch.empty_like(
+            rows.data, dtype=torch.float64 if rows.dtype == torch.float64 else torch.bfloat16
+        ),
+    ),
     "projection": lambda rows: projection.project(rows.data[0], 300),
     "back_projection": lambda rows: projection.back_project(
         torch.ones(300, dtype=torch.float64), rows.num_classes

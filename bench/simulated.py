@@ -163,6 +163,11 @@ class SimulatedGpu(TorchFunctionMode):
         return sum(self.ops.count.values())
 
     @property
+    def moved(self) -> int:
+        """Bytes read and written by torch's operations, products apart."""
+        return sum(self.ops.bytes.values())
+
+    @property
     def peak(self) -> int:
         """The most bytes that were there at once beyond what there was before."""
         return self.ops.peak

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -162,16 +162,29 @@ class Rows:
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.data.device)
 
+    def chunks(self, most: int) -> list[tuple[int, Rows]]:
+        """(first row, at most so many of them) one after the other, without copies."""
+        try:
+            data = self.data.view(1, self.num_rows, self.num_classes)
+        except RuntimeError:
+            data = self.data
+        batch, time, _ = data.shape
+        return [
+            (b * time + t, replace(self, data=data[b : b + 1, t : t + most]))
+            for b in range(batch)
+            for t in range(0, max(1, time), most)
+        ]
+
     # The twins read logits in one of two ways: whole rows block by block, or a panel of columns.
 
-    def blocks(self) -> list[list[Block]]:
+    def blocks(self, block_bytes: int = BLOCK_BYTES) -> list[list[Block]]:
         """All rows as row blocks without copies, in groups that one thread works through."""
         try:
             data = self.data.view(1, self.num_rows, self.num_classes)
         except RuntimeError:
             data = self.data
         batch, time, num_classes = data.shape
-        step = max(1, BLOCK_BYTES // (4 * num_classes))
+        step = max(1, block_bytes // (4 * num_classes))
         blocks = []
         for b in range(batch):
             for t in range(0, time, step):

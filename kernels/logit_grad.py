@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .common import (
+    BLOCK_BYTES,
     LOG2E,
     Block,
     Rows,
@@ -422,6 +423,29 @@ def block_grad(
     if vectors.entry_before is not None:
         part = slice(vectors.entry_before[first], vectors.entry_before[last])
         flat.index_add_(0, vectors.entry_place[part] - start, vectors.entry_value[part])
+
+
+def scaled_rows(
+    values: Tensor,  # (R, V)
+    row_scale: Tensor,  # (R, 1)
+    target: Tensor,  # (R,)
+    target_grad: Tensor,  # (R,) 0 where there is no target
+    dlogits: Tensor,  # (R, V)
+) -> None:
+    """dlogits from the exponentials that `row_stats` left, on a CPU: `row_scale * values`, and
+    `target_grad` at the targets."""
+    num_rows, num_classes = values.shape
+    step = max(1, BLOCK_BYTES // (4 * num_classes))
+
+    def work(first: int) -> None:
+        here = slice(first, first + step)
+        torch.mul(values[here], row_scale[here], out=dlogits[here])
+
+    parallel(work, range(0, num_rows, step))
+    rows = torch.arange(num_rows, device=values.device)
+    inside = target.clamp(0, num_classes - 1)
+    known = torch.where(target == inside, target_grad, dlogits[rows, inside].to(target_grad.dtype))
+    dlogits[rows, inside] = known.to(dlogits.dtype)
 
 
 def logit_grad(rows: Rows, terms: GradTerms, dlogits: Tensor) -> Tensor:

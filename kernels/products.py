@@ -153,9 +153,8 @@ class GradBlock:
         if self.row_scale is None:
             result = product(self.values, matrix, rounded=rounded)
         else:
-            own = matrix[self.target].to(self.row_scale.dtype)
             result = product(self.values, matrix) * self.row_scale
-            result = torch.addcmul(result, own, self.target_grad[:, None])
+            result.addcmul_(matrix[self.target], self.target_grad[:, None])
         return result if plus is None else plus.add_(result)
 
     def contract(
@@ -170,11 +169,11 @@ class GradBlock:
         """`dlogits.T @ matrix * scale + plus` (C, d), as `contract_rows`."""
         if self.row_scale is None:
             return contract_rows(self.values, matrix, scale, plus, out, rounded=rounded)
-        scaled = matrix * self.row_scale
-        result = contract_rows(self.values, scaled.to(matrix.dtype), scale, plus, out)
+        scaled = (matrix * self.row_scale).to(matrix.dtype)
+        result = contract_rows(self.values, scaled, scale, plus, out)
         # added up before they are rounded: a frequent target stands in many rows
         classes, index = torch.unique(self.target, return_inverse=True)
-        own = scaled.new_zeros(classes.numel(), matrix.shape[1])
+        own = self.row_scale.new_zeros(classes.numel(), matrix.shape[1])
         own.index_add_(0, index, matrix * self.target_grad[:, None])
         result[classes] = (result[classes] + times(own, scale)).to(result.dtype)
         return result

@@ -161,6 +161,14 @@ def row_stats_kernel(
         tl.store(out.num_finite + row, count)
 
 
+def stats_tile(rows: Rows, stats: RowStats) -> dict[str, int]:
+    """`row_tile`; half of it where every statistic is asked for, whose sums take the registers."""
+    tile = row_tile(rows)
+    if stats.entropy is not None and stats.logit_sum is not None:
+        tile["BLOCK_V"] = max(16, tile["BLOCK_V"] // 2)
+    return tile
+
+
 @launcher
 def row_stats_triton(
     rows: Rows,
@@ -177,7 +185,7 @@ def row_stats_triton(
         ignore_index,
         ALIGNED=rows.aligned,
         GROUP=16 // rows.data.element_size(),
-        **row_tile(rows),
+        **stats_tile(rows, stats),
     )
 
 
@@ -229,6 +237,8 @@ def block_stats(
     exp_out: Tensor | None,  # (N, V)
 ) -> None:
     """The passes over one block; each operation counts, so that nothing per row is done here."""
+    if exp_out is not None and exp_out.dtype == rows.dtype:
+        buffer = exp_out[here]
     z = rows.load(raw, buffer)
     row_max = torch.amax(z, -1, out=stats.row_max[here])
     row_max.masked_fill_(row_max == -torch.inf, 0)
@@ -254,7 +264,10 @@ def block_stats(
     if floored is not None:
         torch.sum(floored.mul_(exp_z), -1, out=stats.entropy[here])
     if exp_out is not None:
-        exp_out[here] = exp_z if isinstance(slope, float) and slope == 1 else exp_z.mul_(slope)
+        if not (isinstance(slope, float) and slope == 1):
+            exp_z.mul_(slope)
+        if exp_z.data_ptr() != exp_out[here].data_ptr():
+            exp_out[here] = exp_z
 
 
 def row_stats(

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segloss.head.gradients import target_gradient
 from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
 from segloss.head.rows import chunk_buffer, panel_slices
@@ -24,6 +23,7 @@ from segloss.kernels.logit_grad import GradTerms, logit_grad
 from segloss.kernels.products import GradBlock, product
 from segloss.sweep.batch import Batch
 from segloss.sweep.beside import LISTED, Reading
+from segloss.sweep.row_sum import target_gradient
 from segloss.sweep.terms import row_slices
 
 
@@ -33,7 +33,7 @@ class Frozen:
     def __init__(self, inputs: Inputs, head: Head, slices: list[slice]):
         self.dtype = inputs.dtype
         self.out = chunk_buffer(head, slices)
-        self.parts: list[Tensor] = []
+        self.qw = head.hidden.new_empty(head.hidden.shape, dtype=self.dtype)
         self.pair_parts: list[Tensor] = []
         self.factored = False
 
@@ -49,11 +49,10 @@ class Frozen:
     def keep(self, head: Head, z: Rows, stats, batch: Batch, here: slice) -> None:
         if self.factored:
             row_scale = torch.exp(-stats.log_sum)[:, None]
-            part = head.times_weight(GradBlock(z.data[0])).to(self.dtype) * row_scale
+            torch.mul(head.times_weight(GradBlock(z.data[0])), row_scale, out=self.qw[here])
         else:
             off_target = probabilities_off_target(z, stats, batch, here)
-            part = head.times_weight(GradBlock(off_target)).to(self.dtype)
-        self.parts.append(part)
+            self.qw[here] = head.times_weight(GradBlock(off_target))
 
     def keep_pairs(self, head: Head, z: Rows, reading: Reading) -> None:
         """The gradient of each divergence, for an upstream gradient of 1, times the weight."""
@@ -68,7 +67,7 @@ class Frozen:
 
     def saved(self) -> dict[str, Any]:
         pairs = torch.cat(self.pair_parts, 1) if self.pair_parts else None
-        return {"qw": torch.cat(self.parts), "pair_weight": pairs}
+        return {"qw": self.qw, "pair_weight": pairs}
 
     def left(self) -> None:
         return None
@@ -92,7 +91,8 @@ def hidden_grad(inputs: Inputs, head: Head, terms: GradTerms, saved: dict) -> Te
 
     `prob_coef * qw + dz_y * weight[y] + (p_S (A + g)) @ weight[S]`.
     """
-    dz_y = target_gradient(head, terms, saved["log_prob"])
+    like = Rows(head.hidden[None], head.softcap, head.scale)
+    dz_y = target_gradient(like, terms, saved["log_prob"])
     prob_coef = torch.where(terms.valid, terms.prob_coef, 0)
     result = saved["qw"].to(prob_coef.dtype) * prob_coef[:, None]
     own = torch.where(terms.valid, terms.target, 0).clamp(0, head.weight.shape[0] - 1)

@@ -5,8 +5,6 @@ N tokens, R rows of a chunk, V classes.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -23,13 +21,11 @@ from segloss.head.rows import (
 )
 from segloss.kernels.products import GradBlock
 from segloss.kernels.row_stats import row_stats
-from segloss.kernels.scale import scaled
 from segloss.sweep.attach import only_once
 from segloss.sweep.batch import Batch
-from segloss.sweep.beside import DIVERGENCES, LISTED, Reading, has_plain, logits_gradient
-from segloss.sweep.classes import class_index
+from segloss.sweep.beside import LISTED, Readings, logits_gradient
 from segloss.sweep.request import RowSum, TokenStats
-from segloss.sweep.terms import grad_terms
+from segloss.sweep.row_sum import chunk_gradients, finished, token_stats
 
 
 def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenStats]:
@@ -37,9 +33,7 @@ def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenSt
     with torch.autocast(inputs.device.type, enabled=False):
         names, options = tuple(inputs.tensors), inputs.options
         value, *stats = _RowSum.apply(names, options, batch, plan, *inputs.tensors.values())
-    found = TokenStats(*stats[:4])
-    found.listed = stats[4]
-    return value, found
+    return value, token_stats(stats)
 
 
 def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
@@ -59,13 +53,13 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
     total = Gradients(inputs, head, needed, groups=len(slices), held=True)
     total.threshold = inputs.filter_limit / (plan.denominator * scale)
     loss = torch.zeros((), dtype=inputs.dtype, device=inputs.device)
+    readings = Readings(inner.beside, inner.valid, request.divergences)
     collected = []
     out = chunk_buffer(head, slices)
     whole = slice(0, head.weight.shape[0])
     # smoothing adds to every column and a filter reads dlogits itself; on a GPU the exponentials
     # would take a second read anyway, and the target's part a synchronisation
-    reads_more = inner.beside.listed is not None or len(request.divergences) > 0
-    factored = not (total.filtering or request.column_sums or reads_more or out.is_cuda)
+    factored = not (total.filtering or request.column_sums or readings.any or out.is_cuda)
     for here in slices:
         z = head.take(here).logits(out)
         target, valid = inner.target[here], inner.valid[here]
@@ -79,71 +73,29 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
             column_weight=request.column_weight,
             exp_out=z.data[0] if factored else None,
         )
-        beside = inner.beside.take(here)
-        reading = Reading.of(z, beside, valid, request.divergences, stats)
-        leaves: dict[str, Any] = {
-            "log_prob": stats.log_prob,
-            "lse": stats.row_max + stats.log_sum,
-            "logit_sum": stats.logit_sum,
-            LISTED: reading.listed,
-            DIVERGENCES: reading.values,
-        }
-        leaves = {n: v.requires_grad_() for n, v in leaves.items() if v is not None}
-        rest = {n: getattr(stats, n) for n in ("weight_sum", "num_finite")}
-        index = class_index(target, valid, inputs.num_classes)
-        token_stats = TokenStats(**leaves, **rest, target=index)
-        with torch.enable_grad():
-            token_stats.named(beside, request.divergences)
-            part = chunk_value(plan, token_stats, target, valid, weights[here])
-            grads = torch.autograd.grad(part, list(leaves.values()), allow_unused=True)
-        loss += part.detach()
-        named = {n: g for n, g in zip(leaves, grads, strict=True) if g is not None}
-        if half:
-            named = {n: g / scale for n, g in named.items()}
-        saved = {
-            "valid": valid,
-            "target": target,
-            "row_max": stats.row_max,
-            "log_sum": stats.log_sum,
-            "log_prob": stats.log_prob.detach(),
-            "column_weight": request.column_weight,
-            "ids": beside.listed,
-        }
-        terms = grad_terms(saved, named)
-        if factored:
-            block = factored_block(head, terms, z.data[0], saved["log_prob"])
-        else:
-            pairs = reading.upstream(named.get(DIVERGENCES))
-            dlogits = logits_gradient(z, terms, pairs, z.data[0], has_plain(named))
-            block = GradBlock(dlogits)
-        total.block(block, here, whole)
-        collected.append(
-            (
-                stats.log_prob.detach(),
-                leaves["lse"].detach(),
-                stats.entropy,
-                stats.argmax,
-                None if reading.listed is None else reading.listed.detach(),
-            )
+        reading = readings.read(z, here, stats)
+        value, lse, terms, pairs, plain = chunk_gradients(
+            plan, stats, target, valid, weights[here], inputs.num_classes, reading, scale
         )
-        del reading  # the teacher's logits
+        loss += value
+        log_prob = stats.log_prob.detach()
+        if factored:
+            block = factored_block(z, terms, log_prob)
+        else:
+            block = GradBlock(logits_gradient(z, terms, pairs, z.data[0], plain))
+        del reading, pairs  # the teacher's logits
+        total.block(block, here, whole)
+        collected.append((log_prob, lse, stats.entropy, stats.argmax))
     del z, block, out  # the logits
     grads = total.result(rows)
     num_tokens = batch.target.numel()
     columns = [
         None if column[0] is None else torch.cat(column) for column in zip(*collected, strict=True)
     ]
+    columns.append(readings.outputs()[LISTED])
     fills = (0, 0, 0, -1, 0)
     per_token = [spread(c, rows, num_tokens, f) for c, f in zip(columns, fills, strict=True)]
     return loss, per_token, grads, scale
-
-
-def chunk_value(plan: RowSum, stats: TokenStats, target, valid, weights) -> Tensor:
-    total = torch.zeros((), dtype=weights.dtype, device=weights.device)
-    for factor, values in plan.terms:
-        value = torch.where(valid, values(stats, target, valid), 0)
-        total = total + factor * (value * weights).sum()
-    return total
 
 
 def power_of_two(plan: RowSum, weights: Tensor) -> Tensor:
@@ -183,9 +135,3 @@ class _RowSum(torch.autograd.Function):
             pairs = zip(grads, tensors, strict=True)
             grads = tuple(None if g is None else finished(g, grad * scale, t) for g, t in pairs)
         return (None, None, None, None, *only_once(grads))
-
-
-def finished(grad: Tensor, factor: Tensor, tensor: Tensor) -> Tensor:
-    """A gradient times what was known last, in its tensor's dtype: rounded here, and once."""
-    same = grad.dtype == tensor.dtype
-    return scaled(grad, factor, grad if same else torch.empty_like(grad, dtype=tensor.dtype))

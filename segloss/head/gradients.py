@@ -13,6 +13,7 @@ from segloss.head.matrices import Head
 from segloss.kernels.common import Rows
 from segloss.kernels.logit_grad import GradTerms
 from segloss.kernels.products import GradBlock, filtered_products, product, times, unscaled
+from segloss.sweep.row_sum import row_scale, target_gradient
 
 
 class Gradients:
@@ -110,14 +111,15 @@ class Gradients:
             block.contract(hidden, self.scale, None if rows.start == self.first_rows else out, out)
             return
         if plus is None:
-            few = self.groups <= 2
-            part = block.contract(hidden, self.scale, rounded=few and dtype == hidden.dtype)
-            self.sums["weight"] = part.to(dtype) if few else part
+            final = self.groups <= 2 or dtype == self.accumulate
+            out = torch.empty_like(self.head.weight, dtype=dtype) if final else None
+            self.sums["weight"] = block.contract(hidden, self.scale, None, out)
             return
         out = plus
         if plus.dtype == dtype:
             self.final = plus
-        if rows.stop == self.head.hidden.shape[0] and self.final is not None:
+        last = self.groups <= 2 or rows.stop == self.head.hidden.shape[0]
+        if last and self.final is not None:
             out = self.final
         elif plus.dtype != self.accumulate:
             out = torch.empty_like(plus, dtype=self.accumulate)
@@ -182,17 +184,8 @@ class Gradients:
         return tuple(grads)
 
 
-def target_gradient(head: Head, terms: GradTerms, log_prob: Tensor) -> Tensor:
-    """dL/dlogit at the targets (N,), 0 if ignored, without class sums' and entries' part."""
-    z_y = log_prob + terms.row_max + terms.log_sum
-    slope = Rows(head.hidden[None], head.softcap, head.scale).slope(z_y)
-    p_y = log_prob.exp()
-    dz_y = (p_y * (terms.prob_coef + terms.target_coef) + terms.target_rest) * slope
-    return torch.where(terms.valid, dz_y, 0)
-
-
-def factored_block(head: Head, terms: GradTerms, values: Tensor, log_prob: Tensor) -> GradBlock:
-    """dlogits from the exponentials that `row_stats` left in `values`."""
-    row_scale = torch.where(terms.valid, terms.prob_coef * torch.exp(-terms.log_sum), 0)
+def factored_block(z: Rows, terms: GradTerms, log_prob: Tensor) -> GradBlock:
+    """dlogits from the exponentials that `row_stats` left over the logits z."""
     target = torch.where(terms.valid, terms.target, 0)
-    return GradBlock(values, row_scale[:, None], target, target_gradient(head, terms, log_prob))
+    own = target_gradient(z, terms, log_prob)
+    return GradBlock(z.data[0], row_scale(terms), target, own)

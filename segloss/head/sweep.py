@@ -62,7 +62,8 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
         inputs = beside_others(inputs, inner, request)
         slices = chunk_slices(inputs, head.hidden.shape[0], needed["weight"])
         readings = Readings(inner.beside, inner.valid, request.divergences)
-        mode = mode_of(inputs, head, slices, needed)
+        whole = request.prob_sums and ids["classes"] is None
+        mode = mode_of(inputs, head, slices, needed, whole)
         for here in slices:
             z = mode.logits(head, here)
             panel = per_class.panel(z)
@@ -135,11 +136,14 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
     return found
 
 
-def mode_of(inputs: Inputs, head: Head, slices: list[slice], needed: dict[str, bool]) -> Mode:
-    """What forward leaves for backward; nothing without gradients."""
+def mode_of(
+    inputs: Inputs, head: Head, slices: list[slice], needed: dict[str, bool], whole: bool
+) -> Mode:
+    """What forward leaves for backward: nothing without gradients, nor where sums over all classes
+    (`whole`) make backward read all logits before it begins, in as much memory."""
     if is_frozen(needed):
         return frozen.Frozen(inputs, head, slices)
-    return recompute.Recompute(inputs, head, slices, keeps=any(needed.values()))
+    return recompute.Recompute(inputs, head, slices, keeps=any(needed.values()) and not whole)
 
 
 def gradients(

@@ -53,8 +53,9 @@ def fuse_loss(model: nn.Module, criterion: Callable, *, shift: bool | None = Non
     The model can be pickled, copied and saved as before. `.remove()` of what is returned, which
     is also `model.forward`, gives the model its own loss back.
 
-    TRL's trainers form their loss from log-probabilities and never read the model's: there a fused
-    model raises, and segloss.integrations.trl has trainers to use in their place.
+    A `Trainer` with `label_smoothing_factor` does not ask the model for its loss: give the
+    criterion its `label_smoothing`. TRL's trainers form theirs from log-probabilities and never
+    read the model's: there a fused model raises, and segloss.integrations.trl has trainers to use.
 
     Args:
         criterion: a segloss loss, or a callable of (logits source, target (B, T)) that returns a

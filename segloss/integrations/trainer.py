@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
+from segloss.checks import describe
 from segloss.distributed import sum_over
 from segloss.integrations.callbacks import SavedState
 from segloss.integrations.columns import KeepColumns, columns_of
@@ -88,8 +90,8 @@ class LossMixin(Trainer):
 
     loss_is_scaled_for_ga = True
     _signature_columns: Any
-    compute_loss_func: Any
     data_collator: Any
+    compute_loss_func: Any
 
     def __init__(
         self,
@@ -105,6 +107,7 @@ class LossMixin(Trainer):
     ):
         if head not in ("fused", "logits"):
             raise ValueError(f"head is {head!r}; it takes 'fused' or 'logits'")
+        check_task_weights(task_weights)
         self._shift = Shift(shift)
         given = given_columns(super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
@@ -435,7 +438,9 @@ class Spread:
             return cls(None, 1, 1, 0)
         # the loader of sequence parallelism gives each its part of the rows
         copies = size_of(trainer, "cp")
-        group = dist.group.WORLD if tensor == 1 else across(trainer)
+        group = dist.group.WORLD
+        if tensor > 1:
+            group = across(trainer.args.device, size, tensor)
         rank = dist.get_rank(group) // (copies * size_of(trainer, "sp"))
         return cls(group, size, copies, rank)
 
@@ -457,20 +462,11 @@ def size_of(trainer: Any, name: str) -> int:
     return 1 if get is None else max(get(), 1)
 
 
-def across(trainer: Any) -> Any:
-    """The group of processes at the same place of tensor parallelism."""
-    mesh = getattr(trainer.accelerator, "torch_device_mesh", None)
-    if mesh is None:
-        mesh = getattr(getattr(trainer.model, "_mesh_manager", None), "mesh", None)
-    if mesh is None:
-        mesh = getattr(trainer.model, "_device_mesh", None)
-    names = tuple(n for n in getattr(mesh, "mesh_dim_names", None) or () if n != "tp")
-    if mesh is None or not names:
-        raise ValueError(
-            "tensor parallelism is on but no device mesh says which processes have other tokens; "
-            "give the loss its group"
-        )
-    return mesh[names]._flatten().get_group() if len(names) > 1 else mesh[names[0]].get_group()
+def across(device: torch.device, size: int, tensor: int) -> Any:
+    """The group of processes at the same place of tensor parallelism, whose processes are
+    neighbours in every mesh of accelerate, transformers and DeepSpeed."""
+    mesh = init_device_mesh(device.type, (size, tensor), mesh_dim_names=("tokens", "tensor"))
+    return mesh["tokens"].get_group()
 
 
 class _Scaled(torch.autograd.Function):
@@ -503,6 +499,15 @@ def grouped(loss: Loss, group: Any) -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------- checks
+
+
+def check_task_weights(weights: Any) -> None:
+    if weights is None or isinstance(weights, CoBa):
+        return
+    if not isinstance(weights, Tensor) or weights.dim() != 1:
+        raise TypeError(f"task_weights is {describe(weights)}; it takes a CoBa or a tensor (K,)")
+    if not bool((weights >= 0).all() & weights.isfinite().all()):
+        raise ValueError(f"task_weights is {weights.tolist()}; it takes numbers >= 0")
 
 
 def virtual_tokens(model: Any) -> int:

@@ -182,6 +182,10 @@ class LinearLogits(Source):
         return sweep(self.inputs(), batch, request)
 
     @property
+    def waits(self) -> bool:
+        return self.compact
+
+    @property
     def forms_gradients(self) -> bool:
         return any(self.inputs().needed().values())
 

@@ -43,6 +43,11 @@ class Source(ABC):
         """The statistics that `request` names, differentiable."""
 
     @property
+    def waits(self) -> bool:
+        """Whether a sweep waits for the device, whatever the loss."""
+        return False
+
+    @property
     def forms_gradients(self) -> bool:
         """Whether `row_sum` forms the gradients with the value, which saves a matrix product."""
         return False

@@ -55,86 +55,47 @@ class Options:
     _argument_group_name = "segloss"
 
     data: list[str] | None = doc(
-        None,
-        "files (JSON lines, JSON, CSV, parquet), folders of saved data sets or hub ids; each is a "
-        "task of its own, named by its file, unless its rows have a column task",
+        None, "files, folders of saved data sets or hub ids; each is a task, unless its rows say so"
     )
     eval_items: int | None = doc(
-        None,
-        "held-out items of each task (default: a tenth of its --data, at most 100; with TRL's "
-        "dataset_name or datasets those of the test split)",
+        None, "held-out items of each task (default: a tenth of --data, at most 100; a test split)"
     )
     validation_items: int | None = doc(
-        None,
-        "further items of each task that are not trained on: CoBa, --patience and --eval_strategy "
-        "read their loss (default: where something does, a tenth, at most 32)",
+        None, "further items that CoBa, --patience and --eval_strategy read (default: a tenth)"
     )
-    equal_tasks: bool = doc(
-        False, "draw every task equally often, repeating the smaller ones, instead of by its size"
-    )
-    loss: str | None = doc(
-        None,
-        "a loss or a weighted sum of losses, as 0.6*ce+0.4*lovasz or focal(gamma=1.5) (default: "
-        "TRL's loss_type, which is cross-entropy)",
-    )
+    equal_tasks: bool = doc(False, "draw every task equally often, instead of by its size")
+    loss: str | None = doc(None, "as 0.6*ce+0.4*lovasz or focal(gamma=1.5) (default: loss_type)")
     head: Literal["fused", "logits"] = doc(
-        "fused",
-        "fused: the loss takes hidden states and the head's weight, logits are never made; logits: "
-        "it takes the model's own, for a model whose head does more",
+        "fused", "fused: logits are never made; logits: the model's own, for a head that does more"
     )
     task_weights: Literal["none", "coba"] = doc(
-        "none",
-        "coba: a task counts more where its validation loss falls more slowly than the others', "
-        "and less where it begins to rise",
+        "none", "coba: the slower a task's validation loss falls, the more it counts"
     )
-    coba_warmup: int | None = doc(
-        None, "steps with equal weights before CoBa's begin (default: a tenth of the steps)"
-    )
-    coba_history: int | None = doc(
-        None, "steps whose validation losses CoBa fits (default: four times the warm-up)"
-    )
+    coba_warmup: int | None = doc(None, "steps with equal weights (default: a tenth of the steps)")
+    coba_history: int | None = doc(None, "steps CoBa's slopes are of (default: 4 x the warm-up)")
     coba_tau: float = doc(5.0, "how sharply CoBa turns to tasks' own histories if one diverges")
-    coba_mode: Literal["paper", "published"] = doc(
-        "paper", "the paper's formulas, or what the authors' published code computes"
-    )
+    coba_mode: Literal["paper", "published"] = doc("paper", "its formulas or its authors' code")
     validation_batch: int = doc(4, "validation items of each task that CoBa reads after a step")
     sample_weights: Literal["none", "irdro", "linupper", "quadratic", "extremes", "rank"] = doc(
-        "none",
-        "how much each example of a batch counts, by its own mean loss: irdro the harder the more, "
-        "linupper all but the easy alike, quadratic the middle, extremes both ends, rank one band",
-    )
+        "none", "how much each example of a batch counts, by its own mean loss: irdro the harder "
+        "the more, linupper all but the easy, quadratic the middle, extremes both ends, rank a band"
+    )  # fmt: skip
     sample_temperature: float = doc(1.0, "the smaller, the further are the weights from equal")
     sample_burn_in: int = doc(0, "steps with equal sample weights before the scheme's begin")
     sample_fraction: float = doc(0.25, "of rank: the share of the examples that its band holds")
     sample_band: float = doc(1.0, "of rank: how many bands of that size are harder; 0 the hardest")
-    patience: int = doc(
-        0,
-        "stop after so many evaluations without a lower validation loss, with the best weights; 0 "
-        "trains to the end",
-    )
+    patience: int = doc(0, "stop after so many evaluations without a lower validation loss")
     evaluate_before: bool = doc(True, "evaluate the held-out items before training as well")
     exact_match: bool = doc(True, "generate greedy answers; most of an evaluation's time")
-    min_class_items: int = doc(1, "macro-F1 is over the answers of at least so many held-out items")
-    merge: bool | None = doc(
-        None,
-        "with LoRA, also leave the merged model in merged/ (default: of a GGUF file, to which an "
-        "adapter cannot point)",
-    )
-    time_limit: float = doc(
-        0.0,
-        "seconds for the whole run; training ends early so that the evaluation after it still fits "
-        "in; 0 for no limit",
-    )
+    min_class_items: int = doc(1, "macro-F1 is over the answers of so many held-out items")
+    merge: bool | None = doc(None, "LoRA: leave the merged model too (default: of a GGUF file)")
+    time_limit: float = doc(0.0, "seconds for the whole run, its evaluations included; 0 for none")
 
     def __post_init__(self) -> None:
-        for names, least in (
-            (("eval_items", "validation_items", "sample_burn_in", "patience"), 0),
-            (("coba_warmup", "validation_batch", "min_class_items"), 1),
-            (("coba_history",), 2),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                self._require(name, value is None or value >= least, f"a whole number from {least}")
+        least = {"coba_warmup": 1, "validation_batch": 1, "min_class_items": 1, "coba_history": 2}
+        for name in ("eval_items", "validation_items", "sample_burn_in", "patience", *least):
+            value, low = getattr(self, name), least.get(name, 0)
+            self._require(name, value is None or value >= low, f"a whole number from {low}")
         for name in ("coba_tau", "sample_temperature"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
         for name in ("sample_band", "time_limit"):

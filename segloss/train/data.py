@@ -29,6 +29,7 @@ from typing import Any
 
 from .config import Settings
 from .errors import UserError, first_line
+from .model import quiet
 
 OWN = ("task", "options", "group", "weight", "token_weight")
 SHAPES = {
@@ -90,12 +91,13 @@ def read(source: str, config: str | None = None, split: str = "train", test: str
     import datasets
 
     try:
-        if path.suffix == ".parquet":
-            found: Any = datasets.load_dataset("parquet", data_files=source)
-        elif any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-            found = datasets.load_from_disk(source)
-        else:
-            found = datasets.load_dataset(source, name=config)
+        with quiet():
+            if path.suffix == ".parquet":
+                found: Any = datasets.load_dataset("parquet", data_files=source)
+            elif any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+                found = datasets.load_from_disk(source)
+            else:
+                found = datasets.load_dataset(source, name=config)
     except Exception as error:  # foreign data fail in many ways
         raise UserError(
             f"cannot read {source}: {type(error).__name__}: {first_line(error)} (it takes .jsonl, "

@@ -71,7 +71,7 @@ def results(records: Sequence[Record]) -> Picture | None:
         place -= 0.6
     for name, axis in zip(names, panels, strict=True):
         axis.set_title(SCORES[name][0])
-        axis.margins(x=0.16)
+        axis.margins(x=0.16, y=0.08)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.grid(axis="x", color="#e5e7eb")
         axis.set_axisbelow(True)

@@ -121,14 +121,18 @@ def collector_paused() -> Iterator[None]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' own notes on loading: what matters is refused with a message."""
+    import datasets
     from transformers.utils import logging as theirs
 
-    level = theirs.get_verbosity()
-    theirs.set_verbosity(logging.ERROR)
+    libraries = (theirs, datasets.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
-        theirs.set_verbosity(level)
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
 
 
 def no_bars() -> None:

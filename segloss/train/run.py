@@ -373,8 +373,10 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
         steps = math.ceil(math.ceil(len(data.train) / batch) * training.num_train_epochs)
     parts = {"held_out": data.held_out, "validation": data.validation}
     evaluated = {name: Dataset.from_list(rows) for name, rows in parts.items() if rows}
-    if training.packing:
+    train = data.train
+    if training.packing:  # which keeps only tokens
         training.eval_packing = False
+        train = train.remove_columns(["task_ids"] if data.tasks else [])
     if training.eval_strategy != "no" and not evaluated:
         raise UserError(
             f"eval_strategy is {training.eval_strategy} and nothing is held out: --eval_items or "
@@ -389,7 +391,7 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
             trainer = Trainer(
                 model=network,
                 args=training,
-                train_dataset=data.train if to_train else evaluated["held_out"],
+                train_dataset=train if to_train else evaluated["held_out"],
                 eval_dataset=evaluated or None,
                 processing_class=tokenizer,
                 peft_config=trl.get_peft_config(settings.model) if to_train else None,

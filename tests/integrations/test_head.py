@@ -440,6 +440,36 @@ def test_a_head_that_is_not_called_or_called_twice():
             head_loss(llama(kind), CE, TARGET, input_ids=TOKENS)
 
 
+def test_a_quantised_weight_names_the_call_that_serves():
+    """As bitsandbytes and fp8 layers hold it."""
+    for dtype in (torch.uint8, torch.int8, torch.float8_e4m3fn):
+        weight = torch.zeros(V, D).to(dtype)
+        with pytest.raises(TypeError, match="a quantised head is used by its own forward"):
+            segloss.LinearLogits(torch.randn(3, D), weight)
+
+
+def test_torch_func_is_refused():
+    def loss(z):
+        return CE(z, torch.tensor([1, 2]))
+
+    with pytest.raises(TypeError, match=r"torch\.func transform .* use loss\.backward"):
+        torch.func.grad(loss)(torch.randn(2, 5))
+
+
+@pytest.mark.parametrize("size", [1, 100])
+def test_a_cap_that_has_another_name(size):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": V, "hidden_size": D, "intermediate_size": 32, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "lru_width": 16, "pad_token_id": 0}
+    config = transformers.RecurrentGemmaConfig(**sizes, **heads)
+    model = transformers.RecurrentGemmaForCausalLM(config).eval()
+    model.lm_head.weight.data.mul_(size)
+    loss, _ = head_loss(model, CE, TARGET, input_ids=TOKENS)
+    expected = CE(model(input_ids=TOKENS).logits, TARGET)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert STATES[model].transform.softcap == pytest.approx(config.logits_soft_cap, rel=1e-6)
+
+
 def test_data_parallel_is_refused():
     with pytest.raises(TypeError, match="DataParallel"):
         head_loss(nn.DataParallel(llama()), CE, TARGET, input_ids=TOKENS)
