@@ -10,6 +10,9 @@ SPILLS = 0
 SM_90_BF16 = {
     "row_stats": {"bytes": 2.0, "instructions": 8.5},
     "logit_grad": {"bytes": 4.0, "instructions": 8.0},
+    # per logit of the student: the teacher's is read beside it
+    "divergence-forward": {"bytes": 4.0, "instructions": 22.0},
+    "divergence_grad-forward": {"bytes": 6.0, "instructions": 13.5},
 }
 
 # Fused cross-entropy over the three bare matrix products, on a GPU (`make gpu`). Passes of 6 bytes

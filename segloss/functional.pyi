@@ -4,12 +4,14 @@ from typing import Any
 from torch import Tensor
 
 from segloss.sharding import VocabShard
+from segloss.sources.beside import TopK
 from segloss.sweep.source import Source
 
 __all__ = [
     "cross_entropy",
     "dft_loss",
     "dice_loss",
+    "distillation_loss",
     "focal_loss",
     "focal_tversky_loss",
     "generalized_cross_entropy",
@@ -18,6 +20,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_dft_loss",
     "linear_dice_loss",
+    "linear_distillation_loss",
     "linear_focal_loss",
     "linear_focal_tversky_loss",
     "linear_generalized_cross_entropy",
@@ -46,6 +49,8 @@ def cross_entropy(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_cross_entropy(
@@ -71,7 +76,10 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
+    options: Any = None,
 ) -> Any: ...
 def focal_loss(
     logits: Tensor | Source,
@@ -85,6 +93,8 @@ def focal_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_focal_loss(
@@ -109,6 +119,8 @@ def linear_focal_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def poly_loss(
@@ -123,6 +135,8 @@ def poly_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_poly_loss(
@@ -147,6 +161,8 @@ def linear_poly_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def generalized_cross_entropy(
@@ -161,6 +177,8 @@ def generalized_cross_entropy(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_generalized_cross_entropy(
@@ -185,6 +203,8 @@ def linear_generalized_cross_entropy(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def dft_loss(
@@ -198,6 +218,8 @@ def dft_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_dft_loss(
@@ -221,6 +243,8 @@ def linear_dft_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def self_adjusting_dice_loss(
@@ -237,6 +261,8 @@ def self_adjusting_dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_self_adjusting_dice_loss(
@@ -263,6 +289,56 @@ def linear_self_adjusting_dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
+    return_statistics: bool = False,
+) -> Any: ...
+def distillation_loss(
+    logits: Tensor | Source,
+    target: Tensor,
+    *,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    group: Any = None,
+    token_weight: Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
+    return_statistics: bool = False,
+) -> Any: ...
+def linear_distillation_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    compact: bool = True,
+    chunk_bytes: int | None = None,
+    memory_budget: int | None = None,
+    grad_filter: float = 0.0,
+    vocab: VocabShard | None = None,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    group: Any = None,
+    token_weight: Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def dice_loss(
@@ -280,6 +356,8 @@ def dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_dice_loss(
@@ -307,6 +385,8 @@ def linear_dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def jaccard_loss(
@@ -324,6 +404,8 @@ def jaccard_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_jaccard_loss(
@@ -351,6 +433,8 @@ def linear_jaccard_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def tversky_loss(
@@ -370,6 +454,8 @@ def tversky_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_tversky_loss(
@@ -399,6 +485,8 @@ def linear_tversky_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def focal_tversky_loss(
@@ -419,6 +507,8 @@ def focal_tversky_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_focal_tversky_loss(
@@ -449,6 +539,8 @@ def linear_focal_tversky_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def generalized_dice_loss(
@@ -465,6 +557,8 @@ def generalized_dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_generalized_dice_loss(
@@ -491,6 +585,8 @@ def linear_generalized_dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def lovasz_softmax(
@@ -507,6 +603,8 @@ def lovasz_softmax(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_lovasz_softmax(
@@ -533,5 +631,7 @@ def linear_lovasz_softmax(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...

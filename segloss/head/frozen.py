@@ -18,9 +18,11 @@ from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
 from segloss.head.rows import chunk_buffer, panel_slices
 from segloss.kernels.common import Rows
+from segloss.kernels.divergence import divergence_grad
 from segloss.kernels.logit_grad import GradTerms, logit_grad
 from segloss.kernels.products import GradBlock, product
 from segloss.sweep.batch import Batch
+from segloss.sweep.beside import LISTED, Reading
 from segloss.sweep.row_sum import target_gradient
 from segloss.sweep.terms import row_slices
 
@@ -32,6 +34,7 @@ class Frozen:
         self.dtype = inputs.dtype
         self.out = chunk_buffer(head, slices)
         self.qw = head.hidden.new_empty(head.hidden.shape, dtype=self.dtype)
+        self.pair_parts: list[Tensor] = []
         self.factored = False
 
     def logits(self, head: Head, here: slice) -> Rows:
@@ -52,8 +55,20 @@ class Frozen:
             off_target = probabilities_off_target(z, stats, batch.valid[here], target)
             self.qw[here] = head.times_weight(GradBlock(off_target))
 
+    def keep_pairs(self, head: Head, z: Rows, reading: Reading) -> None:
+        """The gradient of each divergence, for an upstream gradient of 1, times the weight."""
+        if not reading.pairs:
+            return
+        out, made = torch.empty_like(z.data[0]), []
+        for pair in reading.pairs:
+            pair.grad = torch.ones_like(pair.numbers.value)
+            divergence_grad(z, [pair], out)
+            made.append(head.times_weight(GradBlock(out)).to(self.dtype))
+        self.pair_parts.append(torch.stack(made))
+
     def saved(self) -> dict[str, Any]:
-        return {"qw": self.qw}
+        pairs = torch.cat(self.pair_parts, 1) if self.pair_parts else None
+        return {"qw": self.qw, "pair_weight": pairs}
 
     def left(self) -> None:
         return None
@@ -107,3 +122,22 @@ def hidden_grad(inputs: Inputs, head: Head, terms: GradTerms, saved: dict) -> Te
         dlogits = logit_grad(z, part, z.data[0])
         result[here] += panel.times_weight(GradBlock(dlogits))
     return result
+
+
+def add_listed(inputs: Inputs, head: Head, saved: dict, rest: Tensor, hidden: Tensor) -> None:
+    """Add `sum_m rest_im weight[id_im]` to hidden (N, D): the listed classes' own logits."""
+    ids = saved["ids"].clamp(min=0)
+    z = saved[LISTED] + saved["row_max"][:, None] + saved["log_sum"][:, None]
+    rest = rest * Rows(head.hidden[None], head.softcap, head.scale).slope(z)
+    for here in panel_slices(inputs, ids.shape[0], ids.shape[1] * hidden.shape[1]):
+        own = head.weight[ids[here]].to(hidden.dtype)
+        if head.lora_b is not None:
+            own += head.lora_scale * (head.lora_b[ids[here]] @ head.lora_a).to(hidden.dtype)
+        hidden[here] += torch.bmm(rest[here, None], own)[:, 0]
+
+
+def add_pairs(saved: dict, grad: Tensor, hidden: Tensor) -> None:
+    """Add the divergences' part to hidden (N, D), of the gradients (N, S) of their values."""
+    grad = torch.where(saved["valid"][:, None], grad, 0)
+    for column, pair_weight in zip(grad.unbind(1), saved["pair_weight"], strict=True):
+        hidden.addcmul_(pair_weight, column[:, None])

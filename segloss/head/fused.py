@@ -11,11 +11,18 @@ from torch import Tensor
 from segloss.head.gradients import Gradients, factored_block
 from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
-from segloss.head.rows import chunk_buffer, chunk_slices, compact_batch, kept_rows, spread
-from segloss.kernels.logit_grad import logit_grad
+from segloss.head.rows import (
+    beside_others,
+    chunk_buffer,
+    chunk_slices,
+    compact_batch,
+    kept_rows,
+    spread,
+)
 from segloss.kernels.products import GradBlock
 from segloss.sweep.attach import only_once
 from segloss.sweep.batch import Batch
+from segloss.sweep.beside import DIVERGENCES, Reading, has_plain, logits_gradient
 from segloss.sweep.request import RowSum, TokenStats
 from segloss.sweep.row_sum import chunk_gradients, finished
 from segloss.sweep.rows import request_stats
@@ -27,7 +34,9 @@ def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenSt
     with torch.autocast(inputs.device.type, enabled=False):
         names, options = tuple(inputs.tensors), inputs.options
         value, *stats = _RowSum.apply(names, options, batch, plan, *inputs.tensors.values())
-    return value, TokenStats(*stats)
+    found = TokenStats(*stats[:4])
+    found.listed = stats[4]
+    return value, found
 
 
 def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
@@ -41,17 +50,19 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
     half = head.hidden.dtype == torch.float16
     scale: Tensor | float = power_of_two(plan, weights) if half else 1.0
     num_rows = head.hidden.shape[0]
+    request = plan.request
+    inputs = beside_others(inputs, inner, request)
     slices = chunk_slices(inputs, num_rows, needed["weight"], row_sum=True)
     total = Gradients(inputs, head, needed, groups=len(slices), held=True)
     total.threshold = inputs.filter_limit / (plan.denominator * scale)
     loss = torch.zeros((), dtype=inputs.dtype, device=inputs.device)
-    request = plan.request
     collected = []
     out = chunk_buffer(head, slices)
     whole = slice(0, head.weight.shape[0])
     # smoothing adds to every column and a filter reads dlogits itself; on a GPU the exponentials
     # would take a second read anyway, and the target's part a synchronisation
-    factored = not (total.filtering or request.column_sums or out.is_cuda)
+    reads_more = inner.beside.listed is not None or len(request.divergences) > 0
+    factored = not (total.filtering or request.column_sums or reads_more or out.is_cuda)
     sharding = inputs.sharding
     for here in slices:
         z = head.take(here).logits(out)
@@ -64,8 +75,9 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
             sharding,
             exp_out=z.data[0] if factored else None,
         )
-        value, lse, terms = chunk_gradients(
-            plan, stats, target, valid, weights[here], batch.num_classes, scale
+        reading = Reading.of(z, inner.beside.take(here), valid, request.divergences, stats)
+        value, lse, named, terms = chunk_gradients(
+            plan, stats, reading, target, weights[here], batch.num_classes, scale
         )
         terms = own_terms(terms, sharding)
         loss += value
@@ -73,16 +85,20 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
         if factored:
             block = factored_block(z, terms, log_prob, stats.exp_scale)
         else:
-            block = GradBlock(logit_grad(z, terms, z.data[0]))
+            pairs = reading.upstream(named.get(DIVERGENCES))
+            dlogits = logits_gradient(z, terms, pairs, z.data[0], has_plain(named))
+            block = GradBlock(dlogits)
         total.block(block, here, whole)
-        collected.append((log_prob, lse, stats.entropy, stats.argmax))
+        listed = None if reading.listed is None else reading.listed.detach()
+        collected.append((log_prob, lse, stats.entropy, stats.argmax, listed))
+        del reading  # the teacher's logits
     del z, block, out  # the logits
     grads = total.result(rows)
     num_tokens = batch.target.numel()
     columns = [
         None if column[0] is None else torch.cat(column) for column in zip(*collected, strict=True)
     ]
-    fills = (0, 0, 0, -1)
+    fills = (0, 0, 0, -1, 0)
     per_token = [spread(c, rows, num_tokens, f) for c, f in zip(columns, fills, strict=True)]
     return loss, per_token, grads, scale
 

@@ -47,6 +47,7 @@ class Inputs:
 
     tensors: dict[str, Tensor]
     options: Options
+    other_classes: int = 0  # of a chunk of other logits that is made beside one of these
 
     @property
     def hidden(self) -> Tensor:
@@ -99,7 +100,7 @@ class Inputs:
         """
         on_gpu, chunk_bytes = self.device.type == "cuda", self.options.chunk_bytes
         widest = self.sharding.widest  # ranks that share the classes cut the same chunks
-        row_bytes = widest * self.options.product_dtype.itemsize
+        row_bytes = (widest + self.other_classes) * self.options.product_dtype.itemsize
         if chunk_bytes is not None:
             return self.even_rows(num_rows, chunk_bytes // row_bytes)
         sum_bytes = 4 * widest * self.weight.shape[1] if trained and self.sums_apart else 0

@@ -15,9 +15,10 @@ from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
 from segloss.head.rows import even_slices, rows_to_keep
 from segloss.kernels.common import Rows, cdiv
-from segloss.kernels.logit_grad import GradTerms, logit_grad
+from segloss.kernels.logit_grad import GradTerms
 from segloss.kernels.products import GradBlock
 from segloss.sweep.batch import Batch
+from segloss.sweep.beside import Backward, Reading, logits_gradient
 from segloss.sweep.terms import column_slices, row_slices
 
 
@@ -72,6 +73,9 @@ class Recompute:
     def keep(self, head: Head, z: Rows, stats, batch: Batch, here: slice) -> None:
         pass
 
+    def keep_pairs(self, head: Head, z: Rows, reading: Reading) -> None:
+        pass
+
     def saved(self) -> dict[str, Any]:
         return {}
 
@@ -80,11 +84,20 @@ class Recompute:
 
 
 def add_gradients(
-    inputs: Inputs, head: Head, terms: GradTerms, total: Gradients, kept: Kept | None
+    inputs: Inputs,
+    head: Head,
+    terms: GradTerms,
+    total: Gradients,
+    kept: Kept | None,
+    back: Backward,
+    plain: bool,
 ) -> None:
     """The kept rows where they lie; then in the same memory the others, a block of the vocabulary
     at a time: each slice of dweight is contracted over them by one product and needs no float32
-    copy of the whole."""
+    copy of the whole.
+
+    The pairs of `back` have gradients beside the terms, if `plain` says that these have any.
+    """
     num_rows, num_classes = head.hidden.shape[0], head.weight.shape[0]
     if num_classes == 0:  # other ranks have them all
         return
@@ -94,7 +107,8 @@ def add_gradients(
         terms, late_terms = row_slices(terms, [rest, late])
         memory = kept.take(head)
         z = memory[: (late.stop - late.start) * num_classes].view(-1, num_classes)
-        logit_grad(Rows.of(z, head.softcap, head.scale), late_terms, z)
+        late_rows = Rows.of(z, head.softcap, head.scale)
+        logits_gradient(late_rows, late_terms, back.pairs(late_rows, late), z, plain)
         # a filter looks at blocks of the vocabulary, whichever rows they are of
         width = width_of(inputs, num_rows, total) if total.filtering else num_classes
         for classes in even_slices(num_classes, width):
@@ -107,7 +121,9 @@ def add_gradients(
     blocks = even_slices(num_classes, width)
     for classes, part in zip(blocks, column_slices(terms, num_classes, width), strict=True):
         rows = head.take(rest).columns(classes).logits(memory)
-        total.block(GradBlock(logit_grad(rows, part, rows.data[0])), rest, classes)
+        beside = back.pairs(rows, rest, classes)
+        dlogits = logits_gradient(rows, part, beside, rows.data[0], plain)
+        total.block(GradBlock(dlogits), rest, classes)
 
 
 def width_of(inputs: Inputs, num_rows: int, total: Gradients, memory: Tensor | None = None) -> int:

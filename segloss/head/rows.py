@@ -13,6 +13,7 @@ from torch import Tensor
 from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
 from segloss.sweep.batch import Batch
+from segloss.sweep.request import Request
 
 
 def kept_rows(inputs: Inputs, batch: Batch) -> Tensor | None:
@@ -32,14 +33,23 @@ def compact_batch(batch: Batch, rows: Tensor | None) -> Batch:
         target=batch.target[rows],
         valid=batch.valid[rows],
         token_weight=None if weight is None else weight[rows],
+        beside=batch.beside.take(rows),
     )
+
+
+def beside_others(inputs: Inputs, batch: Batch, request: Request) -> Inputs:
+    """The same, if a chunk of a teacher's logits is made beside each of its own."""
+    if not request.divergences:
+        return inputs
+    return replace(inputs, other_classes=batch.beside.made_classes)
 
 
 def spread(values: Tensor | None, rows: Tensor | None, size: int, fill: int = 0) -> Tensor | None:
     """Values of the kept rows back at their tokens, `fill` elsewhere."""
     if values is None or rows is None:
         return values
-    return values.new_full((size,), fill).index_copy_(0, rows, values)
+    full = values.new_full((size, *values.shape[1:]), fill)
+    return full.index_copy_(0, rows, values)
 
 
 def chunk_slices(

@@ -17,17 +17,34 @@ from segloss.head.gradients import Gradients
 from segloss.head.inputs import Inputs, Options, is_frozen
 from segloss.head.matrices import Head
 from segloss.head.panels import ClassTotals, panel_candidates, subtract_dots
-from segloss.head.rows import chunk_slices, compact_batch, compacted, kept_rows, renumbered, spread
+from segloss.head.rows import (
+    beside_others,
+    chunk_slices,
+    compact_batch,
+    compacted,
+    kept_rows,
+    renumbered,
+    spread,
+)
 from segloss.sweep.attach import attach
 from segloss.sweep.batch import Batch
+from segloss.sweep.beside import (
+    DIVERGENCES,
+    LISTED,
+    Backward,
+    Divergence,
+    Readings,
+    has_plain,
+    pack,
+)
 from segloss.sweep.classes import class_ids, class_index, thresholds
 from segloss.sweep.request import Request, Sweep
 from segloss.sweep.rows import request_stats
-from segloss.sweep.terms import grad_terms, own_terms, rescale, whole_dots
+from segloss.sweep.terms import grad_terms, listed_grad, own_terms, rescale, whole_dots
 
 Mode = frozen.Frozen | recompute.Recompute
-ROW_OUTPUTS = ("log_prob", "lse", "entropy", "logit_sum")
-ROW_STATS = (*ROW_OUTPUTS, "argmax", "weight_sum", "num_finite")
+ROW_OUTPUTS = ("log_prob", "lse", "entropy", "logit_sum", LISTED, DIVERGENCES)
+ROW_STATS = ("log_prob", "lse", "entropy", "logit_sum", "argmax", "weight_sum", "num_finite")
 
 
 def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
@@ -42,7 +59,9 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
         row_ids = {n: compacted(ids.get(n), rows) for n in ("sample", "own")}
         collected: list = []
         per_class = ClassTotals(inputs, request, ids, row_ids["sample"], inner)
+        inputs = beside_others(inputs, inner, request)
         slices = chunk_slices(inputs, head.hidden.shape[0], needed["weight"])
+        readings = Readings(inner.beside, inner.valid, request.divergences)
         whole = request.prob_sums and ids["classes"] is None
         mode = mode_of(inputs, head, slices, needed, whole)
         for here in slices:
@@ -54,9 +73,10 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
                 batch.ignore_index,
                 request,
                 inputs.sharding,
-                exp_out=mode.exp_out(z, panel),
+                exp_out=mode.exp_out(z, z if readings.any else panel),
             )
             collected.append(stats)
+            mode.keep_pairs(head, z, readings.read(z, here, stats))
             per_class.add(panel, stats, here)
             mode.keep(head, z, stats, inner, here)
         stacked: dict[str, Tensor] = {
@@ -65,9 +85,10 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
             if name != "lse" and getattr(collected[0], name) is not None
         }
         stacked["lse"] = stacked["row_max"] + stacked["log_sum"]
+        stacked |= readings.outputs()
         values: dict[str, Any] = {
             name: spread(stacked.get(name), rows, num_tokens, -1 if name == "argmax" else 0)
-            for name in ROW_STATS
+            for name in (*ROW_STATS, LISTED, DIVERGENCES)
         }
         target = class_index(batch.target, batch.valid, batch.num_classes)
         found = Sweep(**values, target=target, **ids)
@@ -80,6 +101,7 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
                 found.candidate_row = rows[found.candidate_row]
     names = (*ROW_OUTPUTS, "prob_sum", "candidate_prob", "peak_prob")
     outputs = {name: getattr(found, name) for name in names}
+    packed, seconds = pack(batch.beside, request.divergences)
     saved = {
         "rows": rows,
         "target": inner.target,
@@ -94,13 +116,22 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
         "candidate_row": found.candidate_row,
         "candidate_class": found.candidate_class,
         "peak_row": renumbered(per_class.peak_row, rows),
+        **readings.saved(),
+        **packed,
         **mode.saved(),
     }
     # of tensors the rule keeps what it may spend alone: all others live in the saved ones
     rule = functools.partial(
-        gradients, names=tuple(inputs.tensors), options=inputs.options, kept=mode.left()
+        gradients,
+        names=tuple(inputs.tensors),
+        options=inputs.options,
+        kept=mode.left(),
+        divergences=request.divergences,
+        seconds=seconds,
     )
-    return replace(found, **attach(rule, outputs, saved, tuple(inputs.tensors.values())))
+    found = replace(found, **attach(rule, outputs, saved, tuple(inputs.tensors.values())))
+    found.named(batch.beside, request.divergences)
+    return found
 
 
 def mode_of(
@@ -114,7 +145,16 @@ def mode_of(
 
 
 def gradients(
-    tensors, saved, grads, needed, *, names: tuple, options: Options, kept: recompute.Kept | None
+    tensors,
+    saved,
+    grads,
+    needed,
+    *,
+    names: tuple,
+    options: Options,
+    kept: recompute.Kept | None,
+    divergences: tuple[Divergence, ...],
+    seconds: dict,
 ) -> tuple:
     """Gradients of the head's tensors, from those of the statistics."""
     inputs = Inputs(dict(zip(names, tensors, strict=True)), options)
@@ -123,21 +163,36 @@ def gradients(
     if rows is not None:
         grads = {name: grad[rows] if name in ROW_OUTPUTS else grad for name, grad in grads.items()}
         saved = kept_rows_only(saved, rows)
+    # float16 has too small a range for dlogits that hold 1 / N; a filter's limit is of large ones
+    rescaled = head.hidden.dtype == torch.float16 or options.grad_filter > 0
+    wanted = dict(zip(names, needed, strict=True))
+    upstream = grads.get(DIVERGENCES)
+    scale: Tensor | float
+    covers_all = "prob_sum" in grads and saved.get("classes") is None
+    if "qw" in saved and not (covers_all or {"entropy", "logit_sum"} & set(grads)):
+        listed = grads.pop(LISTED, None)
+        terms = own_terms(grad_terms(saved, grads), inputs.sharding)
+        rest = None if listed is None else listed_grad(terms, saved["ids"], listed)
+        subtract_dots(inputs, head, terms)
+        whole_dots(terms, saved, grads, inputs.sharding)
+        scale = rescale(terms) if rescaled else 1.0
+        total = Gradients(inputs, head, wanted, groups=1, scale=scale)
+        hidden = total.hidden[0] = frozen.hidden_grad(inputs, head, terms, saved)
+        if rest is not None:
+            frozen.add_listed(inputs, head, saved, rest / scale, hidden)
+        if upstream is not None:
+            frozen.add_pairs(saved, upstream / scale, hidden)
+        return total.result(rows)
     terms = own_terms(grad_terms(saved, grads), inputs.sharding)
     subtract_dots(inputs, head, terms)
     whole_dots(terms, saved, grads, inputs.sharding)
-    # float16 has too small a range for dlogits that hold 1 / N; a filter's limit is of large ones
-    rescaled = head.hidden.dtype == torch.float16 or options.grad_filter > 0
-    scale: Tensor | float = rescale(terms) if rescaled else 1.0
-    plain = terms.entropy_grad is None and terms.sum_grad is None
-    covers_all = terms.class_grad is not None and terms.columns is None
-    wanted = dict(zip(names, needed, strict=True))
+    others = () if upstream is None else (upstream,)
+    scale = rescale(terms, *others) if rescaled else 1.0
     total = Gradients(inputs, head, wanted, groups=1 + (kept is not None), scale=scale)
-    if "qw" in saved and plain and not covers_all:
-        total.hidden[0] = frozen.hidden_grad(inputs, head, terms, saved)
-    else:
-        total.threshold = inputs.filter_limit
-        recompute.add_gradients(inputs, head, terms, total, kept)
+    total.threshold = inputs.filter_limit
+    at_scale = None if upstream is None else upstream / scale
+    back = Backward.of(saved, at_scale, divergences, seconds)
+    recompute.add_gradients(inputs, head, terms, total, kept, back, has_plain(grads))
     return total.result(rows)
 
 

@@ -21,7 +21,7 @@ from segloss.checks import describe
 from segloss.distributed import sum_over
 from segloss.integrations.callbacks import SavedState
 from segloss.integrations.columns import KeepColumns, columns_of
-from segloss.integrations.forward import auxiliary_loss, base_of, has_head, loss_of, model_inputs
+from segloss.integrations.forward import auxiliary_loss, has_head, loss_of, model_inputs
 from segloss.integrations.fuse import check_mean
 from segloss.integrations.labels import Shift
 from segloss.integrations.window import (
@@ -34,6 +34,7 @@ from segloss.integrations.window import (
 )
 from segloss.kernels.common import widest
 from segloss.losses import CrossEntropyLoss, Loss
+from segloss.models.head import innermost
 from segloss.weighting import CoBa, SampleWeighting
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class LossMixin(Trainer):
         shift: whether labels are the next tokens' (causal models) or stand at their places
             (encoder-decoders, masked models, classifiers). Default: what the model's class or its
             own loss says; refused where neither does.
+        teacher: a causal model that `loss` distils from (`DistillationLoss`, alone or in a sum). It
+            is moved to the device, frozen, and runs on the same inputs without making its logits.
         task_weights: (K,) constants, or a `CoBa`, which `CoBaCallback` keeps up to date. The loss
             is the sum of weight x loss per token of each task, wherever its tokens are.
         sample_weights: a `SampleWeighting`, of the samples of the whole accumulated batch over all
@@ -97,6 +100,7 @@ class LossMixin(Trainer):
         loss: Loss | None = None,
         head: str = "fused",
         shift: bool | None = None,
+        teacher: torch.nn.Module | None = None,
         task_weights: CoBa | Tensor | None = None,
         sample_weights: SampleWeighting | None = None,
         log_statistics: bool = True,
@@ -126,12 +130,15 @@ class LossMixin(Trainer):
         check_mean(loss)
         self.loss = loss.to(self.args.device)
         self.head = head
+        loss.check_teacher(teacher)
+        self.teacher = None if teacher is None else frozen(teacher, self.args.device)
         self.task_weights = task_weights
         self.sample_weights = sample_weights
         self.log_statistics = log_statistics
         self.data_collator = KeepColumns(self.data_collator)
-        self._columns = given
-        check_columns(given, columns_of(self.train_dataset), "the trainer's own")
+        # tasks that have no weights change nothing
+        self._columns = [n for n in given if n != "task_ids" or task_weights is not None]
+        check_columns(self._columns, columns_of(self.train_dataset), "the trainer's own")
         self._spread = Spread.of(self)
         if sample_weights is not None:
             self.add_callback(SavedState("sample_weighting", sample_weights))
@@ -165,7 +172,7 @@ class LossMixin(Trainer):
         weighed = None if place is None else self._weighed_at(place)
         statistics: Any = None
 
-        def criterion(source, target):
+        def criterion(source, target, **given):
             nonlocal statistics
             single = self._weigh_single(inputs, source) if place is None and training else weighed
             normalizer = num_items_in_batch if training else None
@@ -178,6 +185,7 @@ class LossMixin(Trainer):
                 else packed_index(batch, target.shape),
                 normalizer=normalizer if single is None else single.normalizer,
                 return_statistics=self.log_statistics,
+                **given,
             )
             if self.log_statistics:
                 found, statistics = found
@@ -185,12 +193,14 @@ class LossMixin(Trainer):
 
         group = self._spread.group if training else None
         with self._autocast(), grouped(self.loss, group):
-            loss, outputs = self._forward(model, inputs, criterion, target, return_outputs)
+            loss, outputs = self._forward(
+                model, inputs, criterion, target, return_outputs, self.teacher
+            )
         if statistics is not None:
             self._record("train" if training else "eval", statistics, target.to(loss.device))
         if training and group is not None:
             loss = _Scaled.apply(loss, self._spread.size)
-        auxiliary = auxiliary_loss(base_of(self.model), outputs)
+        auxiliary = auxiliary_loss(innermost(self.model), outputs)
         if auxiliary is not None:
             steps = getattr(self, "current_gradient_accumulation_steps", 1) if training else 1
             # a mean of each micro-batch, so averaged over those of a step
@@ -198,11 +208,13 @@ class LossMixin(Trainer):
         self._computed = True
         return (loss, outputs) if return_outputs else loss
 
-    def _forward(self, model, inputs, criterion, target, make_logits: bool) -> tuple[Any, Any]:
+    def _forward(
+        self, model, inputs, criterion, target, make_logits: bool, teacher=None
+    ) -> tuple[Any, Any]:
         """(the criterion of the logits or of what stands for them, the model's outputs)."""
-        inner = base_of(self.model)
+        inner = innermost(self.model)
         fused = self.head == "fused" and not make_logits and has_head(inner)
-        return loss_of(model, criterion, target, model_inputs(inner, inputs), fused)
+        return loss_of(model, criterion, target, model_inputs(inner, inputs), fused, teacher)
 
     def _autocast(self):
         return self.accelerator.autocast()
@@ -215,14 +227,14 @@ class LossMixin(Trainer):
             with torch.random.fork_rng(devices), self._autocast():
                 return self.model_wrapped(**known)
 
-        return self._shift.of(base_of(self.model), batch, call, self.accelerator.reduce)
+        return self._shift.of(innermost(self.model), batch, call, self.accelerator.reduce)
 
     def _label_side(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """What a batch says of its labels, at the places of the logits.
 
         An encoder's positions say nothing of a decoder's, and prompt tuning puts places before.
         """
-        inner, prompt = base_of(self.model), virtual_tokens(self.model)
+        inner, prompt = innermost(self.model), virtual_tokens(self.model)
         decodes = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
         if not (decodes or prompt):
             return batch
@@ -398,6 +410,12 @@ class LossMixin(Trainer):
             if size is not None:
                 logs["effective_sample_size"] = size.item()
         super().log(logs, start_time)
+
+
+def frozen(teacher: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """A teacher as it is used: evaluating, untrained, on the device (unless it is spread out)."""
+    teacher.requires_grad_(False).eval()
+    return teacher if hasattr(teacher, "hf_device_map") else teacher.to(device)
 
 
 # ------------------------------------------------------------------------- tokens on many ranks

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from segloss.checks import FLOATS, check_data, check_transform, describe
-from segloss.kernels.common import use_triton
+from segloss.kernels.common import Rows
+from segloss.kernels.divergence import raw_rows
 from segloss.sharding import Sharding, VocabShard
 from segloss.sources.layout import Layout, dense_layout, refuse_rows
 from segloss.sweep.batch import Batch
 from segloss.sweep.dense import sweep_dense
-from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
-from segloss.sweep.row_sum import row_sum_dense
+from segloss.sweep.request import Request, Sweep
 from segloss.sweep.source import Source, Spread
 
 
@@ -100,20 +100,22 @@ class DenseLogits(Source):
         """The columns of this rank, without padding."""
         return self.layout.columns(self.logits, self.sharding, -1)
 
-    @property
-    def forms_gradients(self) -> bool:
-        """On a CPU, where an exponential costs more than what is kept of it; on a GPU a second read
-        of the logits costs no more than the first."""
-        wanted = torch.is_grad_enabled() and self.logits.requires_grad
-        here = self.device.type == "cpu" and self.layout.vocabulary == 1
-        return wanted and here and not use_triton(self.logits)
-
-    def row_sum(self, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenStats]:
-        return row_sum_dense(self.here(), self.softcap, self.scale, batch, plan)
-
     def rows(self, index: Tensor) -> Tensor:
         refuse_rows(self.layout)
         return self.logits.reshape(-1, self.num_classes)[index]
+
+    @property
+    def made_classes(self) -> int:
+        return 0
+
+    def block(self, rows: Tensor | slice, classes: slice) -> Rows:
+        data = Rows.of(self.logits.detach()).data
+        time = data.shape[1]
+        if isinstance(rows, Tensor):
+            data = data[rows // time, rows % time][None]
+        elif rows != slice(None):
+            data = raw_rows(Rows(data), rows)[None]
+        return Rows(data[:, :, classes], self.softcap, self.scale)
 
     def plan(self, batch: Batch, row_sum: bool) -> str:
         width = self.layout.assumed.width

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from segloss.checks import FLOATS, check_data, check_transform, describe
 from segloss.head.explain import explain
 from segloss.head.fused import row_sum
 from segloss.head.inputs import Inputs, Options
+from segloss.head.matrices import Head
 from segloss.head.rows import chunk_slices, kept_rows
 from segloss.head.sweep import sweep
+from segloss.kernels.common import Rows
 from segloss.sharding import Sharding, VocabShard
 from segloss.sources.layout import Layout, linear_layout, refuse_rows
 from segloss.sweep.batch import Batch
@@ -241,6 +243,23 @@ class LinearLogits(Source):
         if self.lora is not None:
             z = z + self.lora[2] * F.linear(F.linear(hidden, named["lora_a"]), named["lora_b"])
         return z
+
+    def block(self, rows: Tensor | slice, classes: slice) -> Rows:
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            inputs = self.inputs()
+            hidden = self.hidden.reshape(-1, self.hidden.shape[-1])[rows]
+            inputs = replace(inputs, tensors=inputs.tensors | {"hidden": hidden})
+            return Head.of(inputs, None).columns(classes).logits()
+
+    def settled(self) -> LinearLogits:
+        """The same without gradient, its tensors in the products' dtype: outside autocast too."""
+        tensors, options = self.packed()
+        made = {name: t.detach().to(self.product_dtype) for name, t in tensors.items()}
+        with torch.autocast(self.device.type, enabled=False):
+            return self.unpacked(made, options)
+
+    def block_rows(self, num_rows: int) -> int:
+        return self.inputs().chunk_rows(num_rows, trained=False) if num_rows else 1
 
     def plan(self, batch: Batch, row_sum: bool) -> str:
         return explain(self.inputs(crossing=False), batch, row_sum)

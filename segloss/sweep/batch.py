@@ -13,6 +13,7 @@ from torch import Tensor
 from segloss.checks import INTEGERS, describe
 from segloss.distributed import union_over
 from segloss.sharding import Sharding
+from segloss.sweep.beside import Beside
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Batch:
     dtype: torch.dtype  # of statistics and losses
     sample_ids: Tensor | None  # (N,) int64 as given; None for the leading index
     group: object | None = None  # of the ranks that have other tokens
+    beside: Beside = field(default_factory=Beside)
     sharding: Sharding = field(kw_only=True)  # of the classes over ranks
 
     def weights(self) -> Tensor:
@@ -92,6 +94,7 @@ def make_batch(
     sample_ids: Tensor | None = None,
     group=None,
     sharding: Sharding | None = None,
+    beside: Beside | None = None,
 ) -> Batch:
     """Check everything that has the target's shape, and flatten it to (N,).
 
@@ -104,7 +107,7 @@ def make_batch(
     if isinstance(target, Tensor) and target.dtype not in INTEGERS:
         raise TypeError(
             f"target is {describe(target)}; it takes class indices of an integer dtype "
-            "(probability targets are not supported)"
+            "(probabilities (..., V) go to CrossEntropyLoss, a teacher's to DistillationLoss)"
         )
     check_like_target("target", target, shape, device)
     flat = target.reshape(-1).to(torch.int64)
@@ -139,5 +142,6 @@ def make_batch(
         source.dtype,
         sample_ids,
         group,
+        Beside() if beside is None else beside,
         sharding=source.sharding if sharding is None else sharding,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segloss.kernels.common import Rows
 from segloss.sharding import Sharding
 from segloss.sweep.batch import Batch
 from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
@@ -42,6 +43,7 @@ class Source(ABC):
 
     softcap: float | None
     scale: float
+    packs = True  # whether `packed` says all of it
 
     @property
     @abstractmethod
@@ -101,6 +103,21 @@ class Source(ABC):
     @abstractmethod
     def rows(self, index: Tensor) -> Tensor:
         """Logits (n, V) of some rows before scale and softcap; differentiable."""
+
+    def block(self, rows: Tensor | slice, classes: slice) -> Rows:
+        """Some rows' logits of some classes, for a loss of another source; no gradient."""
+        with torch.no_grad():
+            index = torch.arange(self.leading_shape.numel(), device=self.device)[rows]
+            return Rows.of(self.rows(index)[:, classes], self.softcap, self.scale)
+
+    @property
+    def made_classes(self) -> int:
+        """Columns of a block, if it does not lie in memory as it is."""
+        return self.num_classes
+
+    def block_rows(self, num_rows: int) -> int:
+        """How many of so many rows a block may have."""
+        return num_rows
 
     @abstractmethod
     def plan(self, batch: Batch, row_sum: bool) -> str:

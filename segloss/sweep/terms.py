@@ -36,6 +36,8 @@ def grad_terms(saved: dict[str, Tensor], grads: dict[str, Tensor]) -> GradTerms:
         terms.sample, terms.class_grad = saved["sample"], grads["prob_sum"].contiguous()
         terms.columns, terms.row_weight = saved.get("classes"), saved.get("row_weight")
     add_entries(terms, candidate_entries(saved, grads), peak_entries(saved, grads))
+    if "listed" in grads:
+        add_listed(terms, saved["ids"], grads["listed"])
     return terms
 
 
@@ -57,6 +59,58 @@ def add_entries(terms: GradTerms, candidate: tuple | None, peak: tuple | None) -
     if terms.class_grad is not None and terms.columns is not None:
         column = torch.searchsorted(terms.columns, column)
     terms.entry_row, terms.entry_class, terms.entry_grad = row, column, grad
+
+
+def listed_grad(terms: GradTerms, listed: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of the listed classes' own logits (N, k), 0 where nothing is listed; their
+    log-probabilities' part in p goes to `prob_coef`."""
+    rest = torch.where((listed >= 0) & terms.valid[:, None], grad, 0)
+    terms.prob_coef = terms.prob_coef - rest.sum(-1)
+    return rest
+
+
+def add_listed(terms: GradTerms, listed: Tensor, grad: Tensor) -> None:
+    """The listed classes' logits as entries, each place once or with the same sum each time."""
+    rest = listed_grad(terms, listed, grad)
+    num_rows, width = listed.shape
+    row = torch.arange(num_rows, device=listed.device).repeat_interleave(width)
+    column = listed.reshape(-1)
+    if listed.is_cuda and terms.entry_grad is None and terms.class_grad is None:
+        # a class may be listed twice; without a look at how often, which would synchronise
+        same = (listed[:, :, None] == listed[:, None, :]).to(rest.dtype)
+        rest = torch.bmm(same, rest[:, :, None]).view(-1)
+        terms.entry_row, terms.entry_class, terms.entry_rest = row, column, rest
+        terms.entry_grad = torch.zeros_like(rest)
+        return
+    used = ((listed >= 0) & terms.valid[:, None]).view(-1)
+    row, column, rest = row[used], column[used], rest.view(-1)[used]
+    grad = torch.zeros_like(rest)
+    if terms.class_grad is not None and terms.columns is not None:
+        include(terms, column)
+    if terms.entry_grad is not None:
+        others = terms.entry_class if terms.columns is None else terms.columns[terms.entry_class]
+        row, column = torch.cat([terms.entry_row, row]), torch.cat([others, column])
+        rest = torch.cat([torch.zeros_like(terms.entry_grad), rest])
+        grad = torch.cat([terms.entry_grad, grad])
+    width = int(column.max()) + 1 if column.numel() else 1
+    key, inverse = torch.unique(row * width + column, return_inverse=True)
+    row, column = key // width, key % width
+    if terms.columns is not None:
+        column = torch.searchsorted(terms.columns, column)
+    terms.entry_row, terms.entry_class = row, column
+    terms.entry_grad = group_sum(grad, inverse, key.numel())
+    terms.entry_rest = group_sum(rest, inverse, key.numel())
+
+
+def include(terms: GradTerms, column: Tensor) -> None:
+    """More classes among the listed columns, without a gradient of their probability sum."""
+    columns = torch.unique(torch.cat([terms.columns, column]))
+    place = torch.searchsorted(columns, terms.columns)
+    grad = terms.class_grad.new_zeros(terms.class_grad.shape[0], columns.numel())
+    grad[:, place] = terms.class_grad
+    if terms.entry_class is not None:
+        terms.entry_class = place[terms.entry_class]
+    terms.columns, terms.class_grad = columns, grad
 
 
 def candidate_entries(saved, grads) -> tuple | None:
@@ -95,11 +149,14 @@ def whole_dots(terms: GradTerms, saved: dict, grads: dict, sharding: Sharding) -
     terms.prob_coef = plain + sharding.sum(terms.prob_coef - plain)
 
 
-def rescale(terms: GradTerms) -> Tensor:
+def rescale(terms: GradTerms, *others: Tensor) -> Tensor:
     """Take a power of two out of all terms, so that the largest is about 1: it goes back in after
-    the products. Folded into float16 dlogits, 1 / N would flush most of them to 0."""
-    parts = ("prob_coef", "target_coef", "entropy_grad", "sum_grad", "class_grad", "entry_grad")
-    present = [p for p in (getattr(terms, name) for name in parts) if p is not None and p.numel()]
+    the products. Folded into float16 dlogits, 1 / N would flush most of them to 0.
+
+    `others` count towards the largest, and are left to the caller."""
+    parts = ("prob_coef", "target_coef", "entropy_grad", "sum_grad", "class_grad", *ENTRIES)
+    values = (*(getattr(terms, name) for name in parts), *others)
+    present = [p for p in values if p is not None and p.numel()]
     largest = torch.stack([p.abs().amax() for p in present] or [terms.prob_coef.sum()]).amax()
     usable = (largest > 0) & (largest < torch.inf)
     scale = torch.exp2(torch.ceil(torch.log2(torch.where(usable, largest, 1))))
@@ -110,6 +167,7 @@ def rescale(terms: GradTerms) -> Tensor:
     return scale
 
 
+ENTRIES = ("entry_grad", "entry_rest")
 PER_ROW = (
     "valid", "target", "row_max", "log_sum", "prob_coef", "target_coef", "target_rest",
     "entropy", "entropy_grad", "sum_grad", "sample", "row_weight",
@@ -136,8 +194,14 @@ def row_slice(terms: GradTerms, here: slice, entries: slice) -> GradTerms:
     if terms.entry_row is not None:
         part["entry_row"] = terms.entry_row[entries] - here.start
         part["entry_class"] = terms.entry_class[entries]
-        part["entry_grad"] = terms.entry_grad[entries]
+        part |= entry_values(terms, entries)
     return replace(terms, **part)
+
+
+def entry_values(terms: GradTerms, entries: Tensor | slice) -> dict[str, Tensor]:
+    """What some entries have of their own."""
+    found = {name: getattr(terms, name) for name in ENTRIES}
+    return {name: value[entries] for name, value in found.items() if value is not None}
 
 
 def column_slices(terms: GradTerms, num_classes: int, width: int) -> list[GradTerms]:
@@ -158,7 +222,7 @@ def column_slices(terms: GradTerms, num_classes: int, width: int) -> list[GradTe
             terms,
             entry_row=terms.entry_row[order],
             entry_class=terms.entry_class[order],
-            entry_grad=terms.entry_grad[order],
+            **entry_values(terms, order),
         )
     found = torch.stack(looks).tolist() if looks else []
     columns = found[0] if listed else None
@@ -194,5 +258,5 @@ def column_slice(
     if entries is not None:
         part["entry_class"] = terms.entry_class[entries] - (columns or classes).start
         part["entry_row"] = terms.entry_row[entries]
-        part["entry_grad"] = terms.entry_grad[entries]
+        part |= entry_values(terms, entries)
     return replace(terms, **part)

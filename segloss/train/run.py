@@ -199,7 +199,8 @@ class Run:
         begun = time.monotonic()
         state = None if checkpoint is None else Path(checkpoint) / "trainer_state.json"
         past = json.loads(state.read_text("utf-8")) if state and state.exists() else {}
-        if past and past["global_step"] >= past["max_steps"]:
+        last = trainer.args.max_steps if trainer.args.max_steps > 0 else past.get("max_steps")
+        if past and past["global_step"] >= last:
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state.global_step = past["global_step"]
         else:
@@ -364,6 +365,7 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
     name = settings.model.model_name_or_path
     of_data.say(f"loading {name}")
     network, tokenizer = model.load(name, **model_options(settings))
+    teacher = teacher_of(settings, loss, tokenizer)
     data = of_data.load(settings, bool(tokenizer.chat_template), to_train)
     check_columns(settings, data)
     steps = training.max_steps if training.max_steps > 0 else None
@@ -397,6 +399,7 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
                 peft_config=trl.get_peft_config(settings.model) if to_train else None,
                 callbacks=callbacks(options),
                 loss=loss,
+                teacher=teacher,
                 head=options.head,
                 task_weights=coba(options, len(data.tasks), steps or 0, training.device),
                 sample_weights=sample_weighting(options),
@@ -406,7 +409,7 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
     prepared = trainer.eval_dataset or {}
     trainer.validation = list(prepared.get("validation", ()))
     trainer.eval_dataset = prepared.get("validation", prepared.get("held_out"))
-    check_lengths(trainer, prepared, settings)
+    check_lengths(trainer, prepared, settings, data)
     held_out = evaluation.items_of(list(prepared.get("held_out", ())), data, trainer)
     if trainer.is_fsdp_enabled or getattr(trainer, "is_deepspeed_enabled", False):
         of_data.say("the table is left out: FSDP and DeepSpeed share the weights out")
@@ -415,6 +418,29 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
     gguf = model.located(name)[1] is not None
     torch.manual_seed(training.seed)
     return Run(settings, trainer, data, held_out, description, name, gguf)
+
+
+def teacher_of(settings: Settings, loss: Any, tokenizer: Any) -> Any:
+    """The model that the loss learns from, None where it reads none."""
+    from . import data as of_data
+    from . import model
+
+    name = settings.options.teacher
+    if name is None:
+        if loss is not None and loss.reads_teacher:
+            raise UserError("--loss has distill, which learns from a model: give --teacher MODEL")
+        return None
+    if loss is None or not loss.reads_teacher:
+        raise UserError("--teacher is read by distill alone: give --loss 0.5*ce+0.5*distill")
+    of_data.say(f"loading the teacher {name}")
+    options = {k: v for k, v in model_options(settings).items() if k != "revision"}
+    teacher, own = model.load(name, **options)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"the tokenizer of the teacher {name} has other tokens than the model's; distill "
+            "compares probabilities token by token and takes a teacher of the same vocabulary"
+        )
+    return teacher
 
 
 def model_options(settings: Settings) -> dict[str, Any]:
@@ -482,8 +508,8 @@ def sample_weighting(options: Any) -> Any:
     )
 
 
-def check_lengths(trainer: Trainer, prepared: dict, settings: Settings) -> None:
-    """Rows that were cut are counted; token weights must be as many as tokens."""
+def check_lengths(trainer: Trainer, prepared: dict, settings: Settings, data: Data) -> None:
+    """Rows that were cut or left out are counted; token weights must be as many as tokens."""
     from .data import say
     from .evaluation import SLACK_TOKENS
 
@@ -496,6 +522,9 @@ def check_lengths(trainer: Trainer, prepared: dict, settings: Settings) -> None:
         lengths = [len(ids) for ids in rows["input_ids"]]
         longest = max([longest, *lengths])
         cut = sum(length == limit for length in lengths)
+        left_out = sum(count[name] for count in data.counts.values()) - len(lengths)
+        if left_out > 0 and (name != "train" or not settings.training.packing):
+            say(f"{name}: {left_out} rows are left out: no answer fits into --max_length {limit}")
         if cut and not settings.training.packing:
             say(f"{name}: {cut} of {len(lengths)} rows reach --max_length {limit} and may be cut")
         if "token_weight" in rows.column_names:
@@ -530,7 +559,11 @@ def describe(settings: Settings, trainer: Trainer, data: Data, network: Any) -> 
         "versions": versions | {name: importlib.metadata.version(name) for name in names},
         "data": data.counts,
         "tasks": data.tasks,
-        "fingerprints": {"data": data_hash(trainer), "model": model_hash(network)},
+        "fingerprints": {
+            "data": data_hash(trainer),
+            "model": model_hash(network),
+            **({} if trainer.teacher is None else {"teacher": model_hash(trainer.teacher)}),
+        },
     }
 
 

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from segloss.checks import describe, is_dtensor
-from segloss.integrations.own_forward import ModuleLogits, Repeatable, check_one_unit
-from segloss.integrations.tensor_parallel import (
+from segloss.models.tensor_parallel import (
     gathered_logits,
     on_mesh,
     placed,
@@ -34,7 +33,8 @@ from segloss.integrations.tensor_parallel import (
     whole,
     wrapped_by_transformers,
 )
-from segloss.integrations.transform import MASKED, Transform, learnt, probes
+from segloss.models.transform import MASKED, Transform, learnt, probes
+from segloss.sources.module import ModuleLogits, Repeatable, check_one_unit
 
 __all__ = ["head_logits", "head_loss"]
 
@@ -43,7 +43,12 @@ __all__ = ["head_logits", "head_loss"]
 
 
 def head_loss(
-    model: nn.Module, criterion: Callable, target: Tensor | None, **inputs
+    model: nn.Module,
+    criterion: Callable,
+    target: Tensor | None,
+    *,
+    teacher: nn.Module | None = None,
+    **inputs,
 ) -> tuple[Any, Any]:
     """`(criterion(model(**inputs).logits, target), outputs)`, the logits never made::
 
@@ -61,6 +66,9 @@ def head_loss(
             `Statistics`, or a tuple, list or dict of them.
         target: (B, T) the class each place predicts, -100 for none; nothing is shifted. With prompt
             tuning also (B, virtual tokens + T), whose last virtual token predicts the first token.
+        teacher: another causal model, in evaluation mode: it runs on the same inputs, without
+            gradients and without logits, and `criterion` is called with `teacher=` a source of
+            its logits, as `DistillationLoss` takes it. Each head is computed in its own model.
         inputs: of the model's forward, `labels` left out.
 
     Returns what `criterion` does, and the model's outputs: `logits` are those of the last place
@@ -72,8 +80,32 @@ def head_loss(
     1,024th).
 
     Errors: TypeError for a model whose head is not found or not called once; ValueError for
-    `labels`, and for logits that the head's differ from.
+    `labels`, for a teacher in training mode, and for logits that the head's differ from.
     """
+    if teacher is None:
+        return loss_at_head(model, criterion, target, inputs)
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher is {describe(teacher)}; it takes a transformers causal model")
+    if teacher.training:
+        raise ValueError("teacher is in training mode, with its dropout; call teacher.eval()")
+    differentiates = torch.is_grad_enabled()
+    found = []
+
+    def teach(source, _) -> None:
+        """Runs where the teacher's head has its weights, and the student's within it."""
+        with torch.set_grad_enabled(differentiates):
+            taught = functools.partial(criterion, teacher=source)
+            found.append(loss_at_head(model, taught, target, inputs))
+
+    with torch.no_grad():
+        loss_at_head(teacher, teach, None, inputs)
+    return found[0]
+
+
+def loss_at_head(
+    model: nn.Module, criterion: Callable, target: Tensor | None, inputs: dict
+) -> tuple[Any, Any]:
+    """`head_loss` of one model."""
     check_inputs(model, inputs)
     inner = unwrapped(model)
     head = head_of(inner)
@@ -151,8 +183,8 @@ def check_inputs(model: Any, inputs: dict) -> None:
         )
 
 
-def unwrapped(model: Any) -> Any:
-    """The transformers model inside DDP, FSDP, DeepSpeed, a compiled module and peft."""
+def innermost(model: Any) -> Any:
+    """The model inside DDP, FSDP, DeepSpeed, a compiled module and peft."""
     while True:
         if isinstance(getattr(model, "module", None), nn.Module):
             model = model.module
@@ -161,7 +193,12 @@ def unwrapped(model: Any) -> Any:
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
         else:
-            break
+            return model
+
+
+def unwrapped(model: Any) -> Any:
+    """The innermost model, which has to be one of transformers."""
+    model = innermost(model)
     if not hasattr(model, "get_output_embeddings"):
         raise TypeError(f"model is a {type(model).__name__}; it takes a transformers causal LM")
     return model
@@ -307,7 +344,6 @@ def source_of(head: nn.Module, kind: Kind, forward: Callable, hidden: Tensor, do
 def sharding_engine(model: Any) -> str | None:
     """What splits the model's weights over processes, None if nothing does."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
 
     for module in model.modules():
         if isinstance(module, FullyShardedDataParallel):
@@ -317,7 +353,7 @@ def sharding_engine(model: Any) -> str | None:
     for parameter in unwrapped(model).parameters():
         if hasattr(parameter, "ds_id"):
             return "ZeRO-3"
-        if isinstance(parameter, DTensor):
+        if is_dtensor(parameter):
             return "tensor parallelism"
     return None
 
@@ -453,12 +489,13 @@ class Call:
 
     def check_outputs(self, outputs: Any) -> None:
         self.check_called()
-        if not hasattr(outputs, "logits") or not hasattr(outputs, "keys"):
+        logits = getattr(outputs, "logits", None)
+        if not isinstance(logits, Tensor) or not hasattr(outputs, "keys"):
             raise TypeError(
                 f"{type(self.inner).__name__} returned a {type(outputs).__name__}; head_loss takes "
                 "a model whose outputs have logits (return_dict=True)"
             )
-        if torch.is_grad_enabled() and outputs.logits.requires_grad:
+        if torch.is_grad_enabled() and logits.requires_grad:
             raise TypeError(
                 f"{type(self.inner).__name__} trains parameters behind its head, which head_loss "
                 "would not; give the loss model(...).logits"
