@@ -8,8 +8,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import segloss
-
 pytest.importorskip("transformers")
 from engine_cases import Case, V, assert_same, results
 from ranks import spawn
@@ -57,7 +55,7 @@ def hybrid_results(rank, group):
 
 def loaded_results(rank, group):
     found: dict = results([("loaded", case) for case in LOADED], {"loaded": by_transformers})
-    return found | {"tensor parallel": [refusal(call) for call in (head_loss_of, head_logits_of)]}
+    return found | {"tensor parallel": refusal(head_logits_of)}
 
 
 def tensor_parallel():
@@ -66,13 +64,6 @@ def tensor_parallel():
     sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
     return by_transformers(LlamaForCausalLM(config).double(), tp_size=2)
-
-
-def head_loss_of():
-    from segloss.integrations.transformers import head_loss
-
-    ids, target = CHOSEN[0].data(0)
-    head_loss(tensor_parallel(), segloss.CrossEntropyLoss(), target, input_ids=ids)
 
 
 def head_logits_of():
@@ -111,7 +102,7 @@ def test_fsdp_size_of_transformers(loaded, case):
         assert_same(rank["loaded", str(case)], case)
 
 
-def test_tensor_parallelism_is_refused(loaded):
+def test_head_logits_under_tensor_parallelism_names_head_loss(loaded):
     for rank in loaded:
-        for text in rank["tensor parallel"]:
-            assert "as under tensor parallelism, which head_loss does not take" in text
+        text = rank["tensor parallel"]
+        assert "sharded by tensor parallelism" in text and "call head_loss(" in text

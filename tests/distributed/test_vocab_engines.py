@@ -197,25 +197,54 @@ def refused(mesh) -> dict[str, str]:
     }
 
 
-def ranks_results(rank, group):
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+def saved(rank: int) -> None:
+    """The model's files, which every rank loads its part of."""
+    exact_norms()
     warnings.simplefilter("ignore")
     if rank == 0:
         CASES[0].make().save_pretrained(folder())
     dist.barrier()
+
+
+def removed(rank: int) -> None:
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(folder())
+
+
+def ranks_results(rank, group):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    saved(rank)
     found = {"refused": refused(mesh)}
     for name, engine in engines(mesh).items():
         for case in CASES:
             found[name, str(case)] = train(case, engine)
-    dist.barrier()
-    if rank == 0:
-        shutil.rmtree(folder())
+    removed(rank)
     return found
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     return spawn(ranks_results, tmp_path_factory.mktemp("engines"), RANKS)
+
+
+def two_results(rank, group):
+    saved(rank)
+    engine = Engine(lambda case: loaded(case, tp_size=2))
+    found = {str(case): train(case, engine) for case in CASES}
+    removed(rank)
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return spawn(two_results, tmp_path_factory.mktemp("two"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_transformers_tp_size_2(two, case):
+    for rank in two:
+        assert_same(rank[str(case)], case)
 
 
 @pytest.mark.parametrize("name", NAMES)
