@@ -179,14 +179,17 @@ class Rows:
 
     # The twins read logits in one of two ways: whole rows block by block, or a panel of columns.
 
-    def blocks(self, block_bytes: int = BLOCK_BYTES) -> list[list[Block]]:
-        """All rows as row blocks without copies, in groups that one thread works through."""
+    def blocks(self, matrices: int = 1) -> list[list[Block]]:
+        """All rows as row blocks without copies, in groups that one thread works through.
+
+        `matrices`: how many of so many columns a block is worked through with.
+        """
         try:
             data = self.data.view(1, self.num_rows, self.num_classes)
         except RuntimeError:
             data = self.data
         batch, time, num_classes = data.shape
-        step = max(1, block_bytes // (4 * num_classes))
+        step = max(1, BLOCK_BYTES // (4 * num_classes * matrices))
         blocks = []
         for b in range(batch):
             for t in range(0, time, step):

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from .common import (
-    BLOCK_BYTES,
     LOG2E,
     Block,
     KernelRows,
@@ -506,7 +505,7 @@ def divergence_torch(pair: Pair, known: bool) -> None:
             if pair.valid[first:last].any():
                 block_divergence(pair, raw, slice(first, last), known, buffers)
 
-    parallel(work, student.blocks(BLOCK_BYTES // 2))  # of two matrices
+    parallel(work, student.blocks(matrices=2))
     for vector in pair.numbers:
         vector.masked_fill_(~pair.valid, 0)
 
@@ -550,7 +549,7 @@ def divergence_grad_torch(
     student: Rows, pairs: list[Pair], dlogits: Tensor, plain: GradTerms | None
 ) -> None:
     """The twin adds all terms of a row block up before it rounds them, once."""
-    groups, valid = student.blocks(BLOCK_BYTES // 2), pairs[0].valid
+    groups, valid = student.blocks(matrices=2), pairs[0].valid
     vectors = None if plain is None else RowVectors.of(student, plain, groups)
     num_classes = student.num_classes
     alone = plain is None and len(pairs) == 1

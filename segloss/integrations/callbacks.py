@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from segloss.integrations.forward import has_head, loss_of, model_inputs
-from segloss.integrations.head import innermost
 from segloss.integrations.labels import Shift
 from segloss.integrations.window import IGNORE, Samples
 from segloss.kernels.common import widest
+from segloss.models.head import innermost
 from segloss.sources import logit_statistics
 from segloss.weighting import CoBa
 

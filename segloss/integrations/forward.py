@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segloss.integrations.head import head_loss, prompt_length
 from segloss.integrations.window import LOSS_COLUMNS
+from segloss.models.head import head_loss, prompt_length
 
 # of the model's class or its config, the factor of the router loss of a mixture of experts
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_aux_loss_coef")

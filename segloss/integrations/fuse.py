@@ -19,7 +19,6 @@ from segloss.integrations.forward import (
     model_inputs,
     read,
 )
-from segloss.integrations.head import innermost, replaced
 from segloss.integrations.labels import Shift, calls_loss_function, shifts_labels, standard_loss
 from segloss.integrations.window import (
     IGNORE,
@@ -29,6 +28,7 @@ from segloss.integrations.window import (
     target_of,
 )
 from segloss.losses import Loss
+from segloss.models.head import innermost, replaced
 
 # of the loss, among the arguments of a model's forward
 OPTIONS = ("num_items_in_batch", "token_weight", "sample_ids")

@@ -23,7 +23,6 @@ from segloss.integrations.callbacks import SavedState
 from segloss.integrations.columns import KeepColumns, columns_of
 from segloss.integrations.forward import auxiliary_loss, has_head, loss_of, model_inputs
 from segloss.integrations.fuse import check_mean
-from segloss.integrations.head import innermost
 from segloss.integrations.labels import Shift
 from segloss.integrations.window import (
     LOSS_COLUMNS,
@@ -35,6 +34,7 @@ from segloss.integrations.window import (
 )
 from segloss.kernels.common import widest
 from segloss.losses import CrossEntropyLoss, Loss
+from segloss.models.head import innermost
 from segloss.weighting import CoBa, SampleWeighting
 
 if TYPE_CHECKING:

@@ -210,7 +210,12 @@ class Loss(nn.Module):
         """What `self(logits, target)` and its backward do: chunks, matrix products, bytes."""
         source = as_source(logits)
         batch = make_batch(source, target, ignore_index=self.ignore_index)
-        return source.plan(batch, self.is_row_sum)
+        plan = source.plan(batch, self.is_row_sum)
+        if self.reads_teacher:
+            plan += (
+                "\nteacher    not counted: of a head, one product and a chunk of its logits more"
+            )
+        return plan
 
     @property
     def is_row_sum(self) -> bool:

@@ -13,10 +13,10 @@ import segloss
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-from segloss.integrations.head import STATES  # noqa: E402
-from segloss.integrations.own_forward import ModuleLogits  # noqa: E402
-from segloss.integrations.transform import learnt, probes  # noqa: E402
 from segloss.integrations.transformers import head_logits, head_loss  # noqa: E402
+from segloss.models.head import STATES  # noqa: E402
+from segloss.models.transform import learnt, probes  # noqa: E402
+from segloss.sources.module import ModuleLogits  # noqa: E402
 
 V, D = 61, 16
 TOKENS = torch.randint(3, V, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -292,8 +292,8 @@ class Int8Head(nn.Module):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("rows", [1, 4, 512])
 def test_a_head_of_ones_own(loss, rows, monkeypatch):
-    monkeypatch.setattr("segloss.integrations.own_forward.CPU_CHUNK_ROWS", rows)
-    monkeypatch.setattr("segloss.integrations.own_forward.CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr("segloss.sources.module.CPU_CHUNK_ROWS", rows)
+    monkeypatch.setattr("segloss.sources.module.CPU_CHUNK_BYTES", 1)
     model = llama()
     model.lm_head = NormedHead().double()
     assert_same(model, LOSSES[loss])

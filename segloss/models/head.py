@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from segloss.checks import describe
-from segloss.integrations.own_forward import ModuleLogits, Repeatable, check_one_unit
-from segloss.integrations.transform import MASKED, Transform, learnt, probes
+from segloss.models.transform import MASKED, Transform, learnt, probes
+from segloss.sources.module import ModuleLogits, Repeatable, check_one_unit
 
 __all__ = ["head_logits", "head_loss"]
 
