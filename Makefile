@@ -73,7 +73,7 @@ $(DEEPSPEED_READY): $(READY)
 	$(BIN)/python -m venv --clear $(DEEPSPEED)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	> $$($(DEEPSPEED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
-	$(DEEPSPEED)/bin/python -m pip install --quiet setuptools wheel ninja
+	$(DEEPSPEED)/bin/python -m pip install --quiet "setuptools>=77" wheel ninja
 	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(DEEPSPEED)/bin/python -m pip install --quiet \
 	--no-build-isolation --editable ".[deepspeed]"
 	touch $@

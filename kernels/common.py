@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -32,8 +32,9 @@ def jit(function):
 
 LOG2E = 1.4426950408889634 if tl is None else tl.constexpr(1.4426950408889634)
 
-# float32 bytes of one row block of the torch twins: what stays in a core's L2 next to its input
-BLOCK_BYTES = 1 << 20
+# float32 bytes of one row block of the torch twins: about a core's L2; fewer calls weigh more than
+# what spills into the L3 (measured: bench/NOTES.md)
+BLOCK_BYTES = 2 << 20
 # below this many elements a second thread costs more than it gains
 PARALLEL_ELEMENTS = 1 << 20
 
@@ -85,6 +86,20 @@ def exp_(x: Tensor) -> Tensor:
     Rounding x * log2(e) costs as much as rounding x did.
     """
     return x.mul_(math.log2(math.e)).exp2_() if x.dtype == torch.float32 else x.exp_()
+
+
+@functools.cache
+def multiplies_and_adds() -> bool:
+    """Whether `torch.add(a, b, alpha=c)` rounds once (a fused multiply-add) in float32, in whole
+    vectors and in what is left of them."""
+    b, c = torch.linspace(1.1, 9.9, 67), torch.tensor(math.log2(math.e))
+    exact = b.double() * c.double() - b * c  # the rounding of the product, which a double holds
+    return torch.equal(torch.add(-(b * c), b, alpha=c.item()), exact.float())
+
+
+def exponents(z: Tensor, base: Tensor, out: Tensor) -> Tensor:
+    """`z * log2(e) - base` in one pass, for z (R, V) and base (R,) of the same scale."""
+    return torch.add(-base[:, None], z, alpha=math.log2(math.e), out=out)
 
 
 def bounds(row: Tensor, groups: list[list[Block]]) -> dict[int, int]:
@@ -161,19 +176,6 @@ class Rows:
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.data.device)
-
-    def chunks(self, most: int) -> list[tuple[int, Rows]]:
-        """(first row, at most so many of them) one after the other, without copies."""
-        try:
-            data = self.data.view(1, self.num_rows, self.num_classes)
-        except RuntimeError:
-            data = self.data
-        batch, time, _ = data.shape
-        return [
-            (b * time + t, replace(self, data=data[b : b + 1, t : t + most]))
-            for b in range(batch)
-            for t in range(0, max(1, time), most)
-        ]
 
     # The twins read logits in one of two ways: whole rows block by block, or a panel of columns.
 

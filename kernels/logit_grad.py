@@ -13,6 +13,7 @@ written p (prob_coef + v) + v (1 - p), with v (1 - p) from the row's accurate lo
 
 from __future__ import annotations
 
+import math
 from collections import namedtuple
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -21,16 +22,17 @@ import torch
 from torch import Tensor
 
 from .common import (
-    BLOCK_BYTES,
     LOG2E,
     Block,
     Rows,
     bounds,
     cdiv,
     exp_,
+    exponents,
     jit,
     launcher,
     load_logits,
+    multiplies_and_adds,
     parallel,
     row_offset,
     row_tile,
@@ -313,6 +315,10 @@ class RowVectors:
     target_value: Tensor  # (N',) dz there, before the transform's slope
     target_before: dict[int, int]  # how many of them lie before a block's edge
     valid_before: dict[int, int]
+    # plain cross-entropy's `p * coefficient` is one exponential: (N,) what it is relative to, and
+    # (N, 1) signs where some coefficient is negative
+    base: Tensor | None = None
+    sign: Tensor | None = None
     entry_place: Tensor | None = None  # (M,)
     entry_value: Tensor | None = None  # (M,)
     entry_before: dict[int, int] | None = None
@@ -337,6 +343,12 @@ class RowVectors:
             bounds(row, groups),
             bounds(terms.valid.nonzero()[:, 0], groups),
         )
+        plain = terms.entropy_grad is None and terms.class_grad is None
+        if plain and rows.dtype == torch.float32 and multiplies_and_adds():
+            log_size = terms.prob_coef.abs().log2()
+            vectors.base = (terms.row_max + terms.log_sum) * math.log2(math.e) - log_size
+            if bool((terms.prob_coef < 0).any()):
+                vectors.sign = terms.prob_coef.sign()[:, None]
         if terms.entry_row is not None:
             row, column = terms.entry_row, terms.entry_class
             column = column if terms.columns is None else terms.columns[column]
@@ -386,8 +398,13 @@ def block_grad(
 ) -> None:
     """All terms of one block into dz (R, V); z is (R, V), possibly the same memory."""
     here = slice(first, last)
-    torch.sub(z, terms.row_max[here, None], out=dz)
     log_p = None
+    if vectors.base is not None:
+        exponents(z, vectors.base[here], dz).exp2_()
+        if vectors.sign is not None:
+            dz.mul_(vectors.sign[here])
+        return block_rest(rows, z, terms, vectors, first, last, dz, None)
+    torch.sub(z, terms.row_max[here, None], out=dz)
     if terms.entropy_grad is not None:
         log_p = (dz - terms.log_sum[here, None]).clamp_(min=-1e4)
     exp_(dz)
@@ -404,6 +421,14 @@ def block_grad(
         log_p.add_(terms.entropy[here, None]).mul_(-terms.entropy_grad[here, None])
         log_p.add_(terms.prob_coef[here, None])
         dz.mul_(log_p).mul_(torch.exp(-terms.log_sum[here, None]))
+    block_rest(rows, z, terms, vectors, first, last, dz, class_part)
+
+
+def block_rest(
+    rows: Rows, z: Tensor, terms, vectors, first: int, last: int, dz, class_part
+) -> None:
+    """What is added to `p * coefficient` (R, V)."""
+    here = slice(first, last)
     flat = dz.view(-1)
     start = first * rows.num_classes
     part = slice(vectors.target_before[first], vectors.target_before[last])
@@ -423,29 +448,6 @@ def block_grad(
     if vectors.entry_before is not None:
         part = slice(vectors.entry_before[first], vectors.entry_before[last])
         flat.index_add_(0, vectors.entry_place[part] - start, vectors.entry_value[part])
-
-
-def scaled_rows(
-    values: Tensor,  # (R, V)
-    row_scale: Tensor,  # (R, 1)
-    target: Tensor,  # (R,)
-    target_grad: Tensor,  # (R,) 0 where there is no target
-    dlogits: Tensor,  # (R, V)
-) -> None:
-    """dlogits from the exponentials that `row_stats` left, on a CPU: `row_scale * values`, and
-    `target_grad` at the targets."""
-    num_rows, num_classes = values.shape
-    step = max(1, BLOCK_BYTES // (4 * num_classes))
-
-    def work(first: int) -> None:
-        here = slice(first, first + step)
-        torch.mul(values[here], row_scale[here], out=dlogits[here])
-
-    parallel(work, range(0, num_rows, step))
-    rows = torch.arange(num_rows, device=values.device)
-    inside = target.clamp(0, num_classes - 1)
-    known = torch.where(target == inside, target_grad, dlogits[rows, inside].to(target_grad.dtype))
-    dlogits[rows, inside] = known.to(dlogits.dtype)
 
 
 def logit_grad(rows: Rows, terms: GradTerms, dlogits: Tensor) -> Tensor:

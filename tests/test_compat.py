@@ -10,23 +10,21 @@ import compat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DECLARED = dict(
-    re.findall(
-        r'"(torch|triton|transformers|trl|axolotl)>=([\d.]+)',
-        (ROOT / "pyproject.toml").read_text(encoding="utf-8"),
-    )
+DECLARED = re.findall(
+    r'"(torch|triton|transformers|trl|axolotl)>=([\d.]+)',
+    (ROOT / "pyproject.toml").read_text(encoding="utf-8"),
 )
+TITLES = {"torch": "PyTorch", "triton": "Triton", "trl": "TRL", "axolotl": "Axolotl"}
 
 
-@pytest.mark.parametrize("name", ["torch", "triton", "transformers", "trl", "axolotl"])
-def test_the_declared_and_the_newest_release_are_tried_and_said(name):
+@pytest.mark.parametrize("name, least", DECLARED)
+def test_the_declared_and_the_newest_release_are_tried_and_said(name, least):
     asked = [row.asked for row in compat.ROWS]
-    assert f"{name}=={DECLARED[name]}.0" in asked and name in asked
+    assert f"{name}=={least}.0" in asked and name in asked
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert list(compat.table_of(text)) == asked
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    title = {"torch": "PyTorch", "triton": "Triton", "trl": "TRL", "axolotl": "Axolotl"}
-    assert f"{title.get(name, name)} {DECLARED[name]}" in readme.replace("\n", " ")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert f"{TITLES.get(name, name)} {least}" in readme
 
 
 def test_a_table_keeps_the_rows_that_were_not_run():

@@ -23,9 +23,9 @@ from segloss.kernels.products import GradBlock
 from segloss.kernels.row_stats import row_stats
 from segloss.sweep.attach import only_once
 from segloss.sweep.batch import Batch
-from segloss.sweep.beside import LISTED, Readings, logits_gradient
+from segloss.sweep.beside import DIVERGENCES, Reading, has_plain, logits_gradient
 from segloss.sweep.request import RowSum, TokenStats
-from segloss.sweep.row_sum import chunk_gradients, finished, token_stats
+from segloss.sweep.row_sum import chunk_gradients, finished
 
 
 def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenStats]:
@@ -33,7 +33,9 @@ def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenSt
     with torch.autocast(inputs.device.type, enabled=False):
         names, options = tuple(inputs.tensors), inputs.options
         value, *stats = _RowSum.apply(names, options, batch, plan, *inputs.tensors.values())
-    return value, token_stats(stats)
+    found = TokenStats(*stats[:4])
+    found.listed = stats[4]
+    return value, found
 
 
 def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
@@ -53,13 +55,13 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
     total = Gradients(inputs, head, needed, groups=len(slices), held=True)
     total.threshold = inputs.filter_limit / (plan.denominator * scale)
     loss = torch.zeros((), dtype=inputs.dtype, device=inputs.device)
-    readings = Readings(inner.beside, inner.valid, request.divergences)
     collected = []
     out = chunk_buffer(head, slices)
     whole = slice(0, head.weight.shape[0])
     # smoothing adds to every column and a filter reads dlogits itself; on a GPU the exponentials
     # would take a second read anyway, and the target's part a synchronisation
-    factored = not (total.filtering or request.column_sums or readings.any or out.is_cuda)
+    reads_more = inner.beside.listed is not None or len(request.divergences) > 0
+    factored = not (total.filtering or request.column_sums or reads_more or out.is_cuda)
     for here in slices:
         z = head.take(here).logits(out)
         target, valid = inner.target[here], inner.valid[here]
@@ -73,26 +75,28 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
             column_weight=request.column_weight,
             exp_out=z.data[0] if factored else None,
         )
-        reading = readings.read(z, here, stats)
-        value, lse, terms, pairs, plain = chunk_gradients(
-            plan, stats, target, valid, weights[here], inputs.num_classes, reading, scale
+        reading = Reading.of(z, inner.beside.take(here), valid, request.divergences, stats)
+        value, lse, named, terms = chunk_gradients(
+            plan, stats, reading, target, weights[here], inputs.num_classes, scale
         )
         loss += value
         log_prob = stats.log_prob.detach()
         if factored:
             block = factored_block(z, terms, log_prob)
         else:
-            block = GradBlock(logits_gradient(z, terms, pairs, z.data[0], plain))
-        del reading, pairs  # the teacher's logits
+            pairs = reading.upstream(named.get(DIVERGENCES))
+            dlogits = logits_gradient(z, terms, pairs, z.data[0], has_plain(named))
+            block = GradBlock(dlogits)
         total.block(block, here, whole)
-        collected.append((log_prob, lse, stats.entropy, stats.argmax))
+        listed = None if reading.listed is None else reading.listed.detach()
+        collected.append((log_prob, lse, stats.entropy, stats.argmax, listed))
+        del reading  # the teacher's logits
     del z, block, out  # the logits
     grads = total.result(rows)
     num_tokens = batch.target.numel()
     columns = [
         None if column[0] is None else torch.cat(column) for column in zip(*collected, strict=True)
     ]
-    columns.append(readings.outputs()[LISTED])
     fills = (0, 0, 0, -1, 0)
     per_token = [spread(c, rows, num_tokens, f) for c, f in zip(columns, fills, strict=True)]
     return loss, per_token, grads, scale

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segloss.integrations.head import head_loss, prompt_length
 from segloss.integrations.window import LOSS_COLUMNS
+from segloss.models.head import head_loss, prompt_length
 
 # of the model's class or its config, the factor of the router loss of a mixture of experts
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_aux_loss_coef")
@@ -50,19 +50,6 @@ def logits_of(model: Any, outputs: Any, target: Tensor, inputs: Mapping[str, Any
     if prompt is not None and target.shape[1] == prompt:
         logits = logits[:, logits.shape[1] - prompt :]
     return logits
-
-
-def base_of(model: Any) -> Any:
-    """The model inside DistributedDataParallel, a compiled module and peft."""
-    while True:
-        for name in ("module", "_orig_mod"):
-            if isinstance(getattr(model, name, None), nn.Module):
-                model = getattr(model, name)
-                break
-        else:
-            if not hasattr(model, "get_base_model"):
-                return model
-            model = model.get_base_model()
 
 
 def has_head(model: Any) -> bool:

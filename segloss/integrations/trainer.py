@@ -21,7 +21,7 @@ from segloss.checks import describe
 from segloss.distributed import sum_over
 from segloss.integrations.callbacks import SavedState
 from segloss.integrations.columns import KeepColumns, columns_of
-from segloss.integrations.forward import auxiliary_loss, base_of, has_head, loss_of, model_inputs
+from segloss.integrations.forward import auxiliary_loss, has_head, loss_of, model_inputs
 from segloss.integrations.fuse import check_mean
 from segloss.integrations.labels import Shift
 from segloss.integrations.window import (
@@ -34,6 +34,7 @@ from segloss.integrations.window import (
 )
 from segloss.kernels.common import widest
 from segloss.losses import CrossEntropyLoss, Loss
+from segloss.models.head import innermost
 from segloss.weighting import CoBa, SampleWeighting
 
 if TYPE_CHECKING:
@@ -135,8 +136,9 @@ class LossMixin(Trainer):
         self.sample_weights = sample_weights
         self.log_statistics = log_statistics
         self.data_collator = KeepColumns(self.data_collator)
-        self._columns = given
-        check_columns(given, columns_of(self.train_dataset), "the trainer's own")
+        # tasks that have no weights change nothing
+        self._columns = [n for n in given if n != "task_ids" or task_weights is not None]
+        check_columns(self._columns, columns_of(self.train_dataset), "the trainer's own")
         self._spread = Spread.of(self)
         if sample_weights is not None:
             self.add_callback(SavedState("sample_weighting", sample_weights))
@@ -198,7 +200,7 @@ class LossMixin(Trainer):
             self._record("train" if training else "eval", statistics, target.to(loss.device))
         if training and group is not None:
             loss = _Scaled.apply(loss, self._spread.size)
-        auxiliary = auxiliary_loss(base_of(self.model), outputs)
+        auxiliary = auxiliary_loss(innermost(self.model), outputs)
         if auxiliary is not None:
             steps = getattr(self, "current_gradient_accumulation_steps", 1) if training else 1
             # a mean of each micro-batch, so averaged over those of a step
@@ -210,7 +212,7 @@ class LossMixin(Trainer):
         self, model, inputs, criterion, target, make_logits: bool, teacher=None
     ) -> tuple[Any, Any]:
         """(the criterion of the logits or of what stands for them, the model's outputs)."""
-        inner = base_of(self.model)
+        inner = innermost(self.model)
         fused = self.head == "fused" and not make_logits and has_head(inner)
         return loss_of(model, criterion, target, model_inputs(inner, inputs), fused, teacher)
 
@@ -225,14 +227,14 @@ class LossMixin(Trainer):
             with torch.random.fork_rng(devices), self._autocast():
                 return self.model_wrapped(**known)
 
-        return self._shift.of(base_of(self.model), batch, call, self.accelerator.reduce)
+        return self._shift.of(innermost(self.model), batch, call, self.accelerator.reduce)
 
     def _label_side(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """What a batch says of its labels, at the places of the logits.
 
         An encoder's positions say nothing of a decoder's, and prompt tuning puts places before.
         """
-        inner, prompt = base_of(self.model), virtual_tokens(self.model)
+        inner, prompt = innermost(self.model), virtual_tokens(self.model)
         decodes = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
         if not (decodes or prompt):
             return batch

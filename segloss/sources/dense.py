@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from segloss.checks import FLOATS, check_plain, check_transform, describe
-from segloss.kernels.common import Rows, use_triton
+from segloss.kernels.common import Rows
 from segloss.kernels.divergence import raw_rows
 from segloss.sweep.batch import Batch
 from segloss.sweep.dense import sweep_dense
-from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
-from segloss.sweep.row_sum import row_sum_dense
+from segloss.sweep.request import Request, Sweep
 from segloss.sweep.source import Source
 
 
@@ -74,16 +73,6 @@ class DenseLogits(Source):
     def sweep(self, batch: Batch, request: Request) -> Sweep:
         with torch.autocast(self.device.type, enabled=False):
             return sweep_dense(self.logits, self.softcap, self.scale, batch, request)
-
-    @property
-    def forms_gradients(self) -> bool:
-        """On a CPU, where an exponential costs more than what is kept of it; on a GPU a second read
-        of the logits costs no more than the first."""
-        wanted = torch.is_grad_enabled() and self.logits.requires_grad
-        return wanted and self.device.type == "cpu" and not use_triton(self.logits)
-
-    def row_sum(self, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenStats]:
-        return row_sum_dense(self.logits, self.softcap, self.scale, batch, plan)
 
     def rows(self, index: Tensor) -> Tensor:
         return self.logits.reshape(-1, self.num_classes)[index]

@@ -6,7 +6,6 @@ Every score is [value, low, high] with a 95 % bootstrap interval over the items.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -115,11 +114,12 @@ class Evaluator:
         with self._ready() as model:
             for start in range(0, len(own), size):
                 batch = [items[i] for i in own[start : start + size]]
-                source = self._score(model, batch)
+                self._score(model, batch)
                 answered = [item for item in batch if item.prompt_ids]
                 if answered and self.generate:
                     self._answer(model, answered)
-                self._choose(model, batch, source)
+                if choosing := [item for item in answered if item.options]:
+                    self._choose(model, choosing)
                 progress(len(batch) * state.num_processes)
         if state.num_processes > 1:
             for i, found in gather_object([(i, items[i].found) for i in own]):
@@ -166,8 +166,7 @@ class Evaluator:
             "attention_mask": self._padded([[1] * len(row) for row in rows], 0, side),
         }
 
-    def _score(self, model: Any, items: list[Item]) -> Any:
-        """Fills the sums; what stands for the logits of the items' whole rows."""
+    def _score(self, model: Any, items: list[Item]) -> None:
         inputs = self._inputs([item.input_ids for item in items], "right")
         target = next_tokens(self._padded([item.labels for item in items], IGNORE))
         source: Any = None
@@ -190,87 +189,49 @@ class Evaluator:
         ).sum(-1)
         for item, values in zip(items, sums.T.tolist(), strict=True):
             item.found = dict(zip(("nll", "hits", "entropy", "tokens"), values, strict=True))
-        return source
+
+    def _generate(self, model: Any, items: list[Item], new_tokens: int, **options: Any) -> Tensor:
+        """(B, new) greedy continuations of the prompts."""
+        inputs = self._inputs([item.prompt_ids for item in items], "left")
+        output = model.generate(**inputs, max_new_tokens=new_tokens, **options)
+        return output[:, inputs["input_ids"].shape[1] :]
 
     def _answer(self, model: Any, items: list[Item]) -> None:
-        inputs = self._inputs([item.prompt_ids for item in items], "left")
         longest = max(len(item.input_ids) - len(item.prompt_ids) for item in items)
-        output = model.generate(**inputs, max_new_tokens=max(1, longest) + SLACK_TOKENS)
-        tokenizer = self.trainer.processing_class
-        new = output[:, inputs["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        new = self._generate(model, items, max(1, longest) + SLACK_TOKENS)
+        texts = self.trainer.processing_class.batch_decode(new, skip_special_tokens=True)
         for item, answer in zip(items, texts, strict=True):
             item.found["answer"] = answer
 
-    def _choose(self, model: Any, items: list[Item], source: Any) -> None:
-        """Of each item's options the one that greedy decoding ends in where only they may come.
+    def _choose(self, model: Any, items: list[Item]) -> None:
+        """Greedy decoding in which only the options of each item may come."""
+        width = max(len(item.prompt_ids) for item in items)
+        end = self.trainer.processing_class.eos_token_id
 
-        While the options left begin as the right one, `source` knows what follows.
-        """
-        left = [
-            (place, item, list(range(len(item.options))), 0)
-            for place, item in enumerate(items)
-            if item.prompt_ids and item.options
-        ]
-        while left:
-            left = [(place, item, *branch(item, alive, at)) for place, item, alive, at in left]
-            for _, item, alive, _ in left:
-                item.found["choice"] = item.options[alive[0]].strip()
-            left = [state for state in left if len(state[2]) > 1]
-            rows = [item.prompt_ids + item.option_ids[alive[0]][:at] for _, item, alive, at in left]
-            known = isinstance(source, Tensor) or type(source) is segloss.LinearLogits
-            others = [
-                i
-                for i, row in enumerate(rows)
-                if not known or left[i][1].input_ids[: len(row)] != row
-            ]
-            logits = dict(zip(others, self._next(model, [rows[i] for i in others]), strict=True))
-            for i, (place, item, alive, at) in enumerate(left):
-                following = torch.tensor([item.option_ids[option][at] for option in alive])
-                if i in logits:
-                    scores = logits[i][following]
-                else:
-                    scores = scores_of(source, place, len(rows[i]) - 1, following)
-                best = following[int(scores.argmax())]
-                kept = [option for option in alive if item.option_ids[option][at] == best]
-                left[i] = (place, item, kept, at + 1)
+        def allowed(place: int, ids: Tensor) -> list[int]:
+            return following(items[place].option_ids, ids[width:].tolist()) or [end]
 
-    def _next(self, model: Any, rows: list[list[int]]) -> Sequence[Tensor]:
-        """The logits of the token after each row."""
-        if not rows:
-            return []
-        inputs = self._inputs(rows, "left")
-        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        extra: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
-        takes = inspect.signature(unwrapped(model).forward).parameters
-        extra = {name: value for name, value in extra.items() if name in takes}
-        return model(**inputs, **extra, use_cache=False).logits[:, -1].float().cpu()
+        # where the first tokens differ, which is mostly, the rest is known
+        firsts = [{ids[0] for ids in item.option_ids} for item in items]
+        apart = all(len(f) == len(i.options) for f, i in zip(firsts, items, strict=True))
+        longest = max(len(ids) for item in items for ids in item.option_ids)
+        new = self._generate(
+            model, items, 1 if apart else longest, prefix_allowed_tokens_fn=allowed
+        )
+        for item, tokens in zip(items, new.tolist(), strict=True):
+            item.found["choice"] = chosen(item, tokens)
 
 
-def scores_of(source: Any, row: int, place: int, tokens: Tensor) -> Tensor:
-    """What orders some tokens as their logits at a place do, of logits or what stands for them."""
-    if isinstance(source, Tensor):
-        return source[row, place, tokens.to(source.device)].float()
-    hidden, tokens = source.hidden[row, place].float(), tokens.to(source.hidden.device)
-    scores = source.weight[tokens].float() @ hidden
-    if source.bias is not None:
-        scores += source.bias[tokens].float()
-    if source.lora is not None:
-        a, b, scaling = source.lora
-        scores += scaling * (b[tokens].float() @ (a.float() @ hidden))
-    return scores
+def following(options: Sequence[Sequence[int]], begun: list[int]) -> list[int]:
+    """The tokens that may come next for one of the options to be the answer."""
+    at = len(begun)
+    return sorted({ids[at] for ids in options if list(ids[:at]) == begun and at < len(ids)})
 
 
-def branch(item: Item, alive: list[int], at: int) -> tuple[list[int], int]:
-    """Over the tokens that all options left share, to where they part; one that ends there wins."""
-    while len(alive) > 1:
-        ended = [i for i in alive if at >= len(item.option_ids[i])]
-        if ended:
-            return ended[:1], at
-        if len({item.option_ids[i][at] for i in alive}) > 1:
-            break
-        at += 1
-    return alive, at
+def chosen(item: Item, new: list[int]) -> str:
+    """The option that the tokens spell; the shortest, where one begins another."""
+    options = zip(item.option_ids, item.options, strict=True)
+    return min(options, key=lambda o: (-common(o[0], new), len(o[0])))[1].strip()
 
 
 # --------------------------------------------------------------------------------------- scores

@@ -34,7 +34,6 @@ def pictures(records: Sequence[Record]) -> list[Picture]:
     draw: list[Callable[[Sequence[Record]], Picture | None]] = [
         results,
         training,
-        task_losses,
         task_weights,
         sample_weights,
         selection,
@@ -78,9 +77,8 @@ def results(records: Sequence[Record]) -> Picture | None:
         axis.tick_params(axis="y", length=0)
     panels[0].set_yticks([p for p, _ in places], [text for _, text in places], parse_math=False)
     caption = (
-        "On the held-out items, which no run trained on, with 95 % intervals over them: lower is "
-        "better for the loss, higher for the others. Grey is what was there before, and what "
-        "guessing scores: only what is above both has been learnt."
+        "Held-out items, which no run trained on, with 95 % intervals over them. Grey: before, and "
+        "what guessing scores; only what is better than both has been learnt."
     )
     return Picture("results", "Results on held-out items", caption, figure)
 
@@ -124,82 +122,44 @@ def training(records: Sequence[Record]) -> Picture | None:
     legend(figure, panels[0])
     on_steps(panels)
     caption = (
-        "The training batches: what the optimizer sees, with all weights in it (runs with other "
-        "losses or weights cannot be compared there), how often the right token was the most "
-        "probable one, and how undecided the predictions are. Dots are lines of the log."
+        "The training batches: the loss with all weights in it (runs with other losses or weights "
+        "cannot be compared there), and what can be compared. Dots are lines of the log."
     )
     return Picture("training", "Training", caption, figure)
 
 
-def task_losses(records: Sequence[Record]) -> Picture | None:
-    """One panel per task: its loss on validation items while training goes on."""
-    records = [record for record in records if record.has("validation_loss")]
-    if not records:
-        return None
-    tasks = list(dict.fromkeys(task for record in records for task in record.tasks))
-    columns = min(4, len(tasks))
-    rows = -(-len(tasks) // columns)
-    figure = new_figure(2.9 * rows + 0.4)
-    grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
-    for axis in grid.flat[len(tasks) :]:
-        axis.set_axis_off()
-    for axis, task in zip(grid.flat, tasks, strict=False):
-        for index, record in enumerate(records):
-            curve(axis, *record.series("validation_loss", task), color(index), record.name)
-        axis.set_title(task, parse_math=False)
-        axis.set_ylim(bottom=0)
-        plain(axis)
-    for axis in grid[:, 0]:
-        axis.set_ylabel("nats per token")
-    legend(figure, grid.flat[0])
-    on_steps(grid.flat[max(0, len(tasks) - columns) : len(tasks)])
-    caption = (
-        "Cross-entropy of each task on the few validation items that CoBa reads after each step, "
-        "which are not trained on. A line that turns up is a task being learnt by heart."
-    )
-    return Picture("task-losses", "Validation loss of each task", caption, figure)
-
-
 def task_weights(records: Sequence[Record]) -> Picture | None:
-    """CoBa's weights over the steps, and how much its two scores have in them."""
+    """CoBa's weights over the steps, above the validation losses that they follow."""
     records = [record for record in records if record.has("task_weight")]
     if not records:
         return None
-    figure = new_figure(4.8)
-    grid = figure.subplots(2, len(records), height_ratios=[3, 1], sharex="col", squeeze=False)
+    figure = new_figure(5.4)
+    grid = figure.subplots(3, len(records), height_ratios=[3, 2, 1], sharex="col", squeeze=False)
     for column, record in enumerate(records):
-        axis = grid[0, column]
+        weights, losses, share = grid[:, column]
         for index, task in enumerate(record.tasks):
-            steps, weights = record.series("task_weight", task)
-            axis.plot(steps, weights, color=color(index), lw=1.8, label=task)
-        axis.axhline(1 / len(record.tasks), color=GREY, ls=":", lw=1.2)
-        warmup = record.given.get("coba_warmup") or max(2, record.given.get("max_steps", 0) // 10)
-        axis.axvspan(steps[0] - 0.5, min(warmup, steps[-1]) + 0.5, color="#f1f3f5", zorder=0)
-        axis.set_ylim(bottom=0)
-        axis.set_title(record.name, parse_math=False)
-        below = grid[1, column]
-        below.plot(*record.series("divergence_factor"), color="black", lw=1.2)
-        below.set_ylim(-0.05, 1.05)
-        for part in (axis, below):
-            part.margins(x=0.01)
-            plain(part)
-        # below the curves, where no two names can meet
-        below.legend(
-            *axis.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=4,
-            loc="upper center", bbox_to_anchor=(0.5, -0.45),
-        )  # fmt: skip
-    for axis in grid[0]:
-        axis.set_ylim(0, max(other.get_ylim()[1] for other in grid[0]))
+            weights.plot(*record.series("task_weight", task), color=color(index), label=task)
+            losses.plot(*record.series("validation_loss", task), color=color(index))
+        share.plot(*record.series("divergence_factor"), color="black", lw=1.2)
+        share.set_ylim(-0.05, 1.05)
+        weights.axhline(1 / len(record.tasks), color=GREY, ls=":", lw=1.2)
+        weights.set_title(record.name, parse_math=False)
+        names = weights.get_legend_handles_labels()
+        share.legend(*names, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.6))
+        for axis in (weights, losses):
+            axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
+        for axis in (weights, losses, share):
+            axis.margins(x=0.01)
+            plain(axis)
     grid[0, 0].set_ylabel("weight in the loss")
-    grid[1, 0].set_ylabel("share of the\nrelative score")
-    on_steps(grid[1])
+    grid[1, 0].set_ylabel("validation loss")
+    grid[2, 0].set_ylabel("relative\nscore")
+    on_steps(grid[2])
     caption = (
-        "How much CoBa lets each task count at each step; the weights of a step add up to 1. The "
-        "grey band is the warm-up, in which all are equal (dotted). Afterwards the relative score "
-        "raises the tasks whose validation loss falls more slowly than the others', and the "
-        "absolute score lowers those whose own loss has begun to rise. Below: the share of the "
-        "relative score in the weights, 1 at first and small once the losses have flattened or "
-        "one rises. Few validation items a step make the weights jump."
+        "How much CoBa lets each task count at each step (dotted: all alike). The relative score "
+        "raises the tasks whose validation loss, measured on few items each step, falls more "
+        "slowly than the others'; the absolute score lowers those whose own loss has begun to "
+        "rise. Below: the share of the relative score, 1 at first."
     )
     return Picture("task-weights", "Task weights (CoBa)", caption, figure)
 
@@ -239,10 +199,9 @@ def sample_weights(records: Sequence[Record]) -> Picture | None:
         plain(axis)
     on_steps([effective])
     caption = (
-        "Left: how the weights of all examples of all steps are spread; at the black line an "
-        "example counts as without weighting, left of it less, right of it more. Right: 1 / sum of "
-        "squared weights, which is the size of the batch (dotted) if all weigh the same and 1 if a "
-        "single example has all the weight: a small value means noisy steps."
+        "Left: the weights of all examples of all steps; at the black line an example counts as "
+        "without weighting. Right: 1 / sum of squared weights, which is the size of the batch "
+        "(dotted) if all weigh the same and 1 if a single example has all the weight."
     )
     return Picture("sample-weights", "Sample weights", caption, figure)
 
@@ -270,8 +229,8 @@ def selection(records: Sequence[Record]) -> Picture | None:
         plain(axis)
     caption = (
         "Each dot is a subset of tasks, with the loss that gradients predict for a model trained "
-        "on it. Right: against the loss after really training on it. On the dotted line the "
-        "estimate is exact; for choosing, it is enough that dots further right are further up."
+        "on it. Right: against the loss after really training on it; for choosing, it is enough "
+        "that dots further right are further up."
     )
     return Picture("selection", "Selection of tasks: estimated and true losses", caption, figure)
 

@@ -6,7 +6,9 @@ import contextlib
 import gc
 import importlib
 import importlib.util
+import io
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ def load(name: str, quantization: Any = None, **options: Any):
         require("bitsandbytes", "--load_in_4bit and --load_in_8bit")
         options["quantization_config"] = quantization
     try:
-        with collector_paused(), quiet():
+        with collector_paused(), quiet(), no_lines():
             tokenizer = AutoTokenizer.from_pretrained(folder, **where)
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, output_loading_info=True, **options, **where
@@ -133,6 +135,12 @@ def quiet() -> Iterator[None]:
     finally:
         for library, level in zip(libraries, levels, strict=True):
             library.set_verbosity(level)
+
+
+def no_lines() -> contextlib.AbstractContextManager:
+    """Without a terminal, no bar of a reader that nothing else turns off."""
+    here = sys.stderr.isatty()
+    return contextlib.nullcontext() if here else contextlib.redirect_stderr(io.StringIO())
 
 
 def no_bars() -> None:

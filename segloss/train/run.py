@@ -199,7 +199,8 @@ class Run:
         begun = time.monotonic()
         state = None if checkpoint is None else Path(checkpoint) / "trainer_state.json"
         past = json.loads(state.read_text("utf-8")) if state and state.exists() else {}
-        if past and past["global_step"] >= past["max_steps"]:
+        last = trainer.args.max_steps if trainer.args.max_steps > 0 else past.get("max_steps")
+        if past and past["global_step"] >= last:
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state.global_step = past["global_step"]
         else:
@@ -408,7 +409,7 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
     prepared = trainer.eval_dataset or {}
     trainer.validation = list(prepared.get("validation", ()))
     trainer.eval_dataset = prepared.get("validation", prepared.get("held_out"))
-    check_lengths(trainer, prepared, settings)
+    check_lengths(trainer, prepared, settings, data)
     held_out = evaluation.items_of(list(prepared.get("held_out", ())), data, trainer)
     if trainer.is_fsdp_enabled or getattr(trainer, "is_deepspeed_enabled", False):
         of_data.say("the table is left out: FSDP and DeepSpeed share the weights out")
@@ -507,8 +508,8 @@ def sample_weighting(options: Any) -> Any:
     )
 
 
-def check_lengths(trainer: Trainer, prepared: dict, settings: Settings) -> None:
-    """Rows that were cut are counted; token weights must be as many as tokens."""
+def check_lengths(trainer: Trainer, prepared: dict, settings: Settings, data: Data) -> None:
+    """Rows that were cut or left out are counted; token weights must be as many as tokens."""
     from .data import say
     from .evaluation import SLACK_TOKENS
 
@@ -521,6 +522,9 @@ def check_lengths(trainer: Trainer, prepared: dict, settings: Settings) -> None:
         lengths = [len(ids) for ids in rows["input_ids"]]
         longest = max([longest, *lengths])
         cut = sum(length == limit for length in lengths)
+        left_out = sum(count[name] for count in data.counts.values()) - len(lengths)
+        if left_out > 0 and (name != "train" or not settings.training.packing):
+            say(f"{name}: {left_out} rows are left out: no answer fits into --max_length {limit}")
         if cut and not settings.training.packing:
             say(f"{name}: {cut} of {len(lengths)} rows reach --max_length {limit} and may be cut")
         if "token_weight" in rows.column_names:

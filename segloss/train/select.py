@@ -31,40 +31,24 @@ class SelectOptions(Options):
     """What `segloss select` adds to the settings of training, or has another default for."""
 
     target: list[str] | None = doc(
-        None,
-        "the tasks whose loss is to be low after fine-tuning; their mean if there are several "
-        "(default: all of them)",
+        None, "the tasks whose loss is to be low; their mean if there are several (default: all)"
     )
     items: int = doc(48, "training rows of each task that gradients are taken of")
-    validation_items: int | None = doc(
-        48, "items of each task that are not trained on: of the target the loss is estimated for"
-    )
+    validation_items: int | None = doc(48, "items of each task that the loss is estimated for")
     dim: int = doc(400, "dimensions that gradients are projected to")
     penalty: float | None = doc(
-        None,
-        "the regression's penalty on the length of a change of weights (default: 0.003 times the "
-        "gradients' mean squared length)",
+        None, "on the length of a change of weights (default: 0.003 x gradients' squared length)"
     )
     score: Literal["estimated", "measured"] = doc(
-        "estimated",
-        "estimated: by the gradients alone; measured, as published: by the model itself, its "
-        "weights moved to where the estimate has them, at a pass over the target's items each",
+        "estimated", "by gradients alone, or by the model with its weights moved, as published"
     )
     method: Literal["auto", "exhaustive", "ensemble", "forward"] = doc(
-        "auto",
-        "exhaustive: every subset; ensemble: random ones, tasks ranked by their mean; forward: add "
-        "the best task until none helps; auto: exhaustive where --subsets allows it",
+        "auto", "every subset, random ones, or the best task added until none helps"
     )
     subsets: int = doc(200, "subsets that are estimated at most, or drawn")
-    smallest: int | None = doc(
-        None, "tasks that a choice holds at least; estimates of few are far off (default: half)"
-    )
+    smallest: int | None = doc(None, "tasks that a choice holds at least (default: half)")
     check: int = doc(0, "fine-tune on so many subsets, from best to worst estimate, and compare")
-    gradients: str = doc(
-        "",
-        "the folder for the gradients; after a kill the same command with another --output goes on "
-        "with those that are there (default: gradients/ in the output folder)",
-    )
+    gradients: str = doc("", "their folder, which a next command goes on with (default: in output)")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,8 +8,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import segloss
+
 pytest.importorskip("transformers")
-from engine_cases import Case, assert_same, results
+from engine_cases import Case, V, assert_same, results
 from ranks import spawn
 
 CHOSEN = [
@@ -27,7 +29,7 @@ def hybrid(model):
     return fully_shard(model, mesh=mesh)
 
 
-def by_transformers(model):
+def by_transformers(model, **sizes):
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -38,7 +40,7 @@ def by_transformers(model):
             model.save_pretrained(folder)
         dist.barrier()
         options = {"dtype": torch.float64, "attn_implementation": "eager"}
-        sharding = DistributedConfig(fsdp_size=2)
+        sharding = DistributedConfig(**(sizes or {"fsdp_size": 2}))
         loaded = AutoModelForCausalLM.from_pretrained(
             shared[0], distributed_config=sharding, **options
         )
@@ -54,7 +56,37 @@ def hybrid_results(rank, group):
 
 
 def loaded_results(rank, group):
-    return results([("loaded", case) for case in LOADED], {"loaded": by_transformers})
+    found: dict = results([("loaded", case) for case in LOADED], {"loaded": by_transformers})
+    return found | {"tensor parallel": [refusal(call) for call in (head_loss_of, head_logits_of)]}
+
+
+def tensor_parallel():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
+    return by_transformers(LlamaForCausalLM(config).double(), tp_size=2)
+
+
+def head_loss_of():
+    from segloss.integrations.transformers import head_loss
+
+    ids, target = CHOSEN[0].data(0)
+    head_loss(tensor_parallel(), segloss.CrossEntropyLoss(), target, input_ids=ids)
+
+
+def head_logits_of():
+    from segloss.integrations.transformers import head_logits
+
+    head_logits(tensor_parallel(), input_ids=CHOSEN[0].data(0)[0])
+
+
+def refusal(call) -> str:
+    try:
+        call()
+    except TypeError as error:
+        return str(error)
+    return "nothing"
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +109,9 @@ def test_hsdp(hybrids, case):
 def test_fsdp_size_of_transformers(loaded, case):
     for rank in loaded:
         assert_same(rank["loaded", str(case)], case)
+
+
+def test_tensor_parallelism_is_refused(loaded):
+    for rank in loaded:
+        for text in rank["tensor parallel"]:
+            assert "as under tensor parallelism, which head_loss does not take" in text

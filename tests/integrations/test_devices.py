@@ -15,8 +15,8 @@ from segloss.kernels import common
 pytest.importorskip("transformers")
 from integrations.test_trainer import trainer
 
-from segloss.integrations import head
 from segloss.integrations.transformers import CoBaCallback
+from segloss.models import head
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 

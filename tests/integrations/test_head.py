@@ -13,9 +13,10 @@ import segloss
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-from segloss.integrations.head import STATES  # noqa: E402
-from segloss.integrations.own_forward import ModuleLogits  # noqa: E402
 from segloss.integrations.transformers import head_logits, head_loss  # noqa: E402
+from segloss.models.head import STATES  # noqa: E402
+from segloss.models.transform import learnt, probes  # noqa: E402
+from segloss.sources.module import ModuleLogits  # noqa: E402
 
 V, D = 61, 16
 TOKENS = torch.randint(3, V, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -123,6 +124,19 @@ def test_a_scale_is_exact_in_any_dtype(dtype):
     model = transformed(lambda z: (z * 0.37).to(dtype)).to(dtype)
     head_loss(model, CE, TARGET, input_ids=TOKENS)
     assert STATES[model].transform.scale == pytest.approx(0.37, rel=1e-3)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 5, 61, 28657])  # a Fibonacci number spreads badly
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_learnt_of_any_width_and_dtype(num_classes, dtype, cap):
+    z = probes(num_classes, torch.zeros(1))
+    assert (z[0] == 0).all() and (z[1:] > 0).any(0).all() and (z[1:] < 0).any(0).all()
+    out = 0.37 * z if cap is None else cap * torch.tanh(0.37 * z / cap)
+    found = learnt("it", z, out.to(dtype)[None], dtype)
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-7}.get(dtype, 2e-3)
+    assert found.scale == pytest.approx(0.37, rel=tolerance)
+    assert found.softcap == (None if cap is None else pytest.approx(cap, rel=tolerance))
 
 
 NOT_LEARNT = {
@@ -278,8 +292,8 @@ class Int8Head(nn.Module):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("rows", [1, 4, 512])
 def test_a_head_of_ones_own(loss, rows, monkeypatch):
-    monkeypatch.setattr("segloss.integrations.own_forward.CPU_CHUNK_ROWS", rows)
-    monkeypatch.setattr("segloss.integrations.own_forward.CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr("segloss.sources.module.CPU_CHUNK_ROWS", rows)
+    monkeypatch.setattr("segloss.sources.module.CPU_CHUNK_BYTES", 1)
     model = llama()
     model.lm_head = NormedHead().double()
     assert_same(model, LOSSES[loss])

@@ -17,8 +17,8 @@ from integration_helpers import (
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import segloss
-from segloss.integrations.head import head_loss
 from segloss.integrations.transformers import LossMixin
+from segloss.models.head import head_loss
 
 PADDED = 64  # classes of the teacher, whose vocabulary is padded further than the student's
 

@@ -369,3 +369,13 @@ def test_equal_tasks(model_folder, tmp_path):
     run = prepared(model_folder, files, "--equal-tasks", "--output", tmp_path / "run")
     tasks = run.trainer.train_dataset["task"]
     assert list(tasks).count("few") == list(tasks).count("many") == 12
+
+
+def test_rows_that_are_cut_or_left_out_are_counted(train, tmp_path):
+    rows = [{"prompt": "x" * n, "completion": " yyy"} for n in range(1, 9)]
+    path = write_jsonl(tmp_path / "mine.jsonl", rows)
+    code, _, err = train("--data", path, "--eval-items", 0, "--max-length", 6)
+    assert code == 0, err
+    # with 6 tokens of prompt or more nothing of the answer is left; with 2 to 5 a part of it
+    assert "train: 3 rows are left out: no answer fits into --max_length 6" in err
+    assert "train: 5 of 5 rows reach --max_length 6 and may be cut" in err

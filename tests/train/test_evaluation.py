@@ -9,7 +9,7 @@ from train.tiny import examples, write_jsonl
 
 from segloss.train.config import settings
 from segloss.train.errors import UserError
-from segloss.train.evaluation import Evaluator, Item, branch, macro_f1, results, same
+from segloss.train.evaluation import Evaluator, Item, chosen, following, macro_f1, results, same
 from segloss.train.run import prepare
 
 
@@ -68,11 +68,13 @@ def constrained(model, item):
 
 
 def test_options_that_begin_alike_and_one_in_another():
-    item = Item("t", [], [], option_ids=[[1, 2, 9], [1, 3, 9], [1, 3, 4]])
-    assert branch(item, [0, 1, 2], 0) == ([0, 1, 2], 1)
-    assert branch(item, [1, 2], 2) == ([1, 2], 2)
-    item.option_ids = [[1], [1, 2]]  # without an end of text the shorter one is it
-    assert branch(item, [0, 1], 0) == ([0], 1)
+    options = [[1, 2, 9], [1, 3, 9], [1, 3, 4, 9]]
+    assert following(options, []) == [1] and following(options, [1]) == [2, 3]
+    assert following(options, [1, 3]) == [4, 9] and following(options, [1, 2, 9]) == []
+    item = Item("t", [], [], options=["a", "b", "c"], option_ids=options)
+    assert chosen(item, [1, 3, 4, 9]) == "c" and chosen(item, [1, 3, 9, 0]) == "b"
+    item = Item("t", [], [], options=["a b", "c"], option_ids=[[5, 6, 9], [7, 9]])
+    assert chosen(item, [5]) == "a b" and chosen(item, [7]) == "c"
 
 
 def test_macro_f1():

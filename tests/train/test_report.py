@@ -107,10 +107,10 @@ def test_page_and_pictures(command, tmp_path):
     code, _out, err = command("report", *runs, "--output", tmp_path / "report")
     assert code == 0, err
     names = {path.name for path in (tmp_path / "report").iterdir()}
-    pictures = ("results", "training", "task-losses", "task-weights", "sample-weights", "selection")
+    pictures = ("results", "training", "task-weights", "sample-weights", "selection")
     assert names == {"report.html", *(f"{name}.png" for name in pictures)}
     page = (tmp_path / "report" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 6 and "<mix>" not in page
+    assert page.count("data:image/png;base64,") == 5 and "<mix>" not in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "a, b" in page and "0.9000" in page and "0.6*ce+0.4*dice" in page
     for name in pictures:

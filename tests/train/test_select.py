@@ -28,7 +28,8 @@ def select(command, model_folder, files, tmp_path):
 
 
 def test_select_then_train(select, command, tmp_path):
-    code, out, err = select("--target", "a", "--check", 2)
+    full = ("--use-peft", "false", "--lr", 0.02, "--steps", 12, "--dim", 100)
+    code, out, err = select("--target", "a", "--check", 2, *full)
     assert code == 0, err
     found = json.loads((tmp_path / "choice" / "selection.json").read_text())
     assert len(found["subsets"]) == 7 and found["loss"]["all_tasks"] < found["loss"]["before"]
@@ -49,7 +50,8 @@ def test_select_then_train(select, command, tmp_path):
         "train", "--config", config, "--eval-items", 4, "--output", tmp_path / "run"
     )
     assert code == 0, err
-    assert (tmp_path / "run" / "adapter_config.json").exists()
+    given = json.loads((tmp_path / "run" / "segloss.json").read_text())["given"]
+    assert given["use_peft"] is False and given["learning_rate"] == 0.02
     code, _, err = command("report", tmp_path / "choice")
     assert code == 0 and (tmp_path / "choice" / "report" / "selection.png").exists(), err
 

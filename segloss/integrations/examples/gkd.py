@@ -15,8 +15,8 @@ from torch import Tensor
 from trl.experimental import gkd
 
 import segloss
-from segloss.integrations.head import head_loss
 from segloss.integrations.window import next_tokens
+from segloss.models.head import head_loss
 
 
 class GKDTrainer(gkd.GKDTrainer):

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from segloss.checks import describe
-from segloss.integrations.own_forward import ModuleLogits, Repeatable, check_one_unit
-from segloss.integrations.transform import MASKED, Transform, learnt, probes
+from segloss.models.transform import MASKED, Transform, learnt, probes
+from segloss.sources.module import ModuleLogits, Repeatable, check_one_unit
 
 __all__ = ["head_logits", "head_loss"]
 
@@ -175,8 +175,8 @@ def check_inputs(model: Any, inputs: dict) -> None:
         )
 
 
-def unwrapped(model: Any) -> Any:
-    """The transformers model inside DDP, FSDP, DeepSpeed, a compiled module and peft."""
+def innermost(model: Any) -> Any:
+    """The model inside DDP, FSDP, DeepSpeed, a compiled module and peft."""
     while True:
         if isinstance(getattr(model, "module", None), nn.Module):
             model = model.module
@@ -185,7 +185,12 @@ def unwrapped(model: Any) -> Any:
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
         else:
-            break
+            return model
+
+
+def unwrapped(model: Any) -> Any:
+    """The innermost model, which has to be one of transformers."""
+    model = innermost(model)
     if not hasattr(model, "get_output_embeddings"):
         raise TypeError(f"model is a {type(model).__name__}; it takes a transformers causal LM")
     return model
@@ -309,16 +314,25 @@ def head_tensors(kind: Kind) -> tuple[Tensor, Tensor | None, tuple | None]:
     return base.weight, getattr(base, "bias", None), lora
 
 
+# under FSDP2 the weights are plain tensors while the head runs
+TENSOR_PARALLEL = (
+    "the head's weights are DTensors while it runs, as under tensor parallelism, which head_loss "
+    "does not take; leave lm_head out of the tp_plan, or give the loss model(...).logits"
+)
+
+
+def is_dtensor(tensor: Any) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
 def source_of(head: nn.Module, kind: Kind, forward: Callable, hidden: Tensor, does: Transform):
     """The logits of the model: those of its head at `hidden`, and what the model does to them."""
+    if any(is_dtensor(parameter) for parameter in core_of(head).parameters()):
+        raise TypeError(TENSOR_PARALLEL)
     if kind.owners is not None:
-        weight, bias, lora = head_tensors(kind)
-        if type(weight).__name__ == "DTensor":
-            raise TypeError(
-                "the head is sharded by classes (tensor parallelism), which head_loss does not "
-                "take; leave lm_head out of the tp_plan"
-            )
-        return does.source(hidden, weight, bias, lora)
+        return does.source(hidden, *head_tensors(kind))
     bias = None if does.bias is None else does.bias / does.scale
     return ModuleLogits(
         hidden, core_of(head), forward, does.softcap, does.scale, bias, does.num_classes
@@ -328,7 +342,6 @@ def source_of(head: nn.Module, kind: Kind, forward: Callable, hidden: Tensor, do
 def sharding_engine(model: Any) -> str | None:
     """What splits the model's weights over processes, None if nothing does."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
 
     for module in model.modules():
         if isinstance(module, FullyShardedDataParallel):
@@ -338,8 +351,8 @@ def sharding_engine(model: Any) -> str | None:
     for parameter in unwrapped(model).parameters():
         if hasattr(parameter, "ds_id"):
             return "ZeRO-3"
-        if isinstance(parameter, DTensor):
-            return "tensor parallelism"
+        if is_dtensor(parameter):
+            raise TypeError(TENSOR_PARALLEL)
     return None
 
 
@@ -445,12 +458,13 @@ class Call:
 
     def check_outputs(self, outputs: Any) -> None:
         self.check_called()
-        if not hasattr(outputs, "logits") or not hasattr(outputs, "keys"):
+        logits = getattr(outputs, "logits", None)
+        if not isinstance(logits, Tensor) or not hasattr(outputs, "keys"):
             raise TypeError(
                 f"{type(self.inner).__name__} returned a {type(outputs).__name__}; head_loss takes "
                 "a model whose outputs have logits (return_dict=True)"
             )
-        if torch.is_grad_enabled() and outputs.logits.requires_grad:
+        if torch.is_grad_enabled() and logits.requires_grad:
             raise TypeError(
                 f"{type(self.inner).__name__} trains parameters behind its head, which head_loss "
                 "would not; give the loss model(...).logits"
