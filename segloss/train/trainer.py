@@ -208,9 +208,9 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._first, self._begun = state.global_step, time.monotonic()
-        for row in state.log_history:  # a resumed run goes on counting
+        for row in state.log_history:  # a resumed run goes on counting, all processes' on the first
             if "num_tokens" in row:
-                self.trainer._num_tokens.fill_(int(row["num_tokens"]))
+                self.trainer._num_tokens.fill_(row["num_tokens"] * state.is_world_process_zero)
         if state.is_world_process_zero:
             if not self.title:
                 self._file = reopened(Path(args.output_dir) / METRICS, state.global_step)
