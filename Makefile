@@ -20,13 +20,18 @@ RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 RUN := $(RUN)
 # options of the measurements
 BENCH ?=
+# rows of the table that `make compat` writes; none for all
+COMPAT ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# beside .venv and reading it: transformers and accelerate behave in another way where it is installed
+DEEPSPEED := .venv-deepspeed
+DEEPSPEED_READY := $(DEEPSPEED)/.ready
 PEERS_READY := $(VENV)/.peers
 
-.PHONY: help setup test test-kernels test-package demo bench results kernels gpu
+.PHONY: help setup test test-kernels test-package test-models test-deepspeed compat demo bench results kernels gpu
 .PHONY: lint lint-style lint-types lint-layers lint-rules stubs
 .PHONY: format clean distclean
 
@@ -57,6 +62,25 @@ test-kernels: $(READY)
 test-package: $(READY)
 	SEGLOSS_NO_SKIPS=1 $(BIN)/pytest --ignore=tests/kernels
 
+test-models: $(READY) ## every model class of transformers against docs/models.md
+	SEGLOSS_NO_SKIPS=1 $(BIN)/pytest -m models tests/models
+
+test-deepspeed: $(DEEPSPEED_READY) ## ZeRO-1, 2 and 3 on two processes
+	SEGLOSS_NO_SKIPS=1 DS_ACCELERATOR=cpu $(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/distributed
+
+# There is no wheel of DeepSpeed: building it takes a C++ compiler and what .venv has.
+$(DEEPSPEED_READY): $(READY)
+	$(BIN)/python -m venv --clear $(DEEPSPEED)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	> $$($(DEEPSPEED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
+	$(DEEPSPEED)/bin/python -m pip install --quiet "setuptools>=77" wheel ninja
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(DEEPSPEED)/bin/python -m pip install --quiet \
+	--no-build-isolation --editable ".[deepspeed]"
+	touch $@
+
+compat: $(READY) ## try the oldest and newest torch, triton, transformers, TRL and Axolotl; COMPAT=trl
+	$(BIN)/python tests/compat.py $(COMPAT)
+
 # where threads spin, they take the core of whatever else is running
 demo: export OMP_WAIT_POLICY = PASSIVE
 demo: $(READY) ## fine-tune a small language model with two losses, side by side
@@ -81,10 +105,9 @@ results: $(READY) ## make bench/RESULTS.md and its plots from bench/results/*.js
 kernels: $(READY) ## compile the kernels for GPUs that are not there; fails over bench/limits.py
 	$(BIN)/python -m bench.kernels
 
-# figures of kernels that fail their tests mean nothing, hence the order
-gpu: $(READY) ## on a GPU: the tests that need one, then the measurements
-	$(BIN)/pytest -m gpu
-	$(BIN)/python -m bench.gpu
+# torch, triton and pytest are all it takes: with or without .venv
+gpu: ## on a GPU: its tests, then every measurement; BENCH="--output DIR --seconds 470"
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench.gpu $(BENCH)
 
 lint: lint-style lint-types lint-layers lint-rules ## check style, types, layers and the rules of .pre-commit-config.yaml
 
@@ -113,4 +136,4 @@ clean: ## remove what builds and tests leave behind; runs/ stays
 	find kernels segloss bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also remove .venv
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(DEEPSPEED)

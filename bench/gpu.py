@@ -1,299 +1,208 @@
-"""`python -m bench.gpu`: the fused head on a GPU against what bounds it, in CUDA events.
+"""`python -m bench.gpu`: the first minutes on a GPU, or all of them: is it right, and how fast.
 
-The gate: forward + backward of fused cross-entropy within `bench/limits.py` of three bare matrix
-products (logits, dhidden, dweight); exit status 1 where it is missed, or where a result of ours is
-wrong. On a machine without a GPU it says so, writes a file that says so, and ends with status 2.
-Nothing in this file has run on a GPU yet; its logic is tested on a CPU.
+    python3 -m bench.gpu --output DIR --seconds 470     # any Python with torch and triton, no .venv
+    python3 -m bench.gpu --output DIR --tiny            # anywhere: does everything run
 
-N tokens, V classes, D hidden size.
+Parts of `bench/gpu_parts.py`, each in a process of its own: one that crashes or hangs loses what it
+had not measured yet, and no other part. DIR/results.jsonl is complete after every measurement;
+DIR/gpu.json and DIR/gpu.md (and what is printed last) are its tables, made after every part.
+
+The gate: forward + backward of fused cross-entropy over three bare matrix products against
+`bench/limits.py`, by the card's own rates of the same run. Exit status 0 if it is kept and nothing
+is wrong, 1 if not, 2 if nothing was measured on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import statistics
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from bench.common import LINE_HEADER, Line, machine
 
-import segloss
-from bench import limits
-from bench.common import (
-    LINE_HEADER,
-    Line,
-    check,
-    machine,
-    quartiles,
-    ratio_line,
-    value_and_grads,
-)
-from bench.inputs import zipf_head
-
-# heads by model: V, D
-SHAPES = {
-    "SmolLM2 135M": (49152, 576),
-    "Qwen-3 8B": (151936, 4096),
-    "Llama-3 8B": (128256, 4096),
-    "Gemma-3 1B": (262144, 1152),
-}
-TOKENS = 8192
-# rows of the comparison with float64: all would take as long as everything else
-CHECKED = 256
-# what one shape may take, after which the remaining shapes are named as not run
-SECONDS = 300
-TOLERANCE = 1e-3  # of bf16, on top of twice the error of plain PyTorch
+LEAST_SECONDS = 5.0  # a part is not begun with less
+LONGEST = 11_000  # characters that are printed, the last of all
+# of a record: what stands in a table, in this order
+SHOWN = ("ms", "ratio", "host_ms", "peak_MB", "GBps", "TFLOPs", "of_copy", "error", "errors", "ok",
+         "waits", "last", "failed_tests", "failed", "seconds")  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------- timing
+# --------------------------------------------------------------------------------- the processes
 
 
-def event_times(runs: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list]:
-    """Seconds of each run on the device; each round runs all, every other one backwards.
+def run_part(name: str, output: str, tiny: bool, seconds: float) -> None:
+    from bench import gpu_parts
 
-    CUDA events, read once at the end so that the queue never runs dry; a clock on a CPU.
-    """
-    for run in runs.values():  # compiles, and fills the allocator's cache
-        run()
-    marks: dict[str, list] = {name: [] for name in runs}
-    gc.collect()
-    for turn in range(rounds):
-        for name, run in list(runs.items())[:: -1 if turn % 2 else 1]:
-            start = mark(device)
-            run()
-            marks[name].append((start, mark(device)))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return {name: [between(*pair) for pair in pairs] for name, pairs in marks.items()}
+    gpu_parts.main(name, output, tiny, seconds)
 
 
-def mark(device: torch.device):
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+def run_parts(
+    limit_of: dict[str, float], output: Path, tiny: bool, seconds: float, run: Callable = run_part
+) -> None:
+    """One part after the other, each under a limit of its own (seconds, by name) and all under
+    one."""
+    start = time.monotonic()
+    # a server that has torch imported and has never touched a GPU: a part starts at once
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.gpu_parts"])
+    for name in limit_of:
+        left = seconds - (time.monotonic() - start)
+        if left < LEAST_SECONDS:
+            note(output, name, "not run: no time left")
+            continue
+        limit = min(limit_of[name], left)
+        process = context.Process(target=run, args=(name, str(output), tiny, limit))
+        process.start()
+        process.join(limit)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            note(output, name, f"ended after {limit:.0f} s, its limit")
+        elif process.exitcode:
+            note(output, name, f"its process ended with {process.exitcode}")
+        write(output)
 
 
-def between(start, end) -> float:
-    return end - start if isinstance(start, float) else 1e-3 * start.elapsed_time(end)
+def note(output: Path, part: str, failed: str) -> None:
+    with open(output / "results.jsonl", "a") as file:
+        file.write(json.dumps({"part": part, "name": "end", "failed": failed}) + "\n")
 
 
-def peak_bytes(run: Callable, device: torch.device) -> int | None:
-    """Device memory of one run above what was there before."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+# ----------------------------------------------------------------------------------- the report
 
 
-# ------------------------------------------------------------------------------ implementations
+def read(output: Path) -> list[dict]:
+    """Every whole record; a line that a crash cut off is none."""
+    records = []
+    path = output / "results.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
 
 
-def plain(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy((hidden @ weight.T).float(), target)
+def number(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return " ".join(map(number, value))
+    return str(value)
 
 
-def ours(name: str) -> Callable[..., Tensor]:
-    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        # every target is valid: compacting would only wait for their count
-        return getattr(segloss, f"linear_{name}")(hidden, weight, target, compact=False)
+def lines_of(records: list[dict]) -> list[Line]:
+    """Cross-entropy over three products, each head against the limit of its hidden size."""
+    from bench.gpu_parts import limit_of
 
-    return loss
-
-
-def peers() -> dict[str, Callable[..., Tensor]]:
-    """Cross-entropy of others, each where it is installed."""
-    found: dict[str, Callable[..., Tensor]] = {
-        "eager": plain,
-        "torch.compile": torch.compile(plain, dynamic=False),
-    }
-    if hasattr(F, "linear_cross_entropy"):
-        found["F.linear_cross_entropy"] = F.linear_cross_entropy
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-
-        found["CCE"] = linear_cross_entropy
-    except ImportError:
-        pass
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-        found["Liger"] = liger_fused_linear_cross_entropy
-    except ImportError:
-        pass
+    rate = {r["name"]: r for r in records if r["part"] == "ceilings"}
+    found = []
+    for r in records:
+        if r["part"] == "heads" and r["name"].endswith(": cross_entropy") and "ratio" in r:
+            known = "TFLOPs" in rate.get("product", {}) and "GBps" in rate.get("copy", {})
+            limit = None
+            if known:
+                limit = limit_of(
+                    r["D"], 1e12 * rate["product"]["TFLOPs"], 1e9 * rate["copy"]["GBps"]
+                )
+            found.append(Line(f"{r['name']} over three products", r["ratio"], limit))
     return found
 
 
-def three_products(hidden: Tensor, weight: Tensor) -> Callable[[], None]:
-    """What the fused head cannot do without, each product in one call."""
-    dlogits = hidden @ weight.T
-
-    def run():
-        torch.matmul(hidden, weight.T, out=dlogits)
-        torch.matmul(dlogits, weight)
-        torch.matmul(dlogits.T, hidden)
-
-    return run
-
-
-def verify(loss: Callable, hidden: Tensor, weight: Tensor, target: Tensor) -> str:
-    """Value and gradients on the first rows against float64; raises `bench.common.Wrong`."""
-    few = hidden[:CHECKED], weight
-    y = target[:CHECKED]
-    truth = value_and_grads(lambda h, w: F.cross_entropy(h @ w.T, y), *(x.double() for x in few))
-    same = value_and_grads(lambda h, w: plain(h, w, y), *few)
-    return check(value_and_grads(lambda h, w: loss(h, w, y), *few), truth, same, TOLERANCE)
-
-
-# ------------------------------------------------------------------------------------- a shape
-
-
-def measure(
-    title: str, tokens: int, shape: tuple[int, int], rounds: int, device: torch.device
-) -> dict:
-    """One table: every implementation that is right, timed together."""
-    v, d = shape
-    hidden, weight, target = zipf_head("zipf", tokens, d, v)
-    # bf16 keeps each as it would be in training
-    leaves = [x.to(device, torch.bfloat16).requires_grad_() for x in (hidden, weight)]
-    target = target.to(device)
-    runs: dict[str, Callable] = {"three products": three_products(*(x.detach() for x in leaves))}
-    errors, wrong = {}, {}
-    losses = {f"segloss {name}": ours(name) for name in ("cross_entropy", "focal_loss")} | peers()
-    for name, loss in losses.items():
-        if name != "segloss focal_loss":  # whose truth is another
-            try:
-                errors[name] = verify(loss, *(x.detach() for x in leaves), target)
-            except Exception as error:  # a peer that cannot run here is a finding
-                wrong[name] = f"{type(error).__name__}: {error}"[:300]
-                continue
-        runs[name] = step(loss, leaves, target)
-    seconds = event_times(runs, rounds, device)
-    memory = {name: peak_bytes(run, device) for name, run in runs.items()}
-    over = [
-        ratio_line(f"{title}: {name} over three products", seconds, name, "three products", limit)
-        for name, limit in (
-            ("segloss cross_entropy", limits.GPU_OVER_PRODUCTS),
-            ("segloss focal_loss", None),
-        )
-        if name in seconds
+def table(part: str, records: list[dict]) -> dict:
+    """What a part has recorded; columns that it has nothing for are left out."""
+    rows = [r for r in records if r["part"] == part and r["name"] != "begin"]
+    columns = [c for c in SHOWN if any(r.get(c) is not None for r in rows)]
+    cells = [
+        [r["name"], *(number(r[c])[:120] if r.get(c) is not None else "" for c in columns)]
+        for r in rows
     ]
-    return {
-        "title": f"{title}: N = {tokens}, V = {v}, D = {d}, bf16, forward + backward",
-        "seconds": seconds,
-        "bytes": memory,
-        "errors": errors,
-        "wrong": wrong,
-        "lines": [asdict(line) for line in over],
-    }
+    return {"title": part, "header": ["measurement", *columns], "rows": cells}
 
 
-def step(loss: Callable, leaves: list[Tensor], target: Tensor) -> Callable[[], None]:
-    def run():
-        torch.autograd.grad(loss(*leaves, target), leaves)
-
-    return run
-
-
-# ------------------------------------------------------------------------------------- report
-
-
-HEADER = ["implementation", "median ms", "quartiles", "over three products", "peak MB", "error"]
-
-
-def table(section: dict) -> dict:
-    seconds = section["seconds"]
-    products = statistics.median(seconds["three products"])
-    rows = []
-    for name, values in seconds.items():
-        low, middle, high = quartiles(values)
-        memory = section["bytes"].get(name)
-        rows.append(
-            [
-                name,
-                f"{1e3 * middle:.4g}",
-                f"{1e3 * low:.4g} to {1e3 * high:.4g}",
-                f"{middle / products:.3g}",
-                "-" if memory is None else f"{memory / 1e6:.0f}",
-                section["errors"].get(name, ""),
-            ]
-        )
-    rows += [[name, "wrong or not run", "", "", "", why] for name, why in section["wrong"].items()]
-    return {"title": section["title"], "header": HEADER, "rows": rows}
-
-
-def result(sections: list[dict], missing: dict[str, str]) -> dict:
-    """What is written: everything, and ready tables for `bench/report.py`."""
-    lines = [line for section in sections for line in section["lines"]]
-    shown = [Line(**{k: v for k, v in line.items() if k != "verdict"}) for line in lines]
-    limits_table = {"title": "Limits", "header": LINE_HEADER, "rows": [x.cells() for x in shown]}
-    found = [limits_table, *(table(section) for section in sections)]
-    if missing:
-        rows = [[name, why] for name, why in missing.items()]
-        found.append({"title": "Not measured", "header": ["what", "why"], "rows": rows})
+def result(records: list[dict]) -> dict:
+    """Everything, and ready tables for `bench/report.py`."""
     here = machine()
-    if torch.cuda.is_available():
-        here["gpu"] = torch.cuda.get_device_name()
+    versions = next((r for r in records if r["name"] == "versions"), {})
+    here |= {k: v for k, v in versions.items() if k in ("gpu", "torch", "triton", "cuda", "hip")}
+    lines = lines_of(records)
+    parts = list(dict.fromkeys(r["part"] for r in records))
+    limits = {"title": "Limits", "header": LINE_HEADER, "rows": [line.cells() for line in lines]}
     return {
         "kind": "gpu",
         "machine": here,
-        "lines": lines,
-        "missing": missing,
-        "tables": found,
-        "measurements": sections,
+        "lines": [asdict(line) for line in lines],
+        "tables": [limits, *(table(part, records) for part in parts)],
+        "records": records,
     }
 
 
+def wrong(records: list[dict]) -> list[str]:
+    """What failed or is not what it should be; a peer's failure is a finding."""
+    return [
+        f"{r['part']}: {r['name']}: {r.get('failed', 'wrong')}"
+        for r in records
+        if r.get("ok") is False or ("failed" in r and (r["part"] != "peers" or r["name"] == "end"))
+    ]
+
+
 def status(content: dict) -> int:
-    """0 if every limit was judged and kept and ours is right, 1 if not, 2 if nothing was run."""
-    if not content["measurements"]:
+    """0 if every limit was judged and kept and nothing is wrong, 1 if not, 2 without a GPU."""
+    if not content["machine"].get("gpu"):
         return 2
-    ours_wrong = any(n.startswith("segloss") for s in content["measurements"] for n in s["wrong"])
     judged = [line["verdict"] for line in content["lines"] if line["limit"] is not None]
     kept = bool(judged) and all(verdict == "pass" for verdict in judged)
-    return 0 if kept and not ours_wrong else 1
+    return 0 if kept and not wrong(content["records"]) else 1
+
+
+def write(output: Path) -> dict:
+    content = result(read(output))
+    (output / "gpu.json").write_text(json.dumps(content, indent=1) + "\n")
+    (output / "gpu.md").write_text(text(content))
+    return content
+
+
+def text(content: dict) -> str:
+    """The tables, those of what was found last first: what matters most is printed last."""
+    parts = []
+    for found in reversed(content["tables"]):
+        if not found["rows"]:
+            continue
+        parts.append(f"\n## {found['title']}\n")
+        for row in (found["header"], ["---"] * len(found["header"]), *found["rows"]):
+            parts.append("| " + " | ".join(row) + " |")
+    parts += [f"WRONG: {line}" for line in wrong(content["records"])]
+    return "\n".join(parts) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
+    from bench.gpu_parts import PARTS
+
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15, metavar="N")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="begin no shape after this")
-    when = time.strftime("%Y%m%d-%H%M%S")
-    parser.add_argument("--output", default=f"runs/bench-gpu-{when}.json", metavar="FILE")
+    parser.add_argument("--output", default=time.strftime("runs/gpu-%Y%m%d-%H%M%S"), metavar="DIR")
+    parser.add_argument("--seconds", type=float, default=470, help="for all parts together")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, on a CPU if need be")
     options = parser.parse_args(arguments)
-    sections: list[dict] = []
-    missing: dict[str, str] = {}
-    start = time.monotonic()
-    for title, shape in SHAPES.items():
-        if not torch.cuda.is_available():
-            missing[title] = "no GPU on this machine"
-        elif time.monotonic() - start > options.seconds:
-            missing[title] = f"{options.seconds:.0f} s were over"
-        else:
-            device = torch.device("cuda")
-            sections.append(measure(title, TOKENS, shape, options.rounds, device))
-            torch.cuda.empty_cache()
-    content = result(sections, missing)
-    path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    for part in content["tables"]:
-        print(f"\n## {part['title']}\n")
-        for row in (part["header"], ["---"] * len(part["header"]), *part["rows"]):
-            print("| " + " | ".join(row) + " |")
-    print(f"\n{path}")
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "results.jsonl").unlink(missing_ok=True)
+    import torch
+
+    if torch.cuda.device_count() or options.tiny:  # the count leaves a GPU untouched
+        limits = {name: PARTS[name].seconds for name in options.parts}
+        run_parts(limits, output, options.tiny, options.seconds)
+    else:
+        for name in options.parts:
+            note(output, name, "not run: no GPU on this machine")
+    content = write(output)
+    print(text(content)[-LONGEST:])
+    print(output)
     return status(content)
 
 

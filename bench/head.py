@@ -106,7 +106,9 @@ def ours(name: str, grad_filter: float = 0.0) -> Callable[..., Tensor]:
         chunk = None
         if share < 1:
             whole = (
-                segloss.LinearLogits(hidden, weight).inputs().chunk_rows(int(len(target) / share))
+                segloss.LinearLogits(hidden, weight)
+                .inputs()
+                .chunk_rows(int(len(target) / share), trained=True)
             )
             chunk = max(1, int(share * whole)) * weight.shape[0] * weight.element_size()
         source = segloss.LinearLogits(hidden, weight, chunk_bytes=chunk, grad_filter=grad_filter)
@@ -255,7 +257,7 @@ def bare(products: int, tensors: Tensors) -> Callable[[], None]:
 def one_pass(tensors: Tensors) -> Callable[[], None]:
     """Each logit read and written once, in the part of them that a chunk holds."""
     hidden, weight, _ = tensors
-    rows = segloss.LinearLogits(hidden, weight).inputs().chunk_rows(hidden.shape[0])
+    rows = segloss.LinearLogits(hidden, weight).inputs().chunk_rows(hidden.shape[0], trained=True)
     chunk = torch.zeros(rows, weight.shape[0], dtype=hidden.dtype)
     written = torch.empty_like(chunk)
 

@@ -6,6 +6,7 @@ there (`compiled.compiling_for`) or interpreted (TRITON_INTERPRET=1).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
@@ -17,10 +18,12 @@ from segloss.kernels import (
     candidates,
     class_stats,
     common,
+    divergence,
     logit_grad,
     projection,
     row_stats,
     sample_weights,
+    scale,
     task_weights,
 )
 
@@ -95,7 +98,28 @@ def grad_with_everything(rows, columns=None):
         entry_row=index(K),
         entry_class=torch.arange(K),
         entry_grad=rows.new(K),
+        entry_rest=rows.new(K),
     )
+
+
+def pair_of(rows, kind, weighted=False):
+    teacher = None if kind == "lse" else common.Rows(torch.zeros_like(rows.data))
+    if kind in ("forward", "reverse", "jsd"):
+        teacher = common.Rows(teacher.data, rows.softcap, rows.scale)
+    weight = torch.ones(rows.num_classes) if weighted else None
+    return divergence.Pair(rows, teacher, index(N) == 0, kind, 0.5, weight)
+
+
+def diverge(rows, kind, weighted=False):
+    divergence.divergence(pair_of(rows, kind, weighted))
+
+
+def diverge_grad(rows, kind, weighted=False, pairs=1):
+    pair = pair_of(rows, kind, weighted)
+    pair.numbers = divergence.PairNumbers(*[rows.new(N)] * len(divergence.PairNumbers._fields))
+    pair.grad = rows.new(N)
+    out = torch.empty(N, rows.num_classes, dtype=rows.data.dtype)
+    divergence.divergence_grad(rows, [pair] * pairs, out)
 
 
 SAMPLES = 1000  # held by one program at once
@@ -146,6 +170,13 @@ LAUNCHES = {
     "logit_grad-smoothing": lambda rows: grad(rows, sum_grad=rows.new(N)),
     "logit_grad-everything": grad_with_everything,
     "logit_grad-everything-listed": lambda rows: grad_with_everything(rows, torch.arange(K)),
+    **{f"divergence-{kind}": functools.partial(diverge, kind=kind) for kind in divergence.KINDS},
+    "divergence-targets-weighted": lambda rows: diverge(rows, "targets", weighted=True),
+    **{
+        f"divergence_grad-{kind}": functools.partial(diverge_grad, kind=kind)
+        for kind in divergence.KINDS
+    },
+    "divergence_grad-several": lambda rows: diverge_grad(rows, "targets", weighted=True, pairs=2),
     "task_weights-paper": lambda rows: weigh_tasks(rows, FEW, published=False),
     "task_weights-published-many": lambda rows: weigh_tasks(rows, TASKS, published=True),
     "sample_means": lambda rows: sample_weights.sample_means(tokens(rows, SAMPLES)),
@@ -153,6 +184,14 @@ LAUNCHES = {
     "sample_weights-linupper": lambda rows: weigh_samples(rows, "linupper"),
     "sample_means-extremes": lambda rows: weigh_tokens(rows, "extremes", FEW),
     "sample_means-rank": lambda rows: weigh_tokens(rows, "rank"),
+    "scale": lambda rows: scale.scaled(rows.data, torch.ones(()), rows.data),
+    "scale-cast": lambda rows: scale.scaled(
+        rows.data,
+        torch.ones(()),
+        torch.empty_like(
+            rows.data, dtype=torch.float64 if rows.dtype == torch.float64 else torch.bfloat16
+        ),
+    ),
     "projection": lambda rows: projection.project(rows.data[0], 300),
     "back_projection": lambda rows: projection.back_project(
         torch.ones(300, dtype=torch.float64), rows.num_classes

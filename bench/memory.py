@@ -22,8 +22,7 @@ import torch
 
 import segloss
 from bench import inputs, peers
-from segloss.head.explain import dweight_bytes
-from segloss.kernels.common import cdiv
+from segloss.head.explain import plan_of
 from segloss.losses import parse_loss
 
 # bfloat16 logits, their float32 copy, log-probabilities, two gradients
@@ -85,10 +84,12 @@ def accumulator_bytes(name: str, size: Sequence[int]) -> int:
     num_tokens, width, num_classes = size
     if not parse_loss(name).is_token_loss:
         return 0
-    hidden = torch.empty(num_tokens, width, dtype=torch.bfloat16)
-    source = segloss.LinearLogits(hidden, torch.empty(num_classes, width, dtype=torch.bfloat16))
-    inputs = source.inputs()
-    return dweight_bytes(inputs, cdiv(num_tokens, inputs.chunk_rows(num_tokens)))
+    hidden, weight = (
+        torch.empty(rows, width, dtype=torch.bfloat16, requires_grad=True)
+        for rows in (num_tokens, num_classes)
+    )
+    inputs = segloss.LinearLogits(hidden, weight).inputs()
+    return plan_of(inputs, True, num_tokens).held["sum"]
 
 
 def measured(name: str, size: Sequence[int], whole: bool = False) -> int:

@@ -43,7 +43,7 @@ def torch_linear(chunks: str) -> Callable[..., Tensor]:
             rows = (
                 segloss.LinearLogits(hidden.detach(), weight.detach())
                 .inputs()
-                .chunk_rows(len(target))
+                .chunk_rows(len(target), trained=True)
             )
             chosen = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
         return function(hidden, weight, target, options=chosen)

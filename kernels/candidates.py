@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .class_stats import panel_log_prob, panel_rows, tile_probabilities
-from .common import Rows, exp_, jit, parallel, tl, use_triton
+from .common import Rows, exp_, jit, launcher, parallel, tl, use_triton
 
 
 class Candidates(NamedTuple):
@@ -31,7 +31,7 @@ def candidates_kernel(
     own_in,  # (N,) the row's own class as an index into `columns`
     columns_in,  # (K,)
     threshold,  # (B, K)
-    count,  # (N,) written by the count pass, which has no `out`
+    count,  # (N,) written by the count pass, which has no `out`; bounds the write pass
     first,  # (N,) where a row's candidates start: read by the write pass
     out,  # Candidates
     K,
@@ -42,6 +42,8 @@ def candidates_kernel(
     sample = tl.load(sample_in + row)
     own = tl.load(own_in + row)
     at = tl.full((), 0, tl.int64) if out is None else tl.load(first + row)
+    # logits that change between the passes must not lead a write astray
+    end = at if out is None else at + tl.load(count + row)
     if sample >= 0:
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
@@ -53,14 +55,16 @@ def candidates_kernel(
             hits = chosen.to(tl.int32)
             if out is not None:
                 place = at + tl.cumsum(hits, axis=0) - 1
-                tl.store(out.row + place, tl.full((BLOCK_K,), row, tl.int64), mask=chosen)
-                tl.store(out.class_index + place, k.to(tl.int64), mask=chosen)
-                tl.store(out.prob + place, p, mask=chosen)
+                fits = chosen & (place < end)
+                tl.store(out.row + place, tl.full((BLOCK_K,), row, tl.int64), mask=fits)
+                tl.store(out.class_index + place, k.to(tl.int64), mask=fits)
+                tl.store(out.prob + place, p, mask=fits)
             at += tl.sum(hits, axis=0)
     if out is None:
         tl.store(count + row, at)
 
 
+@launcher
 def candidates_triton(rows, row_max, log_sum, columns, sample, own, threshold) -> Candidates:
     def launch(count, first, out):
         candidates_kernel[(rows.num_rows,)](
@@ -87,7 +91,7 @@ def candidates_triton(rows, row_max, log_sum, columns, sample, own, threshold) -
         rows.new(num, dtype=torch.int64), rows.new(num, dtype=torch.int64), rows.new(num)
     )
     if num:
-        launch(None, total - count, out)
+        launch(count, total - count, out)
     return out
 
 

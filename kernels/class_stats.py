@@ -9,7 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .common import LOG2E, Rows, cdiv, exp_, jit, load_logits, parallel, row_offset, tl, use_triton
+from .common import (
+    LOG2E,
+    Rows,
+    cdiv,
+    exp_,
+    jit,
+    launcher,
+    load_logits,
+    parallel,
+    row_offset,
+    tl,
+    use_triton,
+)
 
 # how many programs share the rows of a class block: enough for a GPU, few partial sums
 SLABS = 64
@@ -75,6 +87,7 @@ def class_sums_kernel(
     tl.store(out + place, total, mask=k < K)
 
 
+@launcher
 def class_sums_triton(rows, row_max, log_sum, columns, sample, num_samples, row_weight):
     order = torch.argsort(sample, stable=True)
     ids = torch.arange(num_samples + 1, device=sample.device)
@@ -179,6 +192,7 @@ def row_dots_kernel(
     tl.store(out + row, tl.sum(total, axis=0))
 
 
+@launcher
 def row_dots_triton(rows, row_max, log_sum, columns, sample, class_grad):
     out = rows.new(rows.num_rows)
     row_dots_kernel[(rows.num_rows,)](
@@ -261,6 +275,7 @@ def class_peaks_kernel(
     tl.store(peak_row_out + place, peak_row, mask=inside)
 
 
+@launcher
 def class_peaks_triton(rows, row_max, log_sum, sample, num_samples):
     order = torch.argsort(sample, stable=True)
     ids = torch.arange(num_samples + 1, device=sample.device)

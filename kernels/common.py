@@ -32,8 +32,9 @@ def jit(function):
 
 LOG2E = 1.4426950408889634 if tl is None else tl.constexpr(1.4426950408889634)
 
-# float32 bytes of one row block of the torch twins: what stays in a core's L2 next to its input
-BLOCK_BYTES = 1 << 20
+# float32 bytes of one row block of the torch twins: about a core's L2; fewer calls weigh more than
+# what spills into the L3 (measured: bench/NOTES.md)
+BLOCK_BYTES = 2 << 20
 # below this many elements a second thread costs more than it gains
 PARALLEL_ELEMENTS = 1 << 20
 
@@ -85,6 +86,20 @@ def exp_(x: Tensor) -> Tensor:
     Rounding x * log2(e) costs as much as rounding x did.
     """
     return x.mul_(math.log2(math.e)).exp2_() if x.dtype == torch.float32 else x.exp_()
+
+
+@functools.cache
+def multiplies_and_adds() -> bool:
+    """Whether `torch.add(a, b, alpha=c)` rounds once (a fused multiply-add) in float32, in whole
+    vectors and in what is left of them."""
+    b, c = torch.linspace(1.1, 9.9, 67), torch.tensor(math.log2(math.e))
+    exact = b.double() * c.double() - b * c  # the rounding of the product, which a double holds
+    return torch.equal(torch.add(-(b * c), b, alpha=c.item()), exact.float())
+
+
+def exponents(z: Tensor, base: Tensor, out: Tensor) -> Tensor:
+    """`z * log2(e) - base` in one pass, for z (R, V) and base (R,) of the same scale."""
+    return torch.add(-base[:, None], z, alpha=math.log2(math.e), out=out)
 
 
 def bounds(row: Tensor, groups: list[list[Block]]) -> dict[int, int]:
@@ -164,14 +179,17 @@ class Rows:
 
     # The twins read logits in one of two ways: whole rows block by block, or a panel of columns.
 
-    def blocks(self) -> list[list[Block]]:
-        """All rows as row blocks without copies, in groups that one thread works through."""
+    def blocks(self, matrices: int = 1) -> list[list[Block]]:
+        """All rows as row blocks without copies, in groups that one thread works through.
+
+        `matrices`: how many of so many columns a block is worked through with.
+        """
         try:
             data = self.data.view(1, self.num_rows, self.num_classes)
         except RuntimeError:
             data = self.data
         batch, time, num_classes = data.shape
-        step = max(1, BLOCK_BYTES // (4 * num_classes))
+        step = max(1, BLOCK_BYTES // (4 * num_classes * matrices))
         blocks = []
         for b in range(batch):
             for t in range(0, time, step):
@@ -305,6 +323,21 @@ def backend(device: torch.device) -> tuple[str, str]:
     if triton is None:
         return "torch", "triton is not installed"
     return "torch", f"{device.type} tensor"
+
+
+def launcher(launch: Callable) -> Callable:
+    """A launcher whose kernels run where its first tensor (or rows) is.
+
+    Triton takes the current device, which need not be a tensor's where a process has several.
+    """
+
+    @functools.wraps(launch)
+    def on_its_device(*args, **options):
+        first = next(data for a in args if isinstance(data := getattr(a, "data", a), Tensor))
+        with torch.cuda.device_of(first):
+            return launch(*args, **options)
+
+    return on_its_device
 
 
 def use_triton(tensor: Tensor) -> bool:

@@ -1,11 +1,11 @@
 """The one backward: gradients of the row and class statistics back into the logits.
 
     dz_ij = p_ij (prob_coef_i + class_grad_[b_i]j + g_ij - h_i (log p_ij + H_i))
-            + [j = y_i] v_i + t_i w_j
+            + [j = y_i] v_i + t_i w_j + r_ij
 
-N rows, V columns, K listed classes, B samples, M entries with a g of their own.
+N rows, V columns, K listed classes, B samples, M entries with a g or r of their own.
 Three passes over less and less, each with the whole formula, so that an element is rounded once:
-all N x V elements, then the K listed columns (class_grad), then the M entries (g).
+all N x V elements, then the K listed columns (class_grad), then the M entries (g, r).
 
 At the target the terms -v p (part of prob_coef) and v nearly cancel as p -> 1; there the formula is
 written p (prob_coef + v) + v (1 - p), with v (1 - p) from the row's accurate log-probability.
@@ -13,8 +13,9 @@ written p (prob_coef + v) + v (1 - p), with v (1 - p) from the row's accurate lo
 
 from __future__ import annotations
 
+import math
 from collections import namedtuple
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -27,8 +28,11 @@ from .common import (
     bounds,
     cdiv,
     exp_,
+    exponents,
     jit,
+    launcher,
     load_logits,
+    multiplies_and_adds,
     parallel,
     row_offset,
     row_tile,
@@ -57,8 +61,10 @@ class GradTerms:
     row_weight: Tensor | None = None  # (N,), what prob_sum weighted rows by
     columns: Tensor | None = None  # (K,) int64 sorted, None for all V
     entry_row: Tensor | None = None  # (M,) int64, ascending
-    entry_class: Tensor | None = None  # (M,) int64 into `columns`, or a column if that is None
+    # (M,) int64 into `columns`, or a column if that is None; on a GPU, -1 is no entry
+    entry_class: Tensor | None = None
     entry_grad: Tensor | None = None  # (M,)
+    entry_rest: Tensor | None = None  # (M,) dL/dz_ij of the logit alone
 
     def for_kernel(self) -> KernelTerms:
         terms = KernelTerms(**vars(self))
@@ -92,6 +98,7 @@ def grad_tile(
     is_target,
     extra,  # class_grad + g of the tile, or 0
     column_weight,
+    rest,  # r of the tile, or 0
 ):
     """The formula at the head of this file on one tile."""
     shifted = z - of_row.row_max
@@ -104,7 +111,7 @@ def grad_tile(
     # the division by the sum is one multiplication per row, outside the exponent and the loop
     dz = tl.exp2(shifted * LOG2E) * (coef * tl.exp2(-of_row.log_sum * LOG2E))
     if is_target is not None:
-        dz += tl.where(is_target, of_row.target_rest, 0.0)
+        dz += tl.where(is_target, of_row.target_rest, 0.0) + rest
     if terms.sum_grad is not None:
         dz += tl.where(z > float("-inf"), of_row.sum_grad * column_weight, 0.0)
     if rows.softcap is not None:
@@ -183,13 +190,13 @@ def grad_rows_kernel(
             z = load_logits(rows, start + columns.to(tl.int64) * rows.stride_v, inside)
             extra = 0.0 if grads is None else tl.load(grads + columns, mask=inside) * weight
             w = load_column_weight(rows, terms, columns, inside)
-            dz = grad_tile(rows, terms, of_row, z, None, extra, w)
+            dz = grad_tile(rows, terms, of_row, z, None, extra, w, 0.0)
             tl.store(out + columns, dz.to(dlogits.dtype.element_ty), mask=inside)
 
     tl.debug_barrier()
     extra = 0.0 if grads is None else tl.load(grads + y, mask=known) * weight
     w = load_column_weight(rows, terms, y, known)
-    dz = grad_tile(rows, terms, of_row, z_y, True, extra, w)
+    dz = grad_tile(rows, terms, of_row, z_y, True, extra, w, 0.0)
     tl.store(out + y, dz.to(dlogits.dtype.element_ty), mask=known)
 
 
@@ -206,6 +213,7 @@ def grad_entries_kernel(
     rows,  # KernelRows
     dlogits,  # (N, V)
     terms,  # KernelTerms; with entries those M, without all (row, listed column)
+    gathered,  # (N, K) or (M,) logits of these alone, None where dlogits do not lie over them
     M,
     K,
     BLOCK: tl.constexpr,
@@ -220,13 +228,24 @@ def grad_entries_kernel(
         inside = at < M
         row = tl.load(terms.entry_row + at, mask=inside, other=0)
         k = tl.load(terms.entry_class + at, mask=inside, other=0)
+        if terms.entry_rest is not None:
+            inside = inside & (k >= 0) & (tl.load(terms.valid + row, mask=inside, other=0) != 0)
     column = k if terms.columns is None else tl.load(terms.columns + k, mask=inside, other=0)
-    z = load_logits(rows, rows.logits + row_offset(rows, row) + column * rows.stride_v, inside)
+    if gathered is None:
+        pointers = rows.logits + row_offset(rows, row) + column * rows.stride_v
+    elif terms.entry_grad is None:
+        pointers = gathered + row * K + k
+    else:
+        pointers = gathered + at
+    z = load_logits(rows, pointers, inside)
     y = tl.load(terms.target + row, mask=inside, other=-1)
     of_row = load_row_terms(terms, row, inside)
     extra = tl.zeros((BLOCK,), rows.dtype)
+    rest = 0.0
     if terms.entry_grad is not None:
         extra += tl.load(terms.entry_grad + at, mask=inside, other=0.0)
+        if terms.entry_rest is not None:
+            rest = tl.load(terms.entry_rest + at, mask=inside, other=0.0)
     if terms.class_grad is not None:
         b = tl.load(terms.sample + row, mask=inside, other=0)
         a = tl.load(terms.class_grad + b * K + k, mask=inside, other=0.0)
@@ -234,19 +253,24 @@ def grad_entries_kernel(
             a *= tl.load(terms.row_weight + row, mask=inside, other=0.0)
         extra += a
     w = load_column_weight(rows, terms, column, inside)
-    dz = grad_tile(rows, terms, of_row, z, column == y, extra, w)
+    dz = grad_tile(rows, terms, of_row, z, column == y, extra, w, rest)
     tl.store(dlogits + row * rows.V + column, dz.to(dlogits.dtype.element_ty), mask=inside)
 
 
+@launcher
 def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
     n, num_classes = rows.num_rows, rows.num_classes
     covers_all = terms.class_grad is not None and terms.columns is None
     listed = terms.class_grad is not None and not covers_all and terms.class_grad.numel() > 0
     single = terms.entry_grad is not None and terms.entry_grad.numel() > 0
-    if (listed or single) and dlogits.data_ptr() == rows.data.data_ptr():
-        rows = replace(rows, data=rows.data.clone())  # the later passes read the logits again
+    # the later passes read logits again: where dlogits lie over them, a copy of those few
+    in_place = dlogits.data_ptr() == rows.data.data_ptr()
+    panel = rows.data[:, :, terms.columns].contiguous() if listed and in_place else None
+    few = raw_entries(rows, terms) if single and in_place else None
     kernel_rows, kernel_terms = rows.for_kernel(), terms.for_kernel()
-    no_entries = kernel_terms._replace(entry_row=None, entry_class=None, entry_grad=None)
+    no_entries = kernel_terms._replace(
+        entry_row=None, entry_class=None, entry_grad=None, entry_rest=None
+    )
     no_classes = no_entries._replace(sample=None, class_grad=None, row_weight=None, columns=None)
     grad_rows_kernel[(n,)](
         kernel_rows,
@@ -258,13 +282,27 @@ def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
     if listed:
         grid = (n, cdiv(num_columns, 256))
         grad_entries_kernel[grid](
-            kernel_rows, dlogits, no_entries, 0, num_columns, BLOCK=256, num_warps=4
+            kernel_rows, dlogits, no_entries, panel, 0, num_columns, BLOCK=256, num_warps=4
         )
     if single:
         num_entries = terms.entry_grad.numel()
         grad_entries_kernel[(cdiv(num_entries, 256),)](
-            kernel_rows, dlogits, kernel_terms, num_entries, num_columns, BLOCK=256, num_warps=4
+            kernel_rows,
+            dlogits,
+            kernel_terms,
+            few,
+            num_entries,
+            num_columns,
+            BLOCK=256,
+            num_warps=4,
         )
+
+
+def raw_entries(rows: Rows, terms: GradTerms) -> Tensor:
+    """The logits of the entries (M,) as they are stored."""
+    column = terms.entry_class if terms.columns is None else terms.columns[terms.entry_class]
+    time = rows.data.shape[1]
+    return rows.data[terms.entry_row // time, terms.entry_row % time, column]
 
 
 @dataclass
@@ -277,6 +315,10 @@ class RowVectors:
     target_value: Tensor  # (N',) dz there, before the transform's slope
     target_before: dict[int, int]  # how many of them lie before a block's edge
     valid_before: dict[int, int]
+    # plain cross-entropy's `p * coefficient` is one exponential: (N,) what it is relative to, and
+    # (N, 1) signs where some coefficient is negative
+    base: Tensor | None = None
+    sign: Tensor | None = None
     entry_place: Tensor | None = None  # (M,)
     entry_value: Tensor | None = None  # (M,)
     entry_before: dict[int, int] | None = None
@@ -301,13 +343,22 @@ class RowVectors:
             bounds(row, groups),
             bounds(terms.valid.nonzero()[:, 0], groups),
         )
+        plain = terms.entropy_grad is None and terms.class_grad is None
+        if plain and rows.dtype == torch.float32 and multiplies_and_adds():
+            log_size = terms.prob_coef.abs().log2()
+            vectors.base = (terms.row_max + terms.log_sum) * math.log2(math.e) - log_size
+            if bool((terms.prob_coef < 0).any()):
+                vectors.sign = terms.prob_coef.sign()[:, None]
         if terms.entry_row is not None:
             row, column = terms.entry_row, terms.entry_class
             column = column if terms.columns is None else terms.columns[column]
             z = rows.at(row, column)
             p = torch.exp(z - terms.row_max[row] - terms.log_sum[row])
             vectors.entry_place = row * num_classes + column
-            vectors.entry_value = p * terms.entry_grad * rows.slope(z)
+            grad = p * terms.entry_grad
+            if terms.entry_rest is not None:
+                grad = grad + terms.entry_rest
+            vectors.entry_value = grad * rows.slope(z)
             vectors.entry_before = bounds(row, groups)
         return vectors
 
@@ -347,8 +398,13 @@ def block_grad(
 ) -> None:
     """All terms of one block into dz (R, V); z is (R, V), possibly the same memory."""
     here = slice(first, last)
-    torch.sub(z, terms.row_max[here, None], out=dz)
     log_p = None
+    if vectors.base is not None:
+        exponents(z, vectors.base[here], dz).exp2_()
+        if vectors.sign is not None:
+            dz.mul_(vectors.sign[here])
+        return block_rest(rows, z, terms, vectors, first, last, dz, None)
+    torch.sub(z, terms.row_max[here, None], out=dz)
     if terms.entropy_grad is not None:
         log_p = (dz - terms.log_sum[here, None]).clamp_(min=-1e4)
     exp_(dz)
@@ -365,6 +421,14 @@ def block_grad(
         log_p.add_(terms.entropy[here, None]).mul_(-terms.entropy_grad[here, None])
         log_p.add_(terms.prob_coef[here, None])
         dz.mul_(log_p).mul_(torch.exp(-terms.log_sum[here, None]))
+    block_rest(rows, z, terms, vectors, first, last, dz, class_part)
+
+
+def block_rest(
+    rows: Rows, z: Tensor, terms, vectors, first: int, last: int, dz, class_part
+) -> None:
+    """What is added to `p * coefficient` (R, V)."""
+    here = slice(first, last)
     flat = dz.view(-1)
     start = first * rows.num_classes
     part = slice(vectors.target_before[first], vectors.target_before[last])
@@ -390,7 +454,7 @@ def logit_grad(rows: Rows, terms: GradTerms, dlogits: Tensor) -> Tensor:
     """Fills dlogits (N, V), contiguous, with the gradient of the logits; returns it.
 
     dlogits may be the memory of the logits. On a GPU, listed columns and entries then cost a copy
-    of them.
+    of their own logits.
     """
     if rows.num_rows:
         run = logit_grad_triton if use_triton(rows.data) else logit_grad_torch

@@ -22,20 +22,43 @@ CONTRACT_COLUMNS = 512
 SPLIT_COLUMNS = 1024
 
 
-def product(a: Tensor, b: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+def widens(factor: Tensor) -> bool:
+    """Whether half-precision factors can be multiplied into float32: on NVIDIA's GPUs alone."""
+    return factor.is_cuda and torch.version.hip is None
+
+
+def product(
+    a: Tensor, b: Tensor, scale: Tensor | float = 1.0, *, rounded: bool = False, out=None
+) -> Tensor:
     """`a @ b * scale` (m, n), accumulated in float32, in a dtype with the range of float32.
 
-    float32 on a GPU. On a CPU, which has no such product, bfloat16 stays (it has the range) and
-    float16 is multiplied as float32: unscaled sums over tokens overflow its range.
+    float32 on NVIDIA's GPUs, unless `rounded`, where bfloat16 is what is wanted. Elsewhere there is
+    no such product: bfloat16 stays (it has the range) and float16 is multiplied as float32, since
+    unscaled sums over tokens overflow its range. `out`: where it is put, in the dtype of that.
     """
     if a.dtype == torch.float16:
-        full = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
-        return full * scale
-    if isinstance(scale, Tensor) or scale != 1.0:
-        b = (b * scale).to(b.dtype)  # exact for a power of two, and smaller than the result
-    if a.is_cuda and a.dtype == torch.bfloat16:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
+        full = torch.mm(a, b, out_dtype=torch.float32) if widens(a) else a.float() @ b.float()
+        full = times(full, scale)
+        return full if out is None else out.copy_(full)
+    if not unscaled(scale):
+        b = (b * scale).to(b.dtype)  # smaller than the result
+    rounded = rounded if out is None else out.dtype == a.dtype
+    if rounded or a.dtype != torch.bfloat16 or not (widens(a) or out is not None):
+        return torch.mm(a, b, out=out)
+    if widens(a):
+        if out is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return out.copy_(a @ b)
+
+
+def unscaled(scale: Tensor | float) -> bool:
+    return not isinstance(scale, Tensor) and scale == 1.0
+
+
+def times(values: Tensor, scale: Tensor | float) -> Tensor:
+    """`values * scale` without a pass where it is the number 1."""
+    return values if unscaled(scale) else values * scale
 
 
 @functools.cache
@@ -51,6 +74,8 @@ def contract_rows(
     scale: Tensor | float = 1.0,
     plus: Tensor | None = None,  # (C, D)
     out: Tensor | None = None,  # (C, D)
+    *,
+    rounded: bool = False,
 ) -> Tensor:
     """`dlogits.T @ hidden * scale` (C, D), as `product`; or that and `plus`, added up in float32.
 
@@ -58,12 +83,20 @@ def contract_rows(
     thread takes columns of dlogits, so that what it adds is still in its cache.
     """
     if plus is not None and plus.dtype == dlogits.dtype and dlogits.dtype.itemsize >= 4:
-        return torch.addmm(plus, dlogits.T, hidden * scale, out=out)
+        return torch.addmm(plus, dlogits.T, times(hidden, scale), out=out)
+    if plus is not None and dlogits.is_cuda and dlogits.dtype == torch.bfloat16 and out is plus:
+        # the product's own end adds what it reads, without another pass
+        hidden = times(hidden, scale).to(dlogits.dtype)
+        if plus.dtype == dlogits.dtype:
+            return torch.addmm(plus, dlogits.T, hidden, out=plus)
+        if widens(dlogits):
+            return torch.addmm(plus, dlogits.T, hidden, out_dtype=torch.float32, out=plus)
     num_columns = dlogits.shape[1]
     if dlogits.is_cuda or dlogits.dtype != torch.bfloat16 or num_columns <= CONTRACT_COLUMNS:
-        result = product(dlogits.T, hidden, scale)
-        return result if plus is None else added(plus, result, out)
-    hidden = (hidden * scale).to(dlogits.dtype)
+        if plus is None:
+            return product(dlogits.T, hidden, scale, rounded=rounded, out=out)
+        return added(plus, product(dlogits.T, hidden, scale), out)
+    hidden = times(hidden, scale).to(dlogits.dtype)
     turned = hidden.T.contiguous() if multiplies_tiles() else None
     result = hidden.new_empty(num_columns, hidden.shape[1]) if out is None else out
 
@@ -103,13 +136,26 @@ class GradBlock:
     target: Tensor | None = None  # (R,)
     target_grad: Tensor | None = None  # (R,)
 
-    def times(self, matrix: Tensor) -> Tensor:
-        """`dlogits @ matrix` (R, d) for a matrix (C, d)."""
-        result = product(self.values, matrix)
+    def times(
+        self,
+        matrix: Tensor,  # (C, d)
+        plus: Tensor | None = None,  # (R, d) float32 at least, spent
+        *,
+        rounded: bool = False,
+    ) -> Tensor:
+        """`dlogits @ matrix` (R, d), as `product`; or that and `plus`, in its memory."""
+        if self.row_scale is None and plus is not None:
+            if self.values.dtype == plus.dtype:
+                return torch.addmm(plus, self.values, matrix, out=plus)
+            if widens(self.values):
+                wide = {"out_dtype": torch.float32, "out": plus}
+                return torch.addmm(plus, self.values, matrix, **wide)
         if self.row_scale is None:
-            return result
-        own = matrix[self.target].to(self.row_scale.dtype)
-        return torch.addcmul(result * self.row_scale, own, self.target_grad[:, None])
+            result = product(self.values, matrix, rounded=rounded)
+        else:
+            result = product(self.values, matrix) * self.row_scale
+            result.addcmul_(matrix[self.target], self.target_grad[:, None])
+        return result if plus is None else plus.add_(result)
 
     def contract(
         self,
@@ -117,17 +163,19 @@ class GradBlock:
         scale: Tensor | float = 1.0,
         plus: Tensor | None = None,  # (C, d)
         out: Tensor | None = None,  # (C, d)
+        *,
+        rounded: bool = False,
     ) -> Tensor:
         """`dlogits.T @ matrix * scale + plus` (C, d), as `contract_rows`."""
         if self.row_scale is None:
-            return contract_rows(self.values, matrix, scale, plus, out)
-        scaled = matrix * self.row_scale
-        result = contract_rows(self.values, scaled.to(matrix.dtype), scale, plus, out)
+            return contract_rows(self.values, matrix, scale, plus, out, rounded=rounded)
+        scaled = (matrix * self.row_scale).to(matrix.dtype)
+        result = contract_rows(self.values, scaled, scale, plus, out)
         # added up before they are rounded: a frequent target stands in many rows
         classes, index = torch.unique(self.target, return_inverse=True)
-        own = scaled.new_zeros(classes.numel(), matrix.shape[1])
+        own = self.row_scale.new_zeros(classes.numel(), matrix.shape[1])
         own.index_add_(0, index, matrix * self.target_grad[:, None])
-        result[classes] = (result[classes] + own * scale).to(result.dtype)
+        result[classes] = (result[classes] + times(own, scale)).to(result.dtype)
         return result
 
     def column_sums(self) -> Tensor:
@@ -192,7 +240,7 @@ def filtered_products(
     dlogits: Tensor,  # (R, C)
     hidden: Tensor,  # (R, D)
     weight: Tensor,  # (C, D)
-    scale: Tensor,  # ()
+    scale: Tensor | float,  # ()
     threshold: Tensor | float,
     into: Tensor | None,  # (C, D)
 ) -> Filtered:
@@ -221,7 +269,7 @@ def filtered_products(
         q = signed.index_fill_(0, columns.kept, 0)
         total = q.sum()
         share[number] = q / torch.where(total == 0, 1, total)
-        moment[number] = (columns.rest * scale) @ hidden[here].to(dtype)
+        moment[number] = times(columns.rest, scale) @ hidden[here].to(dtype)
         hidden_grad[here] = product(columns.large, weight[columns.kept]).to(dtype)
         if into is not None:
             part = product(columns.large.T, hidden[here], scale).to(dtype)
@@ -234,4 +282,4 @@ def filtered_products(
     nothing = dlogits.new_zeros((), dtype=torch.float64)
     mass = sum((m for m, _ in found), nothing)
     kept_mass = sum((k for _, k in found), nothing)
-    return Filtered(hidden_grad * scale, share, moment, mass, mass - kept_mass)
+    return Filtered(times(hidden_grad, scale), share, moment, mass, mass - kept_mass)

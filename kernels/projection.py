@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .common import cdiv, jit, parallel, tl, use_triton
+from .common import cdiv, jit, launcher, parallel, tl, use_triton
 
 TILE = 4096  # columns: the most for which sums of 12-bit integers are exact in float32
 GROUP = 256  # dimensions whose signs of one column are one Philox block
@@ -208,6 +208,7 @@ def back_project_kernel(
     tl.store(out + columns, (total * unit).to(tl.float32), mask=columns < C)
 
 
+@launcher
 def back_project_triton(
     w: Tensor,  # (D,) float64, whole numbers
     unit: float,
@@ -217,10 +218,11 @@ def back_project_triton(
 ) -> None:
     c, d = out.numel(), w.numel()
     back_project_kernel[(cdiv(c, 256),)](
-        w.to(out.device), out, unit, seed, first_column, c, d, BLOCK_C=256, num_warps=4
+        w, out, unit, seed, first_column, c, d, BLOCK_C=256, num_warps=4
     )
 
 
+@launcher
 def add_chunk_triton(
     chunk: Tensor,  # (N, C) whole tiles, but for the last of all
     first_column: int,
@@ -433,7 +435,7 @@ def back_project(
         return out.zero_()
     integers, unit = whole_numbers(w.detach().double())
     run = back_project_triton if use_triton(out) else back_project_torch
-    run(integers, unit / w.numel() ** 0.5, first_column, seed, out)
+    run(integers.to(out.device), unit / w.numel() ** 0.5, first_column, seed, out)
     return out
 
 

@@ -5,6 +5,7 @@ N rows, V columns. A row whose target is `ignore_index` is never read; all its s
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,11 @@ from .common import (
     Rows,
     bounds,
     exp_,
+    exponents,
     jit,
+    launcher,
     load_logits,
+    multiplies_and_adds,
     parallel,
     row_offset,
     row_tile,
@@ -160,6 +164,15 @@ def row_stats_kernel(
         tl.store(out.num_finite + row, count)
 
 
+def stats_tile(rows: Rows, stats: RowStats) -> dict[str, int]:
+    """`row_tile`; half of it where every statistic is asked for, whose sums take the registers."""
+    tile = row_tile(rows)
+    if stats.entropy is not None and stats.logit_sum is not None:
+        tile["BLOCK_V"] = max(16, tile["BLOCK_V"] // 2)
+    return tile
+
+
+@launcher
 def row_stats_triton(
     rows: Rows,
     target: Tensor,  # (N,)
@@ -175,7 +188,7 @@ def row_stats_triton(
         ignore_index,
         ALIGNED=rows.aligned,
         GROUP=16 // rows.data.element_size(),
-        **row_tile(rows),
+        **stats_tile(rows, stats),
     )
 
 
@@ -227,9 +240,12 @@ def block_stats(
     exp_out: Tensor | None,  # (N, V)
 ) -> None:
     """The passes over one block; each operation counts, so that nothing per row is done here."""
+    if exp_out is not None and exp_out.dtype == rows.dtype:
+        buffer = exp_out[here]
     z = rows.load(raw, buffer)
     row_max = torch.amax(z, -1, out=stats.row_max[here])
-    row_max.masked_fill_(row_max == -torch.inf, 0)
+    nothing = row_max == -torch.inf
+    row_max.masked_fill_(nothing, 0)
     if stats.argmax is not None:
         torch.argmax(z, -1, out=stats.argmax[here])
     if stats.logit_sum is not None:
@@ -244,15 +260,27 @@ def block_stats(
             stats.logit_sum[here] = kept @ w
             stats.weight_sum[here] = finite.to(z.dtype) @ w
     slope = rows.slope(z) if exp_out is not None else 1.0
-    shifted = torch.sub(z, row_max[:, None], out=buffer[: z.shape[0]])
-    # the floor makes p log p = 0 at p = 0
-    floored = shifted.clamp(min=-1e4) if stats.entropy is not None else None
-    exp_z = exp_(shifted)
-    torch.sum(exp_z, -1, out=stats.log_sum[here])
+    floored, place = None, buffer[: z.shape[0]]
+    if stats.entropy is None and z.dtype == torch.float32 and multiplies_and_adds():
+        # the rounding of the base is one factor of the whole row, which the maximum's 1 tells
+        base = row_max * math.log2(math.e)
+        at_max = exponents(row_max[:, None], base, torch.empty_like(row_max[:, None]))[:, 0]
+        exp_z = exponents(z, base, place).exp2_()
+        total = torch.sum(exp_z, -1, out=stats.log_sum[here])
+        total.mul_(torch.exp2(-at_max)).clamp_(min=1).masked_fill_(nothing, 0)
+    else:
+        shifted = torch.sub(z, row_max[:, None], out=place)
+        # the floor makes p log p = 0 at p = 0
+        floored = shifted.clamp(min=-1e4) if stats.entropy is not None else None
+        exp_z = exp_(shifted)
+        torch.sum(exp_z, -1, out=stats.log_sum[here])
     if floored is not None:
         torch.sum(floored.mul_(exp_z), -1, out=stats.entropy[here])
     if exp_out is not None:
-        exp_out[here] = exp_z if isinstance(slope, float) and slope == 1 else exp_z.mul_(slope)
+        if not (isinstance(slope, float) and slope == 1):
+            exp_z.mul_(slope)
+        if exp_z.data_ptr() != exp_out[here].data_ptr():
+            exp_out[here] = exp_z
 
 
 def row_stats(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .common import LOG2E, jit, next_power_of_2, tl, use_triton, widest
+from .common import LOG2E, jit, launcher, next_power_of_2, tl, use_triton, widest
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ def sample_weights_kernel(
         tl.store(effective, size)
 
 
+@launcher
 def sample_weights_triton(tokens, losses, weights, effective, scheme) -> None:
     num_samples = losses.numel()
     width = next_power_of_2(num_samples)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import LOG2E, jit, next_power_of_2, tl, use_triton, widest
+from .common import LOG2E, jit, launcher, next_power_of_2, tl, use_triton, widest
 
 
 @dataclass
@@ -277,6 +277,7 @@ def task_weights_kernel(
     tl.store(divergence_out, divergence)
 
 
+@launcher
 def task_weights_triton(
     history: TaskHistory,
     losses: Tensor,  # (K,)

@@ -7,12 +7,14 @@ Every loss is a class and two functions here, exported where it is written: `Foc
 from segloss.functional import *  # noqa: F403
 from segloss.losses import parse_loss as parse_loss
 from segloss.losses.combined import *  # noqa: F403
+from segloss.losses.distillation import *  # noqa: F403
 from segloss.losses.lovasz import *  # noqa: F403
 from segloss.losses.region import *  # noqa: F403
 from segloss.losses.token import *  # noqa: F403
 from segloss.selection import GradEx as GradEx
 from segloss.sources import DenseLogits as DenseLogits
 from segloss.sources import LinearLogits as LinearLogits
+from segloss.sources import TopK as TopK
 from segloss.sources import logit_statistics as logit_statistics
 from segloss.sweep.request import Statistics as Statistics
 from segloss.weighting import CoBa as CoBa

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -35,18 +36,46 @@ def check_number(name: str, value, low: float = 0.0, high: float = math.inf) -> 
     return float(value)
 
 
+SHARDED = (
+    "weights that an engine shards are whole only while the model runs: call "
+    "segloss.integrations.transformers.head_loss(model, loss, target, **inputs)"
+)
+
+
 def check_plain(name: str, tensor: Tensor) -> None:
     """Refuse tensors that only stand for data that lies elsewhere."""
     if type(tensor).__name__ == "DTensor":
         raise TypeError(
-            f"{name} is a DTensor; pass {name}.full_tensor(), or {name}.to_local() with group= "
-            "where its rows are sharded over tokens"
+            f"{name} is a DTensor; {SHARDED}, and rows sharded over tokens are {name}.to_local() "
+            "with group="
         )
     if tensor.numel() == 0 and hasattr(tensor, "ds_shape"):
+        raise TypeError(f"{name} is an empty ZeRO-3 placeholder; {SHARDED}")
+    if getattr(tensor, "_fsdp_flattened", False):
+        raise TypeError(f"{name} is a part of a flat parameter of FSDP1; {SHARDED}")
+    if not torch.compiler.is_compiling():
+        check_readable(name, tensor)
+
+
+def check_readable(name: str, tensor: Tensor) -> None:
+    """Refuse tensors whose values a kernel does not find where their data lie."""
+    wrapped: bool = is_traceable_wrapper_subclass(tensor)
+    if wrapped or (name == "weight" and is_quantised(tensor)):
         raise TypeError(
-            f"{name} is an empty ZeRO-3 placeholder; gather it first with "
-            "deepspeed.zero.GatheredParameters"
+            f"{name} is a {type(tensor).__name__} of {tensor.dtype}, which is no plain tensor of "
+            "floats: a quantised head is used by its own forward in "
+            "segloss.integrations.transformers.head_loss(model, loss, target, **inputs)"
         )
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise TypeError(
+            f"{name} is inside a torch.func transform (grad, vmap, ...), which the losses do not "
+            "take; use loss.backward() or torch.autograd.grad"
+        )
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Integers or bytes that only a layer's own forward can read: 4-bit, 8-bit, fp8."""
+    return weight.dtype.itemsize == 1 and weight.dtype != torch.bool
 
 
 def check_transform(softcap: float | None, scale: float) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from segloss import losses
 from segloss.losses.base import constructor_options
+from segloss.losses.shapes import of_any_weight, of_one_token
 from segloss.sources import LinearLogits
 
 CALL = [
@@ -79,5 +80,23 @@ for _loss in losses.LOSSES.values():
         FUNCTIONS[_loss.function] = functional(_loss.function, _loss)
         linear = f"linear_{_loss.function}"
         FUNCTIONS[linear] = linear_functional(linear, _loss)
+
+
+def as_torch(name: str, wrap: Callable, *more: inspect.Parameter) -> None:
+    """Let a function take every shape that PyTorch's of its name takes."""
+    plain = FUNCTIONS[name]
+    FUNCTIONS[name] = wrapped = wrap(plain)
+    parameters = [*inspect.signature(plain).parameters.values(), *more]
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__name__ = wrapped.__qualname__ = name
+    wrapped.__doc__ = f"{plain.__doc__}\n\n{wrap.__doc__}"
+
+
+as_torch("cross_entropy", of_one_token)
+as_torch(
+    "linear_cross_entropy",
+    of_any_weight,
+    inspect.Parameter("options", inspect.Parameter.KEYWORD_ONLY, default=None),
+)
 globals().update(FUNCTIONS)  # `functional.pyi` says the same to mypy and editors
 __all__ = sorted(FUNCTIONS)

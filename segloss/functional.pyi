@@ -3,12 +3,14 @@ from typing import Any
 
 from torch import Tensor
 
+from segloss.sources.beside import TopK
 from segloss.sweep.source import Source
 
 __all__ = [
     "cross_entropy",
     "dft_loss",
     "dice_loss",
+    "distillation_loss",
     "focal_loss",
     "focal_tversky_loss",
     "generalized_cross_entropy",
@@ -17,6 +19,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_dft_loss",
     "linear_dice_loss",
+    "linear_distillation_loss",
     "linear_focal_loss",
     "linear_focal_tversky_loss",
     "linear_generalized_cross_entropy",
@@ -45,6 +48,8 @@ def cross_entropy(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_cross_entropy(
@@ -58,7 +63,7 @@ def linear_cross_entropy(
     lora: tuple[Tensor, Tensor, float] | None = None,
     compact: bool = True,
     chunk_bytes: int | None = None,
-    memory_budget: int = 0,
+    memory_budget: int | None = None,
     grad_filter: float = 0.0,
     weight: Tensor | None = None,
     ignore_index: int = -100,
@@ -69,7 +74,10 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
+    options: Any = None,
 ) -> Any: ...
 def focal_loss(
     logits: Tensor | Source,
@@ -83,6 +91,8 @@ def focal_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_focal_loss(
@@ -96,7 +106,7 @@ def linear_focal_loss(
     lora: tuple[Tensor, Tensor, float] | None = None,
     compact: bool = True,
     chunk_bytes: int | None = None,
-    memory_budget: int = 0,
+    memory_budget: int | None = None,
     grad_filter: float = 0.0,
     gamma: float = 2.0,
     weight: Tensor | None = None,
@@ -106,6 +116,8 @@ def linear_focal_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def poly_loss(
@@ -120,6 +132,8 @@ def poly_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_poly_loss(
@@ -133,7 +147,7 @@ def linear_poly_loss(
     lora: tuple[Tensor, Tensor, float] | None = None,
     compact: bool = True,
     chunk_bytes: int | None = None,
-    memory_budget: int = 0,
+    memory_budget: int | None = None,
     grad_filter: float = 0.0,
     epsilon: float = 1.0,
     weight: Tensor | None = None,
@@ -143,6 +157,8 @@ def linear_poly_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def generalized_cross_entropy(
@@ -157,6 +173,8 @@ def generalized_cross_entropy(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_generalized_cross_entropy(
@@ -170,7 +188,7 @@ def linear_generalized_cross_entropy(
     lora: tuple[Tensor, Tensor, float] | None = None,
     compact: bool = True,
     chunk_bytes: int | None = None,
-    memory_budget: int = 0,
+    memory_budget: int | None = None,
     grad_filter: float = 0.0,
     q: float = 0.7,
     weight: Tensor | None = None,
@@ -180,6 +198,8 @@ def linear_generalized_cross_entropy(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def dft_loss(
@@ -193,6 +213,8 @@ def dft_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_dft_loss(
@@ -206,7 +228,7 @@ def linear_dft_loss(
     lora: tuple[Tensor, Tensor, float] | None = None,
     compact: bool = True,
     chunk_bytes: int | None = None,
-    memory_budget: int = 0,
+    memory_budget: int | None = None,
     grad_filter: float = 0.0,
     weight: Tensor | None = None,
     ignore_index: int = -100,
@@ -215,6 +237,8 @@ def linear_dft_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def self_adjusting_dice_loss(
@@ -231,6 +255,8 @@ def self_adjusting_dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_self_adjusting_dice_loss(
@@ -244,7 +270,7 @@ def linear_self_adjusting_dice_loss(
     lora: tuple[Tensor, Tensor, float] | None = None,
     compact: bool = True,
     chunk_bytes: int | None = None,
-    memory_budget: int = 0,
+    memory_budget: int | None = None,
     grad_filter: float = 0.0,
     alpha: float = 0.1,
     gamma: float = 1.0,
@@ -256,6 +282,55 @@ def linear_self_adjusting_dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
+    return_statistics: bool = False,
+) -> Any: ...
+def distillation_loss(
+    logits: Tensor | Source,
+    target: Tensor,
+    *,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    group: Any = None,
+    token_weight: Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
+    return_statistics: bool = False,
+) -> Any: ...
+def linear_distillation_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    compact: bool = True,
+    chunk_bytes: int | None = None,
+    memory_budget: int | None = None,
+    grad_filter: float = 0.0,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    group: Any = None,
+    token_weight: Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def dice_loss(
@@ -273,6 +348,8 @@ def dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_dice_loss(
@@ -286,7 +363,7 @@ def linear_dice_loss(
     lora: tuple[Tensor, Tensor, float] | None = None,
     compact: bool = True,
     chunk_bytes: int | None = None,
-    memory_budget: int = 0,
+    memory_budget: int | None = None,
     grad_filter: float = 0.0,
     smooth: float = 1e-05,
     classes: str = "present",
@@ -299,6 +376,8 @@ def linear_dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def jaccard_loss(
@@ -316,6 +395,8 @@ def jaccard_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_jaccard_loss(
@@ -329,7 +410,7 @@ def linear_jaccard_loss(
     lora: tuple[Tensor, Tensor, float] | None = None,
     compact: bool = True,
     chunk_bytes: int | None = None,
-    memory_budget: int = 0,
+    memory_budget: int | None = None,
     grad_filter: float = 0.0,
     smooth: float = 1e-05,
     classes: str = "present",
@@ -342,6 +423,8 @@ def linear_jaccard_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def tversky_loss(
@@ -361,6 +444,8 @@ def tversky_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_tversky_loss(
@@ -374,7 +459,7 @@ def linear_tversky_loss(
     lora: tuple[Tensor, Tensor, float] | None = None,
     compact: bool = True,
     chunk_bytes: int | None = None,
-    memory_budget: int = 0,
+    memory_budget: int | None = None,
     grad_filter: float = 0.0,
     alpha: float = 0.3,
     beta: float = 0.7,
@@ -389,6 +474,8 @@ def linear_tversky_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def focal_tversky_loss(
@@ -409,6 +496,8 @@ def focal_tversky_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_focal_tversky_loss(
@@ -422,7 +511,7 @@ def linear_focal_tversky_loss(
     lora: tuple[Tensor, Tensor, float] | None = None,
     compact: bool = True,
     chunk_bytes: int | None = None,
-    memory_budget: int = 0,
+    memory_budget: int | None = None,
     grad_filter: float = 0.0,
     alpha: float = 0.3,
     beta: float = 0.7,
@@ -438,6 +527,8 @@ def linear_focal_tversky_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def generalized_dice_loss(
@@ -454,6 +545,8 @@ def generalized_dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_generalized_dice_loss(
@@ -467,7 +560,7 @@ def linear_generalized_dice_loss(
     lora: tuple[Tensor, Tensor, float] | None = None,
     compact: bool = True,
     chunk_bytes: int | None = None,
-    memory_budget: int = 0,
+    memory_budget: int | None = None,
     grad_filter: float = 0.0,
     smooth: float = 1e-05,
     classes: str = "present",
@@ -479,6 +572,8 @@ def linear_generalized_dice_loss(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def lovasz_softmax(
@@ -495,6 +590,8 @@ def lovasz_softmax(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...
 def linear_lovasz_softmax(
@@ -508,7 +605,7 @@ def linear_lovasz_softmax(
     lora: tuple[Tensor, Tensor, float] | None = None,
     compact: bool = True,
     chunk_bytes: int | None = None,
-    memory_budget: int = 0,
+    memory_budget: int | None = None,
     grad_filter: float = 0.0,
     classes: str = "present",
     per_sample: bool = False,
@@ -520,5 +617,7 @@ def linear_lovasz_softmax(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    columns: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Any: ...

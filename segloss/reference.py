@@ -45,6 +45,7 @@ __all__ = [
     "cross_entropy",
     "dft_loss",
     "dice_loss",
+    "distillation_loss",
     "focal_loss",
     "focal_tversky_loss",
     "generalized_cross_entropy",
@@ -111,6 +112,7 @@ class Statistics:
     valid: Tensor
     prob_sum: Tensor | None
     classes: Tensor | None
+    column_log_prob: Tensor | None = None  # (..., k)
 
 
 def logit_statistics(
@@ -121,11 +123,13 @@ def logit_statistics(
     entropy: bool = False,
     argmax: bool = False,
     classes: str | Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> Statistics:
     """`log_softmax` gathered at the target, `logsumexp`, entropy, argmax and sums of `softmax`.
 
     `prob_sum[k]` sums the probability of class `classes[k]` over the valid tokens; `classes` is
-    "present" (sorted classes of the batch), "all" (all V) or a vector of class ids.
+    "present" (sorted classes of the batch), "all" (all V) or a vector of class ids. `columns`
+    (..., k) are class ids of each token, -1 to skip: `column_log_prob` is 0 there.
     """
     rows = _valid_rows(logits, target, ignore_index=ignore_index)
     ids = _class_ids(rows, classes, logits.shape[-1])
@@ -137,7 +141,15 @@ def logit_statistics(
         valid=rows.valid,
         prob_sum=None if ids is None else rows.log_probs.exp().sum(0)[ids],
         classes=ids,
+        column_log_prob=None if columns is None else _column_log_prob(rows, columns),
     )
+
+
+def _column_log_prob(rows: _Rows, columns: Tensor) -> Tensor:
+    ids = columns[rows.valid].long()
+    found = rows.log_probs.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, 0)
+    full = found.new_zeros(columns.shape)
+    return full.masked_scatter(rows.valid[..., None].expand(columns.shape), found)
 
 
 def _class_ids(rows: _Rows, classes: str | Tensor | None, num_classes: int) -> Tensor | None:
@@ -238,7 +250,12 @@ def cross_entropy(
 
     With smoothing e and class weights w, over the n columns whose logit is finite:
     `(1-e) w_y nll + e/n sum_j w_j (lse - z_j) + w_y z_loss lse^2`.
+
+    A target of probabilities y (..., V): `(1-e) sum_j w_j y_j (lse - z_j)` in place of the first
+    term, `z_loss lse^2` of the last, and a mean over tokens.
     """
+    if target.is_floating_point():
+        return _soft_cross_entropy(logits, target, label_smoothing, z_loss, **options)
 
     def value(rows: _Rows, class_weight: Tensor) -> Tensor:
         finite = rows.logits.isfinite()
@@ -249,6 +266,93 @@ def cross_entropy(
         return value + label_smoothing * uniform if label_smoothing else value
 
     return _token_loss(logits, target, value, **options)
+
+
+def _soft_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    *,
+    weight: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    class_weight = _class_weight(weight, logits)
+
+    def value(rows: _Rows, _: Tensor) -> Tensor:
+        y = target.detach()[rows.valid].to(logits)
+        finite = rows.logits.isfinite().to(logits)
+        share = (1 - label_smoothing) * y + label_smoothing * finite / finite.sum(-1, keepdim=True)
+        terms = torch.where(share == 0, 0, class_weight * share * -rows.log_probs)
+        return terms.sum(-1) + z_loss * rows.lse**2
+
+    every = torch.zeros(target.shape[:-1], dtype=torch.int64, device=target.device)
+    return _token_loss(logits, every, value, **options)
+
+
+def distillation_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    teacher: Any,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    **options: Any,
+) -> Any:
+    """KL(q || p), KL(p || q) or `beta KL(q || m) + (1 - beta) KL(p || m)`, m the mixture of both.
+
+    p = softmax(logits / temperature) and q of the teacher, a tensor of logits, over the classes
+    that both have. A teacher with `ids`, `log_prob` (..., k) and `rest` stands for the q that is
+    written out here: its rest shared among the listed classes, spread over the others, or left out
+    of the sums.
+    """
+    teacher = teacher if isinstance(teacher, Tensor) else _written_out(teacher, logits)
+    width = min(logits.shape[-1], teacher.shape[-1])
+    if divergence == "jsd" and beta in (0, 1):
+        divergence = "reverse" if beta else "forward"
+
+    def kl(log_a: Tensor, log_b: Tensor, counted: Tensor) -> Tensor:
+        # 0 log 0 is 0, and so is its gradient
+        some = counted & (log_a.exp() > 0)
+        ratio = torch.where(some, log_a - log_b, 0)
+        return (torch.where(some, log_a, -torch.inf).exp() * ratio).sum(-1)
+
+    def value(rows: _Rows, class_weight: Tensor) -> Tensor:
+        log_p = (rows.logits[:, :width] / temperature).log_softmax(-1)
+        z = teacher.detach()[rows.valid][:, :width].to(logits)
+        counted = ~z.isnan()
+        log_q = z.masked_fill(~counted, -torch.inf) / temperature
+        if bool(counted.all()):
+            log_q = log_q.log_softmax(-1)
+        if divergence == "forward":
+            found = kl(log_q, log_p, counted)
+        elif divergence == "reverse":
+            found = kl(log_p, log_q, counted)
+        else:
+            shares = np.log([beta, 1 - beta])
+            dead = (log_q == -torch.inf) & (log_p == -torch.inf)
+            of_q, of_p = (torch.where(dead, 0, x) for x in (log_q, log_p))
+            log_m = torch.logaddexp(of_q + shares[0], of_p + shares[1])
+            found = beta * kl(log_q, log_m, counted) + (1 - beta) * kl(log_p, log_m, counted)
+        factor = temperature**2 if temperature_squared else 1.0
+        return class_weight[rows.target] * factor * found
+
+    return _token_loss(logits, target, value, **options)
+
+
+def _written_out(teacher: Any, logits: Tensor) -> Tensor:
+    """Log-probabilities (..., V) of a stored teacher; NaN where "ignore" leaves a class out."""
+    ids, log_prob = teacher.ids.long(), teacher.log_prob.to(logits)
+    listed = ids >= 0
+    known = log_prob.masked_fill(~listed, -torch.inf).exp().sum(-1, keepdim=True)
+    left = (1 - known).clamp(min=0) / (logits.isfinite().sum(-1) - listed.sum(-1))[..., None]
+    fill = {"renormalise": torch.full_like(left, -torch.inf), "uniform": left.log()}
+    fill = fill.get(teacher.rest, torch.full_like(left, torch.nan))
+    wide = fill.expand(*logits.shape[:-1], logits.shape[-1] + 1).clone()
+    wide.scatter_(-1, torch.where(listed, ids, logits.shape[-1]), log_prob)
+    return wide[..., :-1].masked_fill(~logits.isfinite() & ~wide[..., :-1].isnan(), -torch.inf)
 
 
 def focal_loss(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
 import segloss
 from segloss import reference
@@ -38,46 +39,63 @@ def true_loss(name: str, logits, target):
     return LOSSES[name][1](logits, target)
 
 
-def llama(**options):
-    from transformers import LlamaConfig, LlamaForCausalLM
+def gpt2(**options):
+    """In float64 throughout: a Llama's norms round to float32, and a last bit then shows."""
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **options))
+    sizes = {"vocab_size": V, "n_positions": TOKENS, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    special = {"bos_token_id": 1, "eos_token_id": 2}
+    options = {"tie_word_embeddings": False, "attn_implementation": "eager"} | options
+    return GPT2LMHeadModel(GPT2Config(**sizes, **drops, **special, **options))
 
 
 def soft_capped():
-    """As Gemma2, whose norms would sum in float32 over the rows of a process."""
-    from transformers import LlamaForCausalLM
+    from transformers import GPT2LMHeadModel
 
-    class CappedLlama(LlamaForCausalLM):
+    class CappedGPT2(GPT2LMHeadModel):
         def forward(self, *arguments, **keywords):
             outputs = super().forward(*arguments, **keywords)
             outputs.logits = 2.0 * torch.tanh(0.7 * outputs.logits / 2.0)
             return outputs
 
-    return CappedLlama(llama().config)
+    return CappedGPT2(gpt2().config)
 
 
 def frozen():
-    model = llama()
+    model = gpt2()
     model.lm_head.requires_grad_(False)
     return model
 
 
 def head_alone():
-    model = llama().requires_grad_(False)
+    model = gpt2().requires_grad_(False)
     model.lm_head.requires_grad_(True)
     return model
 
 
-def lora(*modules: str):
+def checkpointed():
+    model = gpt2()
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name in new releases
+    (enable or model.gradient_checkpointing_enable)()
+    return model
+
+
+def own_head():
+    model = gpt2()
+    model.lm_head = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, V))
+    return model
+
+
+def lora(*modules: str, **options):
+    """`use_dora` makes of it a head that is used by its own forward."""
     import peft
 
-    config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=list(modules))
-    with warnings.catch_warnings():  # peft reads a name that transformers means to drop
-        warnings.simplefilter("ignore", FutureWarning)
-        model = peft.get_peft_model(llama(), config)
+    options["fan_in_fan_out"] = True
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(modules), **options)
+    with warnings.catch_warnings():  # of what peft makes of GPT-2's transposed weights
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(gpt2(), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would leave A without a gradient
             torch.nn.init.normal_(parameter, std=0.1)
@@ -85,13 +103,18 @@ def lora(*modules: str):
 
 
 MODELS: dict[str, Callable] = {
-    "trainable": llama,
+    "trainable": gpt2,
     "frozen": frozen,
     "head alone": head_alone,
-    "lora": lambda: lora("q_proj", "lm_head"),
+    "lora": lambda: lora("c_fc", "lm_head"),
     "lora on the head": lambda: lora("lm_head"),
-    "tied": lambda: llama(tie_word_embeddings=True),
+    "tied": lambda: gpt2(tie_word_embeddings=True),
     "soft-capped": soft_capped,
+    "checkpointed": checkpointed,
+}
+OWN_FORWARD = {
+    "dora": lambda: lora("lm_head", use_dora=True),
+    "own head": own_head,
 }
 
 
@@ -107,10 +130,11 @@ class Case:
 
     def make(self):
         torch.manual_seed(0)
-        model = MODELS[self.model]().to(self.dtype).train()
+        model = (MODELS | OWN_FORWARD)[self.model]().to(self.dtype).train()
         head = model.get_output_embeddings()
-        with torch.no_grad():  # a head that is sure of something
-            getattr(head, "base_layer", head).weight.mul_(20)
+        weight = getattr(getattr(head, "base_layer", head), "weight", None)
+        if weight is not None:  # a head that is sure of something
+            weight.data.mul_(20)
         return model
 
     def data(self, step: int, rank: int = 0, ranks: int = 1):
@@ -144,6 +168,7 @@ class Case:
 
 
 CASES = [Case(model, loss) for model in MODELS for loss in (*LOSSES, "sum")]
+OWN = [Case(model, loss) for model in OWN_FORWARD for loss in ("ce", "sum")]
 EMPTY = [Case(model, "sum", True) for model in ("trainable", "lora", "frozen")]
 
 
@@ -183,6 +208,17 @@ def train(case: Case, wrap: Callable, read: Callable = gradients, averages: bool
 
 def results(pairs: Iterable[tuple[str, Case]], wraps: dict[str, Callable], **options) -> dict:
     return {(engine, str(case)): train(case, wraps[engine], **options) for engine, case in pairs}
+
+
+def refusal(wrap: Callable) -> str:
+    """What `head_logits` says under an engine that shards the head."""
+    from segloss.integrations.transformers import head_logits
+
+    try:
+        head_logits(wrap(CASES[0].make()), input_ids=CASES[0].data(0)[0])
+    except TypeError as error:
+        return str(error)
+    return "nothing"
 
 
 def assert_same(found: list, case: Case, tolerance: float = 1e-12) -> None:

@@ -9,9 +9,10 @@ import segloss
 from segloss import reference
 from segloss.losses import registry
 
-# every loss of the registry: {function: name of its class}
+# every loss of the registry but those of a teacher: {function: name of its class}
+ALONE = [loss for loss in registry.LOSSES.values() if not loss.reads_teacher]
 TOKEN_LOSSES, REGION_LOSSES, LOVASZ = (
-    {loss.function: loss.__name__ for loss in registry.LOSSES.values() if issubclass(loss, kind)}
+    {loss.function: loss.__name__ for loss in ALONE if issubclass(loss, kind)}
     for kind in (segloss.TokenLoss, segloss.RegionLoss, segloss.LovaszSoftmaxLoss)
 )
 SET_LOSSES = REGION_LOSSES | LOVASZ

@@ -31,6 +31,14 @@ class OffsetLoss(segloss.TokenLoss):
         return -stats.log_prob + self.offset[stats.target].square() * stats.log_prob.exp()
 
 
+class MarginLoss(segloss.TokenLoss):
+    """`sum_m max(0, 1 + log p_m - log p_target)` over the call's columns."""
+
+    def formula(self, stats) -> Tensor:
+        gap = torch.relu(1 + stats.column_log_prob - stats.log_prob[:, None])
+        return torch.where(stats.columns >= 0, gap, 0).sum(-1)
+
+
 class SquaredDiceLoss(segloss.RegionLoss):
     def formula(self, tp: Tensor, p: Tensor, n: Tensor) -> Tensor:
         return (1 - (2 * tp + self.smooth) / (p + n + self.smooth)) ** 2

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from segloss.sources.beside import TopK
 from segloss.sweep.request import Statistics
 from segloss.sweep.source import Source
 
@@ -28,7 +29,12 @@ from segloss.sweep.source import Source
 def annotation(name: str, parameter: inspect.Parameter) -> str:
     if parameter.annotation is not inspect.Parameter.empty:
         return str(parameter.annotation)
-    positional = {"logits": "Tensor | Source", "linear_bias": "Tensor | None", "group": "Any"}
+    positional = {
+        "logits": "Tensor | Source",
+        "linear_bias": "Tensor | None",
+        "group": "Any",
+        "options": "Any",
+    }
     return positional.get(name, "Tensor")
 
 

@@ -62,7 +62,8 @@ def test_every_block_is_found(page):
 # transformers itself warns
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(("page", "heading"), WITH_CODE)
-def test_code_runs(page, heading):
+def test_code_runs(page, heading, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where trainers leave their folders
     run(page, heading)
 
 

@@ -113,3 +113,49 @@ def test_operators_pass_opcheck():
         ([TARGET, torch.randn(2, 6, V, requires_grad=True)], key),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("dtype, upstream", [(torch.bfloat16, 1 / 3), (torch.float16, 65536.0)])
+def test_the_upstream_factor_is_not_rounded(dtype, upstream):
+    """bf16(1 / 3) is 0.2 % off, fp16(65536) infinite; float16 gradients before it are mostly 0."""
+    loss = segloss.CrossEntropyLoss()
+    n, v = 1024, 61
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((n, D), (v, D))
+    hidden, weight = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
+    target = torch.randint(v, (n,), generator=generator)
+
+    def run(h, w):
+        return loss(segloss.LinearLogits(h, w), target)
+
+    def grads(function, *tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        return torch.autograd.grad(function(*leaves) * upstream, leaves)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    truth = grads(run, hidden.double(), weight.double())
+    for ours, exact in zip(grads(compiled, hidden, weight), truth, strict=True):
+        factor = (ours.double() * exact).sum() / exact.square().sum()
+        assert factor == pytest.approx(1, abs=8e-4)
+        assert (ours.double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
+
+
+@pytest.mark.parametrize("compact, name", [(False, "ce"), (True, "ce"), (False, "dice")])
+def test_cuda_graphs_leave_out_what_waits(compact, name):
+    loss = {"ce": segloss.CrossEntropyLoss(), "dice": segloss.DiceLoss()}[name]
+    used = []
+
+    def backend(graph, inputs):
+        used.extend(n.target for n in graph.graph.nodes if "segloss" in str(n.target))
+        return graph
+
+    def run(h, w):
+        return loss(segloss.LinearLogits(h, w, compact=compact), torch.arange(4))
+
+    torch._dynamo.reset()
+    torch.compile(run, fullgraph=True, backend=backend)(torch.randn(4, D), torch.randn(V, D))
+    (op,) = used
+    op = getattr(op, "_opoverload", op)
+    waits = compact or name == "dice"
+    assert (torch.Tag.cudagraph_unsafe in op.tags) == waits

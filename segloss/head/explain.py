@@ -1,72 +1,161 @@
-"""The plan of a loss in words and bytes."""
+"""The plan of a loss in words and bytes.
+
+N tokens (the kept ones), V classes, D hidden size, R rows of a chunk.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
 from segloss.head.inputs import Inputs, is_frozen
-from segloss.head.rows import chunk_slices, kept_rows, rows_within_budget
+from segloss.head.rows import chunk_slices, kept_rows, rows_to_keep
 from segloss.kernels.common import cdiv
 from segloss.sweep.batch import Batch
+
+
+@dataclass
+class Plan:
+    """What a step does: `held` are bytes by name, of one moment each; gradients are in none."""
+
+    mode: str
+    products: float  # of N V D multiplications
+    rows: int  # of a chunk
+    chunks: int
+    held: dict[str, int]
+    peak: int  # above inputs and gradients
+
+    def __str__(self) -> str:
+        """For a list of alternatives."""
+        return f"{self.chunks} of {self.rows} rows, peak {megabytes(self.peak)}"
 
 
 def explain(inputs: Inputs, batch: Batch, row_sum: bool) -> str:
     """`row_sum`: whether the loss is one, so that gradients are formed in forward."""
     rows = kept_rows(inputs, batch)
     num_rows = batch.target.numel() if rows is None else rows.numel()
+    copied = rows is not None or not inputs.options.compact
+    plan = plan_of(inputs, row_sum, num_rows, copied)
     num_classes, width = inputs.weight.shape
     itemsize = inputs.options.product_dtype.itemsize
-    chunk = inputs.chunk_rows(num_rows) if num_rows else 0
-    chunks = cdiv(num_rows, chunk) if num_rows else 0
     one = 2 * num_rows * width * num_classes
-    mode, products, extra = plan_of(inputs, row_sum, num_rows, chunks)
-    peak = chunk * num_classes * itemsize + sum(size for _, size in extra)
     lines = [
         f"tokens     {num_rows} of {batch.target.numel()} (ignored ones left out)",
-        f"mode       {mode}",
-        f"products   {products:.3g} x 2NDV = {products * one:.3g} FLOP",
-        f"chunks     {chunks} of {chunk} rows, "
-        f"{megabytes(chunk * num_classes * itemsize)} of logits",
-        *(f"{name:<10} {megabytes(size)}" for name, size in extra),
-        f"peak       {megabytes(peak)} above inputs and gradients "
+        f"mode       {plan.mode}",
+        f"products   {plan.products:.3g} x 2NDV = {plan.products * one:.3g} FLOP",
+        f"chunks     {plan.chunks} of {plan.rows} rows, "
+        f"{megabytes(plan.rows * num_classes * itemsize)} of logits",
+        *(f"{name:<10} {megabytes(size)}" for name, size in plan.held.items() if size),
+        f"peak       {megabytes(plan.peak)} above inputs and gradients "
         f"(all logits would take {megabytes(num_rows * num_classes * itemsize)})",
     ]
+    others = alternatives(inputs, row_sum, num_rows, copied, plan)
+    if others:
+        lines.append("instead    " + "; ".join(map(str, others)))
     return "\n".join(lines)
 
 
-def plan_of(inputs: Inputs, row_sum: bool, num_rows: int, chunks: int) -> tuple[str, float, list]:
-    """(mode, products of the head, [(what, bytes)] beyond a chunk's logits)."""
-    needed = inputs.needed()
+def alternatives(inputs: Inputs, row_sum, num_rows: int, copied: bool, chosen: Plan) -> list[Plan]:
+    """What one, two and four chunks would come to, where the accumulator of dweight decides."""
+    trained = inputs.needed()["weight"]
+    if (
+        not (row_sum and trained and inputs.sums_apart)
+        or inputs.options.chunk_bytes
+        or not num_rows
+    ):
+        return []
+    counts = [c for c in (1, 2, 4) if c != chosen.chunks and c <= num_rows]
+    return [plan_of(inputs, row_sum, num_rows, copied, cdiv(num_rows, c)) for c in counts]
+
+
+def plan_of(
+    inputs: Inputs, row_sum: bool, num_rows: int, copied: bool = False, rows: int | None = None
+) -> Plan:
+    """`rows` of a chunk, None for those that are chosen; `copied`: whether hidden states are."""
+    needed, options = inputs.needed(), inputs.options
     num_classes, width = inputs.weight.shape
-    itemsize = inputs.options.product_dtype.itemsize
-    extra: list[tuple[str, int]] = []
+    row_bytes = num_classes * options.product_dtype.itemsize
+    slices = chunk_slices(inputs, num_rows, needed["weight"], row_sum)
+    rows = slices[0].stop if rows is None else rows
+    chunks = cdiv(num_rows, rows) if num_rows else 0
+    states = num_rows * width
+    held = {"copies": copies(inputs, num_rows, copied)}
+    grad = {"hidden": states, "weight": inputs.weight.numel()}
+    grad = {n: size * inputs.tensors[n].element_size() for n, size in grad.items() if needed[n]}
+
+    # a CPU multiplies float16 as float32, and the factored gradient's small side in it
+    on_gpu, half = inputs.weight.is_cuda, options.product_dtype == torch.float16
+    work = 0 if on_gpu else rows * width * (6 if row_sum else 2 * is_frozen(needed))
+    if half and not on_gpu:
+        work += 4 * (rows * num_classes + inputs.weight.numel())
+
+    def plan(mode: str, products: float, moments: Iterable[int]) -> Plan:
+        peak = held["copies"] + max(max(moments) - sum(grad.values()), 0)
+        return Plan(mode, products, rows, chunks, held, peak)
+
+    chunk = rows * row_bytes + work
     if not any(needed.values()):
-        return "no gradient: statistics only", 1, extra
+        return plan("no gradient: statistics only", 1, [chunk])
     if row_sum:
-        if needed["weight"] and (size := dweight_bytes(inputs, chunks)):
-            extra.append(("dweight", size))
-        return "fused: gradients formed in forward", 1 + needed["hidden"] + needed["weight"], extra
+        held["sum"] = sum_bytes(inputs, chunks) if needed["weight"] else 0
+        held["merged"] = merged_bytes(inputs, num_rows)
+        mode = "fused: gradients formed in forward"
+        # a GPU leaves the sum until backward, and only then has the gradient beside it
+        late = held["sum"] > 0 and inputs.weight.is_cuda
+        extra = held["sum"] + held["merged"] + grad.get("hidden", 0)
+        moments = [chunk + extra + (0 if late else grad.get("weight", 0)), extra]
+        moments.append(held["sum"] + sum(grad.values()))
+        return plan(mode, 1 + needed["hidden"] + needed["weight"], moments)
     if is_frozen(needed):
-        extra.append(("p @ weight", num_rows * width * itemsize))
-        return "frozen head: p @ weight stored in forward", 2, extra
-    extra.append(("dhidden", 4 * num_rows * width))
-    num_kept = rows_within_budget(inputs, chunk_slices(inputs, num_rows))
-    if num_kept:
-        extra.append(("kept", num_kept * num_classes * itemsize))
-    products = 2 + needed["hidden"] + needed["weight"] - num_kept / max(1, num_rows)
-    return "recompute: logits made again in backward", products, extra
+        wide = inputs.dtype.itemsize * states
+        held["p @ weight"] = wide
+        mode = "frozen head: p @ weight stored in forward"
+        return plan(mode, 2, [chunk + wide, 2 * wide + grad["hidden"]])
+    num_kept = rows_to_keep(inputs, slices)
+    rest = num_rows - num_kept
+    held["kept"] = num_kept * row_bytes
+    # rows whose gradient is a sum over blocks of the vocabulary, and then once more, rounded
+    held["dhidden"] = inputs.dtype.itemsize * rest * width if needed["hidden"] else 0
+    held["merged"] = merged_bytes(inputs, num_rows)
+    logits = max(chunk, held["kept"])
+    products = 1 + rest / max(1, num_rows) + needed["hidden"] + needed["weight"]
+    own = sum(grad.values())
+    extra = held["dhidden"] + held["merged"]
+    moments = [logits, logits + extra + own - grad.get("hidden", 0) * rest // max(1, num_rows)]
+    return plan("recompute: logits made again in backward", products, moments)
 
 
-def dweight_bytes(inputs: Inputs, chunks: int) -> int:
-    """What adding up dweight over chunks takes beside the gradient itself."""
-    on_gpu, own = inputs.weight.is_cuda, inputs.weight.dtype
+def copies(inputs: Inputs, num_rows: int, copied: bool) -> int:
+    """The head in the products' dtype, and its hidden states without the ignored ones."""
     product = inputs.options.product_dtype
-    two_fit = not on_gpu and product == own == torch.bfloat16
-    if not inputs.options.grad_filter and chunks <= (2 if two_fit else 1):
+    size = 0
+    for name, tensor in inputs.tensors.items():
+        if name == "hidden":
+            here = num_rows * tensor.shape[-1]
+            size += here * tensor.element_size() * copied
+            size += here * product.itemsize * (tensor.dtype != product)
+        elif tensor.dtype != product:
+            size += tensor.numel() * product.itemsize
+    return size
+
+
+def sum_bytes(inputs: Inputs, chunks: int) -> int:
+    """What adding up dweight over chunks takes beside the gradient itself."""
+    if inputs.options.grad_filter:
+        apart = inputs.weight.element_size() < max(4, inputs.options.product_dtype.itemsize)
+        return apart * 4 * inputs.weight.numel()
+    return 4 * inputs.weight.numel() if inputs.sums_apart and chunks > 2 else 0
+
+
+def merged_bytes(inputs: Inputs, num_rows: int) -> int:
+    """What `grad_filter` takes at most: of 256 rows those columns that are not merged, and a row of
+    numbers for those that are."""
+    if not inputs.options.grad_filter:
         return 0
-    wide = max(4, product.itemsize)
-    # the sum, unless it is the gradient; a GPU makes what a chunk adds to it as large again
-    return ((own.itemsize < wide) + on_gpu) * wide * inputs.weight.numel()
+    columns = 256 * inputs.num_classes * inputs.options.product_dtype.itemsize
+    return columns + 4 * cdiv(num_rows, 256) * sum(inputs.weight.shape)
 
 
 def megabytes(size: int) -> str:

@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segloss.head.gradients import target_gradient
 from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
 from segloss.head.rows import chunk_buffer, panel_slices
 from segloss.kernels.common import Rows
+from segloss.kernels.divergence import divergence_grad
 from segloss.kernels.logit_grad import GradTerms, logit_grad
 from segloss.kernels.products import GradBlock, product
 from segloss.sweep.batch import Batch
-from segloss.sweep.terms import row_slice
+from segloss.sweep.beside import LISTED, Reading
+from segloss.sweep.row_sum import target_gradient
+from segloss.sweep.terms import row_slices
 
 
 class Frozen:
@@ -31,7 +33,8 @@ class Frozen:
     def __init__(self, inputs: Inputs, head: Head, slices: list[slice]):
         self.dtype = inputs.dtype
         self.out = chunk_buffer(head, slices)
-        self.parts: list[Tensor] = []
+        self.qw = head.hidden.new_empty(head.hidden.shape, dtype=self.dtype)
+        self.pair_parts: list[Tensor] = []
         self.factored = False
 
     def logits(self, head: Head, here: slice) -> Rows:
@@ -46,14 +49,28 @@ class Frozen:
     def keep(self, head: Head, z: Rows, stats, batch: Batch, here: slice) -> None:
         if self.factored:
             row_scale = torch.exp(-stats.log_sum)[:, None]
-            part = head.times_weight(GradBlock(z.data[0])).to(self.dtype) * row_scale
+            torch.mul(head.times_weight(GradBlock(z.data[0])), row_scale, out=self.qw[here])
         else:
             off_target = probabilities_off_target(z, stats, batch, here)
-            part = head.times_weight(GradBlock(off_target)).to(self.dtype)
-        self.parts.append(part)
+            self.qw[here] = head.times_weight(GradBlock(off_target))
+
+    def keep_pairs(self, head: Head, z: Rows, reading: Reading) -> None:
+        """The gradient of each divergence, for an upstream gradient of 1, times the weight."""
+        if not reading.pairs:
+            return
+        out, made = torch.empty_like(z.data[0]), []
+        for pair in reading.pairs:
+            pair.grad = torch.ones_like(pair.numbers.value)
+            divergence_grad(z, [pair], out)
+            made.append(head.times_weight(GradBlock(out)).to(self.dtype))
+        self.pair_parts.append(torch.stack(made))
 
     def saved(self) -> dict[str, Any]:
-        return {"qw": torch.cat(self.parts)}
+        pairs = torch.cat(self.pair_parts, 1) if self.pair_parts else None
+        return {"qw": self.qw, "pair_weight": pairs}
+
+    def left(self) -> None:
+        return None
 
 
 def probabilities_off_target(z: Rows, stats, batch: Batch, here: slice) -> Tensor:
@@ -74,7 +91,8 @@ def hidden_grad(inputs: Inputs, head: Head, terms: GradTerms, saved: dict) -> Te
 
     `prob_coef * qw + dz_y * weight[y] + (p_S (A + g)) @ weight[S]`.
     """
-    dz_y = target_gradient(head, terms, saved["log_prob"])
+    like = Rows(head.hidden[None], head.softcap, head.scale)
+    dz_y = target_gradient(like, terms, saved["log_prob"])
     prob_coef = torch.where(terms.valid, terms.prob_coef, 0)
     result = saved["qw"].to(prob_coef.dtype) * prob_coef[:, None]
     own = torch.where(terms.valid, terms.target, 0).clamp(0, head.weight.shape[0] - 1)
@@ -98,9 +116,27 @@ def hidden_grad(inputs: Inputs, head: Head, terms: GradTerms, saved: dict) -> Te
     )  # fmt: skip
     slices = panel_slices(inputs, own.numel(), columns.numel())
     out = chunk_buffer(panel, slices)
-    for here in slices:
+    for here, part in zip(slices, row_slices(only, slices), strict=True):
         z = panel.take(here).logits(out)
-        part = row_slice(only, here)
-        dlogits = logit_grad(z, part, torch.empty_like(z.data[0]))
+        dlogits = logit_grad(z, part, z.data[0])
         result[here] += panel.times_weight(GradBlock(dlogits))
     return result
+
+
+def add_listed(inputs: Inputs, head: Head, saved: dict, rest: Tensor, hidden: Tensor) -> None:
+    """Add `sum_m rest_im weight[id_im]` to hidden (N, D): the listed classes' own logits."""
+    ids = saved["ids"].clamp(min=0)
+    z = saved[LISTED] + saved["row_max"][:, None] + saved["log_sum"][:, None]
+    rest = rest * Rows(head.hidden[None], head.softcap, head.scale).slope(z)
+    for here in panel_slices(inputs, ids.shape[0], ids.shape[1] * hidden.shape[1]):
+        own = head.weight[ids[here]].to(hidden.dtype)
+        if head.lora_b is not None:
+            own += head.lora_scale * (head.lora_b[ids[here]] @ head.lora_a).to(hidden.dtype)
+        hidden[here] += torch.bmm(rest[here, None], own)[:, 0]
+
+
+def add_pairs(saved: dict, grad: Tensor, hidden: Tensor) -> None:
+    """Add the divergences' part to hidden (N, D), of the gradients (N, S) of their values."""
+    grad = torch.where(saved["valid"][:, None], grad, 0)
+    for column, pair_weight in zip(grad.unbind(1), saved["pair_weight"], strict=True):
+        hidden.addcmul_(pair_weight, column[:, None])

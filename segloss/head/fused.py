@@ -11,15 +11,21 @@ from torch import Tensor
 from segloss.head.gradients import Gradients, factored_block
 from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
-from segloss.head.rows import chunk_buffer, chunk_slices, compact_batch, kept_rows, spread
-from segloss.kernels.logit_grad import logit_grad
+from segloss.head.rows import (
+    beside_others,
+    chunk_buffer,
+    chunk_slices,
+    compact_batch,
+    kept_rows,
+    spread,
+)
 from segloss.kernels.products import GradBlock
 from segloss.kernels.row_stats import row_stats
 from segloss.sweep.attach import only_once
 from segloss.sweep.batch import Batch
-from segloss.sweep.classes import class_index
+from segloss.sweep.beside import DIVERGENCES, Reading, has_plain, logits_gradient
 from segloss.sweep.request import RowSum, TokenStats
-from segloss.sweep.terms import grad_terms
+from segloss.sweep.row_sum import chunk_gradients, finished
 
 
 def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenStats]:
@@ -27,29 +33,35 @@ def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenSt
     with torch.autocast(inputs.device.type, enabled=False):
         names, options = tuple(inputs.tensors), inputs.options
         value, *stats = _RowSum.apply(names, options, batch, plan, *inputs.tensors.values())
-    return value, TokenStats(*stats)
+    found = TokenStats(*stats[:4])
+    found.listed = stats[4]
+    return value, found
 
 
 def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
-    """The value, the row statistics, and the gradients of the tensors."""
+    """The value, the row statistics, the gradients of the tensors and what they are still to be
+    multiplied by, beside the upstream gradient."""
     rows = kept_rows(inputs, batch)
     inner = compact_batch(batch, rows)
     head = Head.of(inputs, rows, inner.valid)
     weights = inner.weights()
-    scale = power_of_two(plan, weights)
-    total = Gradients(head, needed, scale, disjoint=False, dtype=inputs.weight.dtype)
-    total.threshold = inputs.filter_limit / (plan.denominator * scale)
+    # only float16 has too small a range for dlogits that hold 1 / N
+    half = head.hidden.dtype == torch.float16
+    scale: Tensor | float = power_of_two(plan, weights) if half else 1.0
     num_rows = head.hidden.shape[0]
-    loss = torch.zeros((), dtype=inputs.dtype, device=inputs.device)
     request = plan.request
+    inputs = beside_others(inputs, inner, request)
+    slices = chunk_slices(inputs, num_rows, needed["weight"], row_sum=True)
+    total = Gradients(inputs, head, needed, groups=len(slices), held=True)
+    total.threshold = inputs.filter_limit / (plan.denominator * scale)
+    loss = torch.zeros((), dtype=inputs.dtype, device=inputs.device)
     collected = []
-    slices = chunk_slices(inputs, num_rows)
     out = chunk_buffer(head, slices)
     whole = slice(0, head.weight.shape[0])
-    filtering = inputs.options.grad_filter > 0
     # smoothing adds to every column and a filter reads dlogits itself; on a GPU the exponentials
     # would take a second read anyway, and the target's part a synchronisation
-    factored = not (filtering or request.column_sums or out.is_cuda)
+    reads_more = inner.beside.listed is not None or len(request.divergences) > 0
+    factored = not (total.filtering or request.column_sums or reads_more or out.is_cuda)
     for here in slices:
         z = head.take(here).logits(out)
         target, valid = inner.target[here], inner.valid[here]
@@ -63,53 +75,31 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
             column_weight=request.column_weight,
             exp_out=z.data[0] if factored else None,
         )
-        leaves = {
-            "log_prob": stats.log_prob,
-            "lse": stats.row_max + stats.log_sum,
-            "logit_sum": stats.logit_sum,
-        }
-        leaves = {n: v.requires_grad_() for n, v in leaves.items() if v is not None}
-        rest = {n: getattr(stats, n) for n in ("weight_sum", "num_finite")}
-        index = class_index(target, valid, inputs.num_classes)
-        token_stats = TokenStats(**leaves, **rest, target=index)
-        with torch.enable_grad():
-            part = chunk_value(plan, token_stats, target, valid, weights[here])
-            grads = torch.autograd.grad(part, list(leaves.values()), allow_unused=True)
-        loss += part.detach()
-        named = {n: g / scale for n, g in zip(leaves, grads, strict=True) if g is not None}
-        saved = {
-            "valid": valid,
-            "target": target,
-            "row_max": stats.row_max,
-            "log_sum": stats.log_sum,
-            "log_prob": stats.log_prob.detach(),
-            "column_weight": request.column_weight,
-        }
-        terms = grad_terms(saved, named)
-        if factored:
-            block = factored_block(head, terms, z.data[0], saved["log_prob"])
-        else:
-            block = GradBlock(logit_grad(z, terms, z.data[0]))
-        total.block(block, here, whole, filtering)
-        collected.append(
-            (stats.log_prob.detach(), leaves["lse"].detach(), stats.entropy, stats.argmax)
+        reading = Reading.of(z, inner.beside.take(here), valid, request.divergences, stats)
+        value, lse, named, terms = chunk_gradients(
+            plan, stats, reading, target, weights[here], inputs.num_classes, scale
         )
-    grads = total.result(inputs, rows)
+        loss += value
+        log_prob = stats.log_prob.detach()
+        if factored:
+            block = factored_block(z, terms, log_prob)
+        else:
+            pairs = reading.upstream(named.get(DIVERGENCES))
+            dlogits = logits_gradient(z, terms, pairs, z.data[0], has_plain(named))
+            block = GradBlock(dlogits)
+        total.block(block, here, whole)
+        listed = None if reading.listed is None else reading.listed.detach()
+        collected.append((log_prob, lse, stats.entropy, stats.argmax, listed))
+        del reading  # the teacher's logits
+    del z, block, out  # the logits
+    grads = total.result(rows)
     num_tokens = batch.target.numel()
     columns = [
         None if column[0] is None else torch.cat(column) for column in zip(*collected, strict=True)
     ]
-    fills = (0, 0, 0, -1)
+    fills = (0, 0, 0, -1, 0)
     per_token = [spread(c, rows, num_tokens, f) for c, f in zip(columns, fills, strict=True)]
-    return loss, per_token, grads
-
-
-def chunk_value(plan: RowSum, stats: TokenStats, target, valid, weights) -> Tensor:
-    total = torch.zeros((), dtype=weights.dtype, device=weights.device)
-    for factor, values in plan.terms:
-        value = torch.where(valid, values(stats, target, valid), 0)
-        total = total + factor * (value * weights).sum()
-    return total
+    return loss, per_token, grads, scale
 
 
 def power_of_two(plan: RowSum, weights: Tensor) -> Tensor:
@@ -129,9 +119,8 @@ class _RowSum(torch.autograd.Function):
     def forward(ctx, names, options, batch, plan, *tensors):
         inputs = Inputs(dict(zip(names, tensors, strict=True)), options)
         needed = dict(zip(names, ctx.needs_input_grad[4:], strict=True))
-        loss, stats, grads = forward(inputs, batch, plan, needed)
+        loss, stats, *ctx.grads = forward(inputs, batch, plan, needed)
         ctx.again = names, options, batch, plan, needed
-        ctx.grads = grads
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*(s for s in stats if s is not None))
         return (loss, *stats)
@@ -139,13 +128,14 @@ class _RowSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         tensors = ctx.saved_tensors
-        grads, ctx.grads = ctx.grads, None
-        if grads is None:
+        found, ctx.grads = ctx.grads, None
+        if found is None:
             names, options, batch, plan, needed = ctx.again
             inputs = Inputs(dict(zip(names, tensors, strict=True)), options)
             with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-                _, _, grads = forward(inputs, batch, plan, needed)
-        if grad.is_cuda or grad != 1:  # a look at a GPU's value would synchronise
-            with torch.no_grad():
-                grads = tuple(None if g is None else g.mul_(grad) for g in grads)
+                _, _, *found = forward(inputs, batch, plan, needed)
+        grads, scale = found
+        with torch.no_grad():
+            pairs = zip(grads, tensors, strict=True)
+            grads = tuple(None if g is None else finished(g, grad * scale, t) for g, t in pairs)
         return (None, None, None, None, *only_once(grads))

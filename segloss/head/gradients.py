@@ -12,138 +12,171 @@ from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
 from segloss.kernels.common import Rows
 from segloss.kernels.logit_grad import GradTerms
-from segloss.kernels.products import GradBlock, filtered_products, product
+from segloss.kernels.products import GradBlock, filtered_products, product, times, unscaled
+from segloss.sweep.row_sum import row_scale, target_gradient
 
 
 class Gradients:
     """The gradients of a head's tensors, added up over blocks of logits.
 
-    `scale` (0-dim, a power of two) was taken out of the blocks. `disjoint` says that every class
-    is met in one block only, so that its slice of dweight is final and needs no float32 sum.
-    `dtype` is the weight's own, which its gradient gets.
+    A block is some rows of all classes, or some classes of some rows. What one product makes final
+    is rounded by it and written once; sums are float32. `groups` says over how many groups of rows
+    dweight is added up: two of them need no memory but its own.
+
+    `held`: an upstream factor is still to come, so that float16 gradients stay in float32, where
+    1 / N does not make most of them 0. `scale` was taken out of the blocks and is put back here.
     """
 
     def __init__(
         self,
+        inputs: Inputs,
         head: Head,
         needed: dict[str, bool],
-        scale: Tensor,
-        disjoint: bool,
-        dtype: torch.dtype,
+        groups: int,
+        scale: Tensor | float = 1.0,
+        held: bool = False,
     ):
-        self.head, self.needed, self.scale, self.disjoint = head, needed, scale, disjoint
-        self.dtype = dtype
+        self.inputs, self.head, self.needed, self.groups = inputs, head, needed, groups
+        self.scale, self.held = scale, held
+        self.filtering = inputs.options.grad_filter > 0
+        self.dtypes = {name: tensor.dtype for name, tensor in inputs.tensors.items()}
+        if held:
+            wide = torch.bfloat16  # beside float16 it makes float32, beside any other nothing
+            self.dtypes = {n: torch.promote_types(d, wide) for n, d in self.dtypes.items()}
         double = head.hidden.dtype == torch.float64
         self.accumulate = torch.float64 if double else torch.float32
         self.threshold: Tensor | float = 0.0
-        self.sums: dict[str, Tensor] = {}
+        self.hidden: dict[int, Tensor] = {}  # rows of dhidden, without `scale`, by the first
+        self.sums: dict[str, Tensor] = {}  # of the other tensors
+        self.first_rows = 0  # of the group of rows that dweight began with
         self.final: Tensor | None = None  # what dweight is returned in
         self.mass: Tensor | float = 0.0
         self.dropped: Tensor | float = 0.0
         self.rank_one: list[tuple[Tensor, Tensor]] = []  # of dweight, added once at the end
 
-    def add(self, name: str, value: Tensor, at: slice, size: int, whole: bool) -> None:
-        """Add the gradient at a slice of the first dimension, `size` long.
+    def block(self, block: GradBlock, rows: slice, classes: slice) -> None:
+        """Contract the gradient of a block of logits (R, C) at `rows` x `classes`."""
+        head, needed, inner = self.head.take(rows).columns(classes), self.needed, None
+        if needed.get("lora_a") or (needed["hidden"] and not self.filtering):
+            inner = head.times_lora_b(block)
+        if self.filtering:
+            self.filtered(block, head, rows, classes)
+        else:
+            if needed["hidden"]:
+                self.add_hidden(block, head, inner, rows, classes)
+            if needed["weight"]:
+                self.add_weight(block, head.hidden, rows, classes)
+        if needed.get("bias"):
+            self.add("bias", block.column_sums(), classes)
+        if needed.get("lora_b"):
+            low = head.hidden @ head.lora_a.T
+            self.add("lora_b", block.contract(low, head.lora_scale), classes)
+        if needed.get("lora_a"):
+            grad = product(inner.T, head.hidden, head.lora_scale)
+            self.add("lora_a", grad, slice(0, head.lora_a.shape[0]))
 
-        `whole` slices are met in one block only; otherwise a sum over blocks starts in float32.
-        """
-        if at.stop - at.start == size and name not in self.sums:
-            self.sums[name] = value
-            return
+    def covers_all(self, classes: slice) -> bool:
+        return classes.stop - classes.start == self.head.weight.shape[0]
+
+    def add(self, name: str, value: Tensor, at: slice) -> None:
+        """Add to a small gradient at a slice of its first dimension, in float32."""
         if name not in self.sums:
-            dtype = self.head.weight.dtype if whole else self.accumulate
-            self.sums[name] = value.new_zeros((size, *value.shape[1:]), dtype=dtype)
-        if whole:
-            self.sums[name][at] = value
+            shape = self.inputs.tensors[name].shape
+            self.sums[name] = value.new_zeros(shape, dtype=self.accumulate)
+        self.sums[name][at] += times(value, self.scale)
+
+    def add_hidden(self, block, head: Head, inner, rows: slice, classes: slice) -> None:
+        """With all classes a row of dhidden is final, otherwise a sum over blocks of them."""
+        dtype = self.dtypes["hidden"]
+        if not self.covers_all(classes):
+            part = head.times_weight(block, inner, self.hidden.get(rows.start))
+            self.hidden[rows.start] = part.to(self.accumulate)
             return
-        if self.sums[name].dtype != self.accumulate:
-            self.sums[name] = self.sums[name].to(self.accumulate)
-        self.sums[name][at] += value
+        part = head.times_weight(block, inner, rounded=dtype == head.hidden.dtype)
+        self.hidden[rows.start] = part.to(dtype) if unscaled(self.scale) else part
 
-    def sum_of(self, name: str, shape: torch.Size) -> Tensor:
-        """What the gradient of a whole tensor is added to, in float32."""
-        if name not in self.sums:
-            self.sums[name] = self.scale.new_zeros(shape, dtype=self.accumulate)
-        return self.sums[name]
+    def add_weight(self, block: GradBlock, hidden: Tensor, rows: slice, classes: slice) -> None:
+        """Classes of dweight, or all of them.
 
-    def add_weight(self, block: GradBlock, hidden: Tensor, last: bool) -> None:
-        """Add what a chunk of rows adds to dweight.
-
-        Where a product is rounded to the gradient's own dtype (bfloat16 on a CPU), the first one is
-        put where the gradient will lie, and the last sum too: two chunks need no other memory.
+        Of two groups of rows the first product lies where the gradient will, and the sum too. More
+        are added up in float32; the last sum is put where the first product was, if it can be.
         """
-        plus = out = self.sums.get("weight")
-        if plus is not None and plus.dtype == self.dtype:
+        dtype, plus = self.dtypes["weight"], self.sums.get("weight")
+        if plus is None:
+            self.first_rows = rows.start
+        if not self.covers_all(classes):
+            if plus is None:
+                plus = self.sums["weight"] = torch.empty_like(self.head.weight, dtype=dtype)
+            out = plus[classes]
+            block.contract(hidden, self.scale, None if rows.start == self.first_rows else out, out)
+            return
+        if plus is None:
+            final = self.groups <= 2 or dtype == self.accumulate
+            out = torch.empty_like(self.head.weight, dtype=dtype) if final else None
+            self.sums["weight"] = block.contract(hidden, self.scale, None, out)
+            return
+        out = plus
+        if plus.dtype == dtype:
             self.final = plus
+        last = self.groups <= 2 or rows.stop == self.head.hidden.shape[0]
         if last and self.final is not None:
             out = self.final
-        elif plus is not None and plus.dtype != self.accumulate:
+        elif plus.dtype != self.accumulate:
             out = torch.empty_like(plus, dtype=self.accumulate)
         self.sums["weight"] = block.contract(hidden, self.scale, plus, out)
 
-    def block(self, block: GradBlock, rows: slice, classes: slice, filtering: bool) -> None:
-        """Contract the gradient of a block of logits (R, C) at `rows` x `classes`."""
-        head, scale, needed = self.head.take(rows).columns(classes), self.scale, self.needed
-        num_rows, num_classes = self.head.hidden.shape[0], self.head.weight.shape[0]
-        hidden_grad = None
-        if filtering:
-            hidden_grad = self.filtered(block, head, classes)
-        elif needed["hidden"]:
-            hidden_grad = head.times_weight(block) * scale
-        if needed["hidden"]:
-            self.add("hidden", hidden_grad, rows, num_rows, False)
-        if needed["weight"] and not filtering:
-            if self.disjoint:
-                weight_grad = block.contract(head.hidden, scale)
-                self.add("weight", weight_grad, classes, num_classes, True)
-            else:
-                self.add_weight(block, head.hidden, rows.stop == num_rows)
-        if needed.get("bias"):
-            self.add("bias", block.column_sums() * scale, classes, num_classes, self.disjoint)
-        if needed.get("lora_b"):
-            inner = head.hidden @ head.lora_a.T
-            grad = block.contract(inner, scale * head.lora_scale)
-            self.add("lora_b", grad, classes, num_classes, self.disjoint)
-        if needed.get("lora_a"):
-            inner = block.times(head.lora_b).to(head.lora_a.dtype)
-            grad = product(inner.T, head.hidden, scale * head.lora_scale).to(self.accumulate)
-            rank = slice(0, head.lora_a.shape[0])
-            self.add("lora_a", grad, rank, rank.stop, False)
-
-    def filtered(self, block: GradBlock, head: Head, classes: slice) -> Tensor:
-        """dhidden (R, D) of a block with its small columns merged; dweight is added."""
-        weight_grad = None
-        if self.needed["weight"] and self.disjoint:
-            weight_grad = torch.zeros_like(head.weight, dtype=self.accumulate)
-        elif self.needed["weight"]:
-            weight_grad = self.sum_of("weight", head.weight.shape)
+    def filtered(self, block: GradBlock, head: Head, rows: slice, classes: slice) -> None:
+        """dhidden and dweight of a block with its small columns merged."""
+        into, whole = None, self.covers_all(classes)
+        if self.needed["weight"]:
+            into = self.sums.get("weight") if whole else None
+            if into is None:
+                into = torch.zeros_like(head.weight, dtype=self.accumulate)
         done = filtered_products(
-            block.values, head.hidden, head.full_weight(), self.scale, self.threshold, weight_grad
+            block.values, head.hidden, head.full_weight(), 1.0, self.threshold, into
         )
         self.mass, self.dropped = self.mass + done.mass, self.dropped + done.merged
-        if weight_grad is not None and self.disjoint:
-            weight_grad.addmm_(done.share.T, done.moment)
-            self.add("weight", weight_grad, classes, self.head.weight.shape[0], True)
-        elif weight_grad is not None:
+        if self.needed["hidden"]:
+            plus = self.hidden.get(rows.start)
+            self.hidden[rows.start] = (
+                done.hidden_grad if plus is None else plus.add_(done.hidden_grad)
+            )
+        if into is None:
+            return
+        if whole:
+            self.sums["weight"] = into
             self.rank_one.append((done.share, done.moment))
-        return done.hidden_grad
+            return
+        if "weight" not in self.sums:
+            self.first_rows = rows.start
+            dtype = self.dtypes["weight"]
+            self.sums["weight"] = torch.empty_like(self.head.weight, dtype=dtype)
+        into = times(into.addmm_(done.share.T, done.moment), self.scale)
+        slot = self.sums["weight"][classes]
+        slot.copy_(into if rows.start == self.first_rows else into + slot)
 
-    def result(self, inputs: Inputs, rows: Tensor | None) -> tuple:
-        """Gradients in the tensors' order, dtypes and shapes."""
+    def result(self, rows: Tensor | None) -> tuple:
+        """Gradients in the tensors' order and shapes; in their dtypes unless they are `held`, where
+        a float32 sum stays one until the last factor is known."""
         if self.mass:
-            inputs.options.report["dropped_mass"] = float(self.dropped / self.mass)
+            self.inputs.options.report["dropped_mass"] = float(self.dropped / self.mass)
         if self.rank_one:
             share, moment = (torch.cat(part) for part in zip(*self.rank_one, strict=True))
-            self.sums["weight"].addmm_(share.T, moment)
+            whole = self.sums["weight"].addmm_(share.T, moment)
+            self.sums["weight"] = times(whole, self.scale)
+        if self.hidden:
+            dtype = self.dtypes["hidden"]
+            parts = [times(self.hidden[i], self.scale).to(dtype) for i in sorted(self.hidden)]
+            self.sums["hidden"] = parts[0] if len(parts) == 1 else torch.cat(parts)
         grads: list[Tensor | None] = []
-        for name, tensor in inputs.tensors.items():
+        for name, tensor in self.inputs.tensors.items():
             total = self.sums.get(name)
             if not self.needed[name]:
                 grads.append(None)
             elif total is None:  # no valid token: nothing was ever added
                 grads.append(torch.zeros_like(tensor))
             else:
-                total = total.to(tensor.dtype)
+                total = total if self.held else total.to(tensor.dtype)
                 if name == "hidden" and rows is not None:
                     full = total.new_zeros(tensor.numel() // tensor.shape[-1], tensor.shape[-1])
                     total = full.index_copy_(0, rows, total)
@@ -151,17 +184,8 @@ class Gradients:
         return tuple(grads)
 
 
-def target_gradient(head: Head, terms: GradTerms, log_prob: Tensor) -> Tensor:
-    """dL/dlogit at the targets (N,), 0 if ignored, without class sums' and entries' part."""
-    z_y = log_prob + terms.row_max + terms.log_sum
-    slope = Rows(head.hidden[None], head.softcap, head.scale).slope(z_y)
-    p_y = log_prob.exp()
-    dz_y = (p_y * (terms.prob_coef + terms.target_coef) + terms.target_rest) * slope
-    return torch.where(terms.valid, dz_y, 0)
-
-
-def factored_block(head: Head, terms: GradTerms, values: Tensor, log_prob: Tensor) -> GradBlock:
-    """dlogits from the exponentials that `row_stats` left in `values`."""
-    row_scale = torch.where(terms.valid, terms.prob_coef * torch.exp(-terms.log_sum), 0)
+def factored_block(z: Rows, terms: GradTerms, log_prob: Tensor) -> GradBlock:
+    """dlogits from the exponentials that `row_stats` left over the logits z."""
     target = torch.where(terms.valid, terms.target, 0)
-    return GradBlock(values, row_scale[:, None], target, target_gradient(head, terms, log_prob))
+    own = target_gradient(z, terms, log_prob)
+    return GradBlock(z.data[0], row_scale(terms), target, own)

@@ -31,7 +31,7 @@ class Options:
     lora_scale: float = 0.0
     compact: bool = True
     chunk_bytes: int | None = None
-    memory_budget: int = 0
+    memory_budget: int | None = None
     grad_filter: float = 0.0
     # filled by backward: "dropped_mass", the share of |dlogits| that grad_filter merged
     report: dict = field(default_factory=dict)
@@ -44,6 +44,7 @@ class Inputs:
 
     tensors: dict[str, Tensor]
     options: Options
+    other_classes: int = 0  # of a chunk of other logits that is made beside one of these
 
     @property
     def hidden(self) -> Tensor:
@@ -76,18 +77,40 @@ class Inputs:
         enabled = torch.is_grad_enabled()
         return {name: enabled and tensor.requires_grad for name, tensor in self.tensors.items()}
 
-    def chunk_rows(self, num_rows: int) -> int:
-        """Rows of a chunk: from the byte budget alone, never from V / D."""
+    @property
+    def sums_apart(self) -> bool:
+        """Whether dweight is added up over chunks in other memory than its own, in float32."""
+        product = self.options.product_dtype
+        return product.itemsize == 2 and self.weight.dtype == product
+
+    def chunk_rows(self, num_rows: int, *, trained: bool, row_sum: bool = True) -> int:
+        """Rows of a chunk: from the byte budget alone, never from V / D.
+
+        `trained`: whether the weight gets a gradient, `row_sum`: whether it is formed in forward,
+        chunk by chunk. The float32 sum that many chunks then need is memory, too: up to two chunks
+        go without, and may take as much.
+        """
         on_gpu, chunk_bytes = self.device.type == "cuda", self.options.chunk_bytes
-        budget = chunk_bytes or (GPU_CHUNK_BYTES if on_gpu else CPU_CHUNK_BYTES)
-        rows = budget // (self.num_classes * self.options.product_dtype.itemsize)
-        if chunk_bytes is None:
-            rows = max(GPU_CHUNK_ROWS if on_gpu else CPU_CHUNK_ROWS, rows)
+        row_bytes = (self.num_classes + self.other_classes) * self.options.product_dtype.itemsize
+        if chunk_bytes is not None:
+            return self.even_rows(num_rows, chunk_bytes // row_bytes)
+        sum_bytes = 4 * self.weight.numel() if trained and self.sums_apart else 0
+        if on_gpu:
+            rows = max(GPU_CHUNK_ROWS, max(GPU_CHUNK_BYTES, sum_bytes) // row_bytes)
+            return self.even_rows(num_rows, rows)
+        rows = max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // row_bytes)
+        half = -(-num_rows // 2)
+        if row_sum and half > rows and (half - rows) * row_bytes <= sum_bytes:
+            rows = half
+        return self.even_rows(num_rows, rows)
+
+    @staticmethod
+    def even_rows(num_rows: int, rows: int) -> int:
+        """At most about so many, in equal chunks: a small last one would reread the weight for
+        little."""
         if rows >= num_rows:
             return max(1, num_rows)
-        # equal chunks: a small last one would reread the weight for little
-        count = -(-num_rows // max(1, rows))
-        even = -(-num_rows // count)
+        even = -(-num_rows // -(-num_rows // max(1, rows)))
         return even if even < 128 else min(num_rows, -(-even // 128) * 128 if rows >= 128 else even)
 
 

@@ -80,10 +80,20 @@ class Head:
             return self.weight
         return torch.addmm(self.weight, self.lora_b, self.lora_a, alpha=self.lora_scale)
 
-    def times_weight(self, block: GradBlock) -> Tensor:
-        """`dlogits @ (weight + scaling B A)`, (N, D)."""
-        result = block.times(self.weight)
+    def times_lora_b(self, block: GradBlock) -> Tensor | None:
+        """`dlogits @ B` (N, r), which both dhidden and dA need."""
+        return None if self.lora_a is None else block.times(self.lora_b).to(self.lora_a.dtype)
+
+    def times_weight(
+        self,
+        block: GradBlock,
+        inner: Tensor | None = None,
+        plus: Tensor | None = None,
+        rounded: bool = False,
+    ) -> Tensor:
+        """`dlogits @ (weight + scaling B A) + plus`, (N, D); `inner` from `times_lora_b`."""
+        result = block.times(self.weight, plus, rounded=rounded and self.lora_a is None)
         if self.lora_a is not None:
-            inner = block.times(self.lora_b).to(self.lora_a.dtype)
+            inner = self.times_lora_b(block) if inner is None else inner
             result = result + self.lora_scale * product(inner, self.lora_a)
         return result

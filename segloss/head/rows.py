@@ -13,6 +13,7 @@ from torch import Tensor
 from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
 from segloss.sweep.batch import Batch
+from segloss.sweep.request import Request
 
 
 def kept_rows(inputs: Inputs, batch: Batch) -> Tensor | None:
@@ -32,27 +33,46 @@ def compact_batch(batch: Batch, rows: Tensor | None) -> Batch:
         target=batch.target[rows],
         valid=batch.valid[rows],
         token_weight=None if weight is None else weight[rows],
+        beside=batch.beside.take(rows),
     )
+
+
+def beside_others(inputs: Inputs, batch: Batch, request: Request) -> Inputs:
+    """The same, if a chunk of a teacher's logits is made beside each of its own."""
+    if not request.divergences:
+        return inputs
+    return replace(inputs, other_classes=batch.beside.made_classes)
 
 
 def spread(values: Tensor | None, rows: Tensor | None, size: int, fill: int = 0) -> Tensor | None:
     """Values of the kept rows back at their tokens, `fill` elsewhere."""
     if values is None or rows is None:
         return values
-    return values.new_full((size,), fill).index_copy_(0, rows, values)
+    full = values.new_full((size, *values.shape[1:]), fill)
+    return full.index_copy_(0, rows, values)
 
 
-def chunk_slices(inputs: Inputs, num_rows: int) -> list[slice]:
+def chunk_slices(
+    inputs: Inputs, num_rows: int, trained: bool, row_sum: bool = False
+) -> list[slice]:
     """Row slices of the chunks; an empty one where there are no rows."""
-    step = inputs.chunk_rows(num_rows)
-    return [slice(i, min(i + step, num_rows)) for i in range(0, max(1, num_rows), step)]
+    step = inputs.chunk_rows(num_rows, trained=trained, row_sum=row_sum)
+    return even_slices(num_rows, step)
 
 
-def rows_within_budget(inputs: Inputs, slices: list[slice]) -> int:
-    """Rows of the first chunks, as many as fit `memory_budget` together."""
-    row_bytes = inputs.num_classes * inputs.options.product_dtype.itemsize
-    budget = inputs.options.memory_budget
-    return max((s.stop for s in slices if s.stop * row_bytes <= budget), default=0)
+def even_slices(size: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, size)) for i in range(0, max(1, size), step)]
+
+
+def rows_to_keep(inputs: Inputs, slices: list[slice]) -> int:
+    """Rows of the last chunks, as many as fit `memory_budget` together; by default the last one,
+    which lies where every chunk's logits lay. With a filter none: its blocks are of all rows."""
+    options, num_rows = inputs.options, slices[-1].stop
+    if options.memory_budget is None:
+        return 0 if options.grad_filter else num_rows - slices[-1].start
+    row_bytes = inputs.num_classes * options.product_dtype.itemsize
+    fitting = (num_rows - s.start for s in slices)
+    return max((rows for rows in fitting if rows * row_bytes <= options.memory_budget), default=0)
 
 
 def renumbered(index: Tensor | None, table: Tensor | None) -> Tensor | None:
@@ -74,5 +94,5 @@ def chunk_buffer(head: Head, slices: list[slice]) -> Tensor:
 
 def panel_slices(inputs: Inputs, num_rows: int, width: int) -> list[slice]:
     """Row slices of a panel of `width` columns, under the bytes of a chunk."""
-    step = max(1, inputs.chunk_rows(num_rows) * inputs.num_classes // max(1, width))
-    return [slice(i, min(i + step, num_rows)) for i in range(0, max(1, num_rows), step)]
+    rows = inputs.chunk_rows(num_rows, trained=False, row_sum=False)
+    return even_slices(num_rows, max(1, rows * inputs.num_classes // max(1, width)))

@@ -17,17 +17,34 @@ from segloss.head.gradients import Gradients
 from segloss.head.inputs import Inputs, Options, is_frozen
 from segloss.head.matrices import Head
 from segloss.head.panels import ClassTotals, panel_candidates, subtract_dots
-from segloss.head.rows import chunk_slices, compact_batch, compacted, kept_rows, renumbered, spread
+from segloss.head.rows import (
+    beside_others,
+    chunk_slices,
+    compact_batch,
+    compacted,
+    kept_rows,
+    renumbered,
+    spread,
+)
 from segloss.kernels.row_stats import row_stats
 from segloss.sweep.attach import attach
 from segloss.sweep.batch import Batch
+from segloss.sweep.beside import (
+    DIVERGENCES,
+    LISTED,
+    Backward,
+    Divergence,
+    Readings,
+    has_plain,
+    pack,
+)
 from segloss.sweep.classes import class_ids, class_index, thresholds
 from segloss.sweep.request import Request, Sweep
-from segloss.sweep.terms import grad_terms, rescale
+from segloss.sweep.terms import grad_terms, listed_grad, rescale
 
 Mode = frozen.Frozen | recompute.Recompute
-ROW_OUTPUTS = ("log_prob", "lse", "entropy", "logit_sum")
-ROW_STATS = (*ROW_OUTPUTS, "argmax", "weight_sum", "num_finite")
+ROW_OUTPUTS = ("log_prob", "lse", "entropy", "logit_sum", LISTED, DIVERGENCES)
+ROW_STATS = ("log_prob", "lse", "entropy", "logit_sum", "argmax", "weight_sum", "num_finite")
 
 
 def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
@@ -42,8 +59,11 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
         row_ids = {n: compacted(ids.get(n), rows) for n in ("sample", "own")}
         collected: list = []
         per_class = ClassTotals(inputs, request, ids, row_ids["sample"], inner)
-        slices = chunk_slices(inputs, head.hidden.shape[0])
-        mode = mode_of(inputs, head, slices, needed)
+        inputs = beside_others(inputs, inner, request)
+        slices = chunk_slices(inputs, head.hidden.shape[0], needed["weight"])
+        readings = Readings(inner.beside, inner.valid, request.divergences)
+        whole = request.prob_sums and ids["classes"] is None
+        mode = mode_of(inputs, head, slices, needed, whole)
         for here in slices:
             z = mode.logits(head, here)
             panel = per_class.panel(z)
@@ -55,9 +75,10 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
                 argmax=request.argmax,
                 column_sums=request.column_sums,
                 column_weight=request.column_weight,
-                exp_out=mode.exp_out(z, panel),
+                exp_out=mode.exp_out(z, z if readings.any else panel),
             )
             collected.append(stats)
+            mode.keep_pairs(head, z, readings.read(z, here, stats))
             per_class.add(panel, stats, here)
             mode.keep(head, z, stats, inner, here)
         stacked: dict[str, Tensor] = {
@@ -66,9 +87,10 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
             if name != "lse" and getattr(collected[0], name) is not None
         }
         stacked["lse"] = stacked["row_max"] + stacked["log_sum"]
+        stacked |= readings.outputs()
         values: dict[str, Any] = {
             name: spread(stacked.get(name), rows, num_tokens, -1 if name == "argmax" else 0)
-            for name in ROW_STATS
+            for name in (*ROW_STATS, LISTED, DIVERGENCES)
         }
         target = class_index(batch.target, batch.valid, batch.num_classes)
         found = Sweep(**values, target=target, **ids)
@@ -81,6 +103,7 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
                 found.candidate_row = rows[found.candidate_row]
     names = (*ROW_OUTPUTS, "prob_sum", "candidate_prob", "peak_prob")
     outputs = {name: getattr(found, name) for name in names}
+    packed, seconds = pack(batch.beside, request.divergences)
     saved = {
         "rows": rows,
         "target": inner.target,
@@ -95,21 +118,46 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
         "candidate_row": found.candidate_row,
         "candidate_class": found.candidate_class,
         "peak_row": renumbered(per_class.peak_row, rows),
+        **readings.saved(),
+        **packed,
         **mode.saved(),
     }
-    # the rule keeps no tensor: they live in the saved ones only
-    rule = functools.partial(gradients, names=tuple(inputs.tensors), options=inputs.options)
-    return replace(found, **attach(rule, outputs, saved, tuple(inputs.tensors.values())))
+    # of tensors the rule keeps what it may spend alone: all others live in the saved ones
+    rule = functools.partial(
+        gradients,
+        names=tuple(inputs.tensors),
+        options=inputs.options,
+        kept=mode.left(),
+        divergences=request.divergences,
+        seconds=seconds,
+    )
+    found = replace(found, **attach(rule, outputs, saved, tuple(inputs.tensors.values())))
+    found.named(batch.beside, request.divergences)
+    return found
 
 
-def mode_of(inputs: Inputs, head: Head, slices: list[slice], needed: dict[str, bool]) -> Mode:
-    """What forward leaves for backward; nothing without gradients."""
+def mode_of(
+    inputs: Inputs, head: Head, slices: list[slice], needed: dict[str, bool], whole: bool
+) -> Mode:
+    """What forward leaves for backward: nothing without gradients, nor where sums over all classes
+    (`whole`) make backward read all logits before it begins, in as much memory."""
     if is_frozen(needed):
         return frozen.Frozen(inputs, head, slices)
-    return recompute.Recompute(inputs, head, slices, keeps=any(needed.values()))
+    return recompute.Recompute(inputs, head, slices, keeps=any(needed.values()) and not whole)
 
 
-def gradients(tensors, saved, grads, needed, *, names: tuple, options: Options) -> tuple:
+def gradients(
+    tensors,
+    saved,
+    grads,
+    needed,
+    *,
+    names: tuple,
+    options: Options,
+    kept: recompute.Kept | None,
+    divergences: tuple[Divergence, ...],
+    seconds: dict,
+) -> tuple:
     """Gradients of the head's tensors, from those of the statistics."""
     inputs = Inputs(dict(zip(names, tensors, strict=True)), options)
     rows = saved.get("rows")
@@ -117,19 +165,35 @@ def gradients(tensors, saved, grads, needed, *, names: tuple, options: Options) 
     if rows is not None:
         grads = {name: grad[rows] if name in ROW_OUTPUTS else grad for name, grad in grads.items()}
         saved = kept_rows_only(saved, rows)
+    # float16 has too small a range for dlogits that hold 1 / N; a filter's limit is of large ones
+    rescaled = head.hidden.dtype == torch.float16 or options.grad_filter > 0
+    wanted = dict(zip(names, needed, strict=True))
+    upstream = grads.get(DIVERGENCES)
+    scale: Tensor | float
+    covers_all = "prob_sum" in grads and saved.get("classes") is None
+    if "qw" in saved and not (covers_all or {"entropy", "logit_sum"} & set(grads)):
+        listed = grads.pop(LISTED, None)
+        terms = grad_terms(saved, grads)
+        rest = None if listed is None else listed_grad(terms, saved["ids"], listed)
+        subtract_dots(inputs, head, terms)
+        scale = rescale(terms) if rescaled else 1.0
+        total = Gradients(inputs, head, wanted, groups=1, scale=scale)
+        hidden = total.hidden[0] = frozen.hidden_grad(inputs, head, terms, saved)
+        if rest is not None:
+            frozen.add_listed(inputs, head, saved, rest / scale, hidden)
+        if upstream is not None:
+            frozen.add_pairs(saved, upstream / scale, hidden)
+        return total.result(rows)
     terms = grad_terms(saved, grads)
     subtract_dots(inputs, head, terms)
-    scale = rescale(terms)
-    plain = terms.entropy_grad is None and terms.sum_grad is None
-    covers_all = terms.class_grad is not None and terms.columns is None
-    wanted = dict(zip(names, needed, strict=True))
-    total = Gradients(head, wanted, scale, disjoint=True, dtype=inputs.weight.dtype)
-    if "qw" in saved and plain and not covers_all:
-        total.sums["hidden"] = frozen.hidden_grad(inputs, head, terms, saved) * scale
-    else:
-        total.threshold = inputs.filter_limit
-        recompute.add_gradients(inputs, head, terms, total, saved.get("logits"))
-    return total.result(inputs, rows)
+    others = () if upstream is None else (upstream,)
+    scale = rescale(terms, *others) if rescaled else 1.0
+    total = Gradients(inputs, head, wanted, groups=1 + (kept is not None), scale=scale)
+    total.threshold = inputs.filter_limit
+    at_scale = None if upstream is None else upstream / scale
+    back = Backward.of(saved, at_scale, divergences, seconds)
+    recompute.add_gradients(inputs, head, terms, total, kept, back, has_plain(grads))
+    return total.result(rows)
 
 
 def kept_rows_only(saved: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

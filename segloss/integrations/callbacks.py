@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from segloss.integrations.forward import base_of, has_head, loss_of, model_inputs
+from segloss.integrations.forward import has_head, loss_of, model_inputs
 from segloss.integrations.labels import Shift
 from segloss.integrations.window import IGNORE, Samples
 from segloss.kernels.common import widest
+from segloss.models.head import innermost
 from segloss.sources import logit_statistics
 from segloss.weighting import CoBa
 
@@ -133,11 +134,11 @@ class CoBaCallback(SavedState):
         self.coba.update(self.losses, step=step, counts=counts)
 
     def _samples(self, model, batch: Mapping[str, Any]) -> Samples:
-        return Samples.of(batch, self.shift.of(base_of(model), batch, lambda b: model(**b)))
+        return Samples.of(batch, self.shift.of(innermost(model), batch, lambda b: model(**b)))
 
     def _log_prob(self, args, model, batch: Mapping[str, Any], target: Tensor) -> Tensor:
         """(B, T) log-probabilities of the targets."""
-        inner = base_of(model)
+        inner = innermost(model)
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16):
             fused = self.head == "fused" and has_head(inner)

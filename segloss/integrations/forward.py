@@ -12,40 +12,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segloss.integrations.head import head_loss, prompt_length
 from segloss.integrations.window import LOSS_COLUMNS
+from segloss.models.head import head_loss, prompt_length
 
 # of the model's class or its config, the factor of the router loss of a mixture of experts
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_aux_loss_coef")
 
 
 def loss_of(
-    model: Any, criterion: Callable, target: Tensor, inputs: Mapping[str, Any], fused: bool
+    model: Any,
+    criterion: Callable,
+    target: Tensor,
+    inputs: Mapping[str, Any],
+    fused: bool,
+    teacher: nn.Module | None = None,
 ) -> tuple[Any, Any]:
-    """(`criterion(logits, target)`, the model's outputs); `fused`: the logits are never made."""
+    """(`criterion(logits, target)`, the model's outputs); `fused`: the logits are never made.
+
+    With a teacher it is `criterion(logits, target, teacher=its logits)`.
+    """
     if fused:
-        return head_loss(model, criterion, target, **inputs)
+        return head_loss(model, criterion, target, teacher=teacher, **inputs)
     outputs = model(**inputs)
+    logits = logits_of(model, outputs, target, inputs)
+    given = {}
+    if teacher is not None:
+        with torch.no_grad():
+            given["teacher"] = logits_of(teacher, teacher(**inputs), target, inputs)
+    return criterion(logits, target.to(logits.device), **given), outputs
+
+
+def logits_of(model: Any, outputs: Any, target: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     logits = read(outputs, "logits")
     if not isinstance(logits, Tensor):
         raise TypeError(f"the model returned no logits but a {type(outputs).__name__}")
     prompt = prompt_length(model, dict(inputs))
-    if prompt is not None:
+    if prompt is not None and target.shape[1] == prompt:
         logits = logits[:, logits.shape[1] - prompt :]
-    return criterion(logits, target.to(logits.device)), outputs
-
-
-def base_of(model: Any) -> Any:
-    """The model inside DistributedDataParallel, a compiled module and peft."""
-    while True:
-        for name in ("module", "_orig_mod"):
-            if isinstance(getattr(model, name, None), nn.Module):
-                model = getattr(model, name)
-                break
-        else:
-            if not hasattr(model, "get_base_model"):
-                return model
-            model = model.get_base_model()
+    return logits
 
 
 def has_head(model: Any) -> bool:

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from segloss.integrations.forward import (
     auxiliary_loss,
-    base_of,
     has_head,
     loss_of,
     model_inputs,
     read,
 )
-from segloss.integrations.head import replaced
 from segloss.integrations.labels import Shift, calls_loss_function, shifts_labels, standard_loss
 from segloss.integrations.window import (
     IGNORE,
@@ -30,6 +28,7 @@ from segloss.integrations.window import (
     target_of,
 )
 from segloss.losses import Loss
+from segloss.models.head import innermost, replaced
 
 # of the loss, among the arguments of a model's forward
 OPTIONS = ("num_items_in_batch", "token_weight", "sample_ids")
@@ -53,8 +52,9 @@ def fuse_loss(model: nn.Module, criterion: Callable, *, shift: bool | None = Non
     The model can be pickled, copied and saved as before. `.remove()` of what is returned, which
     is also `model.forward`, gives the model its own loss back.
 
-    TRL's trainers form their loss from log-probabilities and never read the model's: there a fused
-    model raises, and segloss.integrations.trl has trainers to use in their place.
+    A `Trainer` with `label_smoothing_factor` does not ask the model for its loss: give the
+    criterion its `label_smoothing`. TRL's trainers form theirs from log-probabilities and never
+    read the model's: there a fused model raises, and segloss.integrations.trl has trainers to use.
 
     Args:
         criterion: a segloss loss, or a callable of (logits source, target (B, T)) that returns a
@@ -65,7 +65,7 @@ def fuse_loss(model: nn.Module, criterion: Callable, *, shift: bool | None = Non
     Errors: TypeError for a model without a head over its vocabulary, such as a classifier, whose
     few logits are made anyway: `compute_loss_func`.
     """
-    inner = base_of(model)
+    inner = innermost(model)
     if not has_head(inner):
         raise TypeError(
             f"{type(inner).__name__} has no output embeddings to fuse a loss with; take its logits:"
@@ -292,7 +292,7 @@ class ComputeLoss:
             target = next_tokens(labels, self.loss.ignore_index)
         value = self.loss(logits, target, normalizer=num_items_in_batch)
         if self.model is not None:
-            auxiliary = auxiliary_loss(base_of(self.model), outputs)
+            auxiliary = auxiliary_loss(innermost(self.model), outputs)
             return value if auxiliary is None else value + auxiliary.to(value.device)
         if any(isinstance(read(outputs, name), Tensor) for name in ("aux_loss", "encoder_z_loss")):
             raise ValueError(
@@ -306,7 +306,7 @@ class ComputeLoss:
         if self.shift is not None:
             return self.shift
         if self.model is not None:
-            found = shifts_labels(base_of(self.model))
+            found = shifts_labels(innermost(self.model))
             if found is not None:
                 return found
         name = type(outputs).__name__
@@ -333,7 +333,7 @@ def set_loss_function(model: nn.Module, loss: Loss) -> None:
     classifiers and many more), here or at its first call with labels.
     """
     check_mean(loss)
-    inner = base_of(model)
+    inner = innermost(model)
     standard = standard_loss(inner)
     name, of = type(inner).__name__, getattr(standard, "__name__", None)
     if not any(calls_loss_function(part, inner) for part in type(inner).__mro__):

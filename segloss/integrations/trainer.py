@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
+from segloss.checks import describe
 from segloss.distributed import sum_over
 from segloss.integrations.callbacks import SavedState
 from segloss.integrations.columns import KeepColumns, columns_of
-from segloss.integrations.forward import auxiliary_loss, base_of, has_head, loss_of, model_inputs
+from segloss.integrations.forward import auxiliary_loss, has_head, loss_of, model_inputs
 from segloss.integrations.fuse import check_mean
 from segloss.integrations.labels import Shift
 from segloss.integrations.window import (
@@ -31,6 +34,7 @@ from segloss.integrations.window import (
 )
 from segloss.kernels.common import widest
 from segloss.losses import CrossEntropyLoss, Loss
+from segloss.models.head import innermost
 from segloss.weighting import CoBa, SampleWeighting
 
 if TYPE_CHECKING:
@@ -72,6 +76,8 @@ class LossMixin(Trainer):
         shift: whether labels are the next tokens' (causal models) or stand at their places
             (encoder-decoders, masked models, classifiers). Default: what the model's class or its
             own loss says; refused where neither does.
+        teacher: a causal model that `loss` distils from (`DistillationLoss`, alone or in a sum). It
+            is moved to the device, frozen, and runs on the same inputs without making its logits.
         task_weights: (K,) constants, or a `CoBa`, which `CoBaCallback` keeps up to date. The loss
             is the sum of weight x loss per token of each task, wherever its tokens are.
         sample_weights: a `SampleWeighting`, of the samples of the whole accumulated batch over all
@@ -86,6 +92,7 @@ class LossMixin(Trainer):
     loss_is_scaled_for_ga = True
     _signature_columns: Any
     data_collator: Any
+    compute_loss_func: Any
 
     def __init__(
         self,
@@ -93,6 +100,7 @@ class LossMixin(Trainer):
         loss: Loss | None = None,
         head: str = "fused",
         shift: bool | None = None,
+        teacher: torch.nn.Module | None = None,
         task_weights: CoBa | Tensor | None = None,
         sample_weights: SampleWeighting | None = None,
         log_statistics: bool = True,
@@ -100,6 +108,7 @@ class LossMixin(Trainer):
     ):
         if head not in ("fused", "logits"):
             raise ValueError(f"head is {head!r}; it takes 'fused' or 'logits'")
+        check_task_weights(task_weights)
         self._shift = Shift(shift)
         given = given_columns(super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
@@ -109,8 +118,9 @@ class LossMixin(Trainer):
                 f"label_smoothing_factor is {smoothing} and loss is given; "
                 "give the loss its label_smoothing"
             )
-        if self.compute_loss_func is not None:
+        if callable(self.compute_loss_func):
             raise ValueError("compute_loss_func is given to a LossMixin; it takes loss")
+        self.compute_loss_func = None  # what TRL puts there for older releases of transformers
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"n_gpu is {self.args.n_gpu}: one process with several GPUs wraps the model in "
@@ -120,12 +130,15 @@ class LossMixin(Trainer):
         check_mean(loss)
         self.loss = loss.to(self.args.device)
         self.head = head
+        loss.check_teacher(teacher)
+        self.teacher = None if teacher is None else frozen(teacher, self.args.device)
         self.task_weights = task_weights
         self.sample_weights = sample_weights
         self.log_statistics = log_statistics
         self.data_collator = KeepColumns(self.data_collator)
-        self._columns = given
-        check_columns(given, columns_of(self.train_dataset), "the trainer's own")
+        # tasks that have no weights change nothing
+        self._columns = [n for n in given if n != "task_ids" or task_weights is not None]
+        check_columns(self._columns, columns_of(self.train_dataset), "the trainer's own")
         self._spread = Spread.of(self)
         if sample_weights is not None:
             self.add_callback(SavedState("sample_weighting", sample_weights))
@@ -159,7 +172,7 @@ class LossMixin(Trainer):
         weighed = None if place is None else self._weighed_at(place)
         statistics: Any = None
 
-        def criterion(source, target):
+        def criterion(source, target, **given):
             nonlocal statistics
             single = self._weigh_single(inputs, source) if place is None and training else weighed
             normalizer = num_items_in_batch if training else None
@@ -172,6 +185,7 @@ class LossMixin(Trainer):
                 else packed_index(batch, target.shape),
                 normalizer=normalizer if single is None else single.normalizer,
                 return_statistics=self.log_statistics,
+                **given,
             )
             if self.log_statistics:
                 found, statistics = found
@@ -179,12 +193,14 @@ class LossMixin(Trainer):
 
         group = self._spread.group if training else None
         with self._autocast(), grouped(self.loss, group):
-            loss, outputs = self._forward(model, inputs, criterion, target, return_outputs)
+            loss, outputs = self._forward(
+                model, inputs, criterion, target, return_outputs, self.teacher
+            )
         if statistics is not None:
             self._record("train" if training else "eval", statistics, target.to(loss.device))
         if training and group is not None:
             loss = _Scaled.apply(loss, self._spread.size)
-        auxiliary = auxiliary_loss(base_of(self.model), outputs)
+        auxiliary = auxiliary_loss(innermost(self.model), outputs)
         if auxiliary is not None:
             steps = getattr(self, "current_gradient_accumulation_steps", 1) if training else 1
             # a mean of each micro-batch, so averaged over those of a step
@@ -192,11 +208,13 @@ class LossMixin(Trainer):
         self._computed = True
         return (loss, outputs) if return_outputs else loss
 
-    def _forward(self, model, inputs, criterion, target, make_logits: bool) -> tuple[Any, Any]:
+    def _forward(
+        self, model, inputs, criterion, target, make_logits: bool, teacher=None
+    ) -> tuple[Any, Any]:
         """(the criterion of the logits or of what stands for them, the model's outputs)."""
-        inner = base_of(self.model)
+        inner = innermost(self.model)
         fused = self.head == "fused" and not make_logits and has_head(inner)
-        return loss_of(model, criterion, target, model_inputs(inner, inputs), fused)
+        return loss_of(model, criterion, target, model_inputs(inner, inputs), fused, teacher)
 
     def _autocast(self):
         return self.accelerator.autocast()
@@ -209,13 +227,27 @@ class LossMixin(Trainer):
             with torch.random.fork_rng(devices), self._autocast():
                 return self.model_wrapped(**known)
 
-        return self._shift.of(base_of(self.model), batch, call, self.accelerator.reduce)
+        return self._shift.of(innermost(self.model), batch, call, self.accelerator.reduce)
 
     def _label_side(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What a batch says of its labels; an encoder's positions say nothing of a decoder's."""
-        if not getattr(getattr(base_of(self.model), "config", None), "is_encoder_decoder", False):
+        """What a batch says of its labels, at the places of the logits.
+
+        An encoder's positions say nothing of a decoder's, and prompt tuning puts places before.
+        """
+        inner, prompt = innermost(self.model), virtual_tokens(self.model)
+        decodes = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+        if not (decodes or prompt):
             return batch
-        return {k: v for k, v in batch.items() if k in ("labels", "shift_labels", *LOSS_COLUMNS)}
+        own = {k: v for k, v in batch.items() if k in ("labels", "shift_labels", *LOSS_COLUMNS)}
+        if decodes:
+            return own
+        ignore = self.loss.ignore_index
+        fill = {"labels": ignore, "shift_labels": ignore}
+        return {
+            name: F.pad(value, (prompt, 0), value=fill.get(name, 0)) if value.dim() > 1 else value
+            for name, value in own.items()
+            if value is not None
+        }
 
     def _samples(self, batch: Mapping[str, Any]) -> Samples:
         return Samples.of(self._label_side(batch), self._shifts(batch), self.loss.ignore_index)
@@ -380,6 +412,12 @@ class LossMixin(Trainer):
         super().log(logs, start_time)
 
 
+def frozen(teacher: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """A teacher as it is used: evaluating, untrained, on the device (unless it is spread out)."""
+    teacher.requires_grad_(False).eval()
+    return teacher if hasattr(teacher, "hf_device_map") else teacher.to(device)
+
+
 # ------------------------------------------------------------------------- tokens on many ranks
 
 
@@ -402,7 +440,9 @@ class Spread:
             return cls(None, 1, 1, 0)
         # the loader of sequence parallelism gives each its part of the rows
         copies = size_of(trainer, "cp")
-        group = dist.group.WORLD if tensor == 1 else across(trainer)
+        group = dist.group.WORLD
+        if tensor > 1:
+            group = across(trainer.args.device, size, tensor)
         rank = dist.get_rank(group) // (copies * size_of(trainer, "sp"))
         return cls(group, size, copies, rank)
 
@@ -424,20 +464,11 @@ def size_of(trainer: Any, name: str) -> int:
     return 1 if get is None else max(get(), 1)
 
 
-def across(trainer: Any) -> Any:
-    """The group of processes at the same place of tensor parallelism."""
-    mesh = getattr(trainer.accelerator, "torch_device_mesh", None)
-    if mesh is None:
-        mesh = getattr(getattr(trainer.model, "_mesh_manager", None), "mesh", None)
-    if mesh is None:
-        mesh = getattr(trainer.model, "_device_mesh", None)
-    names = tuple(n for n in getattr(mesh, "mesh_dim_names", None) or () if n != "tp")
-    if mesh is None or not names:
-        raise ValueError(
-            "tensor parallelism is on but no device mesh says which processes have other tokens; "
-            "give the loss its group"
-        )
-    return mesh[names]._flatten().get_group() if len(names) > 1 else mesh[names[0]].get_group()
+def across(device: torch.device, size: int, tensor: int) -> Any:
+    """The group of processes at the same place of tensor parallelism, whose processes are
+    neighbours in every mesh of accelerate, transformers and DeepSpeed."""
+    mesh = init_device_mesh(device.type, (size, tensor), mesh_dim_names=("tokens", "tensor"))
+    return mesh["tokens"].get_group()
 
 
 class _Scaled(torch.autograd.Function):
@@ -470,6 +501,23 @@ def grouped(loss: Loss, group: Any) -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------- checks
+
+
+def check_task_weights(weights: Any) -> None:
+    if weights is None or isinstance(weights, CoBa):
+        return
+    if not isinstance(weights, Tensor) or weights.dim() != 1:
+        raise TypeError(f"task_weights is {describe(weights)}; it takes a CoBa or a tensor (K,)")
+    if not bool((weights >= 0).all() & weights.isfinite().all()):
+        raise ValueError(f"task_weights is {weights.tolist()}; it takes numbers >= 0")
+
+
+def virtual_tokens(model: Any) -> int:
+    """Places that a peft model puts before those of its input."""
+    config: Any = getattr(model, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False) or config.peft_type == "PREFIX_TUNING":
+        return 0
+    return config.num_virtual_tokens
 
 
 def given_columns(init: Any, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:

@@ -9,9 +9,9 @@ set_loss_function(model, loss)                                 # the same, under
 
 from segloss.integrations.callbacks import CoBaCallback, SavedState
 from segloss.integrations.fuse import compute_loss_func, fuse_loss, set_loss_function
-from segloss.integrations.head import head_logits, head_loss, head_outputs, unwrapped
 from segloss.integrations.trainer import LossMixin
 from segloss.integrations.window import next_tokens
+from segloss.models.head import head_logits, head_loss, head_outputs, unwrapped
 
 __all__ = [
     "CoBaCallback",

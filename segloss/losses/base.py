@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from segloss.checks import check_choice, describe
 from segloss.distributed import sum_over
 from segloss.losses import registry
-from segloss.sources import as_source, public_statistics
+from segloss.sources import TopK, as_source, is_probabilities, make_beside, public_statistics
 from segloss.sweep.batch import Batch, make_batch
+from segloss.sweep.beside import Beside
 from segloss.sweep.request import Request, RowSum, Statistics, Sweep
 from segloss.sweep.source import Source
 
@@ -88,6 +89,8 @@ class Loss(nn.Module):
 
     weight: Tensor | None
     is_token_loss = False
+    reads_teacher = False
+    takes_probabilities = False  # as targets (..., V)
     description: str | None  # what `torch.compile` keeps of it; None if an option is no plain value
     key: ClassVar[str]
     function: ClassVar[str | None]  # of segloss, the loss as a function
@@ -131,6 +134,8 @@ class Loss(nn.Module):
         token_weight: Tensor | None = None,
         sample_ids: Tensor | None = None,
         normalizer: float | Tensor | None = None,
+        teacher: Tensor | Source | TopK | None = None,
+        columns: Tensor | None = None,
         return_statistics: bool = False,
     ) -> Tensor | tuple[Tensor, Statistics]:
         """The loss of logits (..., V), a tensor or a logits source, at target (...).
@@ -143,21 +148,34 @@ class Loss(nn.Module):
             normalizer: what a token mean is divided by instead of the batch's own weight, such as
                 the number of tokens of all accumulated micro-batches; a region or ranking loss is
                 multiplied by (weight of this batch's tokens / normalizer).
+            teacher: of `DistillationLoss`, alone or in a sum: logits (..., V), a logits source or
+                `TopK`. It gets no gradient.
+            columns: (..., k) integers, class ids of each token, -1 to skip: a formula of one's own
+                finds their log-probabilities in `stats.column_log_prob` (N, k).
             return_statistics: also return detached log_prob, lse, entropy and argmax.
         """
         if torch.compiler.is_compiling():
             # here, not above: what traces takes longer to import than all the rest
             from segloss.losses.compiled import compiled_loss, eager_loss
 
-            keywords = {
+            keywords: dict[str, Any] = {
                 "token_weight": token_weight,
                 "sample_ids": sample_ids,
                 "normalizer": normalizer,
                 "return_statistics": return_statistics,
             }
+            if teacher is not None or columns is not None or target.is_floating_point():
+                keywords |= {"teacher": teacher, "columns": columns}
+                return eager_loss(self, logits, target, keywords)
             called = compiled_loss if self.compiles else eager_loss
             return called(self, logits, target, keywords)
         source = as_source(logits)
+        probabilities = None
+        if self.takes_probabilities and is_probabilities(target, source):
+            probabilities = target
+            target = self.stand_in(target)
+        self.check_teacher(teacher)
+        beside = make_beside(source, columns=columns, teacher=teacher, probabilities=probabilities)
         batch = make_batch(
             source,
             target,
@@ -165,15 +183,17 @@ class Loss(nn.Module):
             token_weight=token_weight,
             sample_ids=sample_ids,
             group=self.group,
+            beside=beside,
         )
         self.check(source)
         normalizer = check_normalizer(normalizer, self.reduction, source)
-        request = self.request()
+        request = self.request_for(beside)
         if return_statistics:
             request = replace(request, entropy=True, argmax=True)
         if self.is_row_sum and source.forms_gradients:
             loss, stats = source.row_sum(batch, self.row_sum(batch, normalizer, request))
             loss = sum_over(loss, self.group)
+            stats.named(beside, ())
             return (loss, public_statistics(stats, batch)) if return_statistics else loss
         sweep = source.sweep(batch, request)
         with torch.autocast(source.device.type, enabled=False):
@@ -181,15 +201,21 @@ class Loss(nn.Module):
         if not return_statistics:
             return loss
         statistics = public_statistics(sweep, batch)
-        for name in ("log_prob", "lse", "entropy"):
-            setattr(statistics, name, getattr(statistics, name).detach())
+        for name in ("log_prob", "lse", "entropy", "column_log_prob"):
+            value = getattr(statistics, name)
+            setattr(statistics, name, None if value is None else value.detach())
         return loss, statistics
 
     def explain(self, logits, target: Tensor) -> str:
         """What `self(logits, target)` and its backward do: chunks, matrix products, bytes."""
         source = as_source(logits)
         batch = make_batch(source, target, ignore_index=self.ignore_index)
-        return source.plan(batch, self.is_row_sum)
+        plan = source.plan(batch, self.is_row_sum)
+        if self.reads_teacher:
+            plan += (
+                "\nteacher    not counted: of a head, one product and a chunk of its logits more"
+            )
+        return plan
 
     @property
     def is_row_sum(self) -> bool:
@@ -227,6 +253,30 @@ class Loss(nn.Module):
             )
         if self.weight.device != source.device:
             raise ValueError(f"weight is on {self.weight.device}, but logits on {source.device}")
+
+    def check_teacher(self, teacher) -> None:
+        """Refuse a teacher that nothing reads, and a loss without the one it needs."""
+        name = type(self).__name__
+        if teacher is not None and not self.reads_teacher:
+            raise TypeError(
+                f"{name} reads no teacher; it goes to DistillationLoss, alone or in a sum such as "
+                f"0.5 * {name}() + 0.5 * DistillationLoss()"
+            )
+        if teacher is None and self.reads_teacher:
+            raise TypeError(f"teacher is missing: call {name} as loss(logits, target, teacher=...)")
+
+    def stand_in(self, probabilities: Tensor) -> Tensor:
+        """Class indices (...) in the place of probability targets: none is ignored."""
+        if self.ignore_index >= 0:
+            raise ValueError(
+                f"ignore_index is {self.ignore_index}, and target holds probabilities, which "
+                "ignore no class; leave a token out by token_weight 0"
+            )
+        return torch.zeros(probabilities.shape[:-1], dtype=torch.int64, device=probabilities.device)
+
+    def request_for(self, beside: Beside) -> Request:
+        """What `value` reads, given what the call gives beside the target."""
+        return self.request()
 
     def request(self) -> Request:
         """The statistics `value` reads beyond log_prob and lse."""
@@ -271,7 +321,8 @@ def check_normalizer(normalizer, reduction: str, source: Source) -> Tensor | Non
     if isinstance(normalizer, (int, float)) and not isinstance(normalizer, bool):
         if not 0 <= normalizer < math.inf:
             raise ValueError(f"normalizer is {normalizer}; it takes a number >= 0")
-        return torch.tensor(normalizer, dtype=source.dtype, device=source.device)
+        # filled on the device: a copy of the host's number would wait
+        return torch.full((), float(normalizer), dtype=source.dtype, device=source.device)
     raise TypeError(f"normalizer is {describe(normalizer)}; it takes a number or a 0-dim tensor")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from segloss.checks import describe
 from segloss.losses.base import Loss
 from segloss.sweep.batch import Batch
+from segloss.sweep.beside import Beside
 from segloss.sweep.request import Request, RowSum, Sweep
 from segloss.sweep.source import Source
 
@@ -72,6 +73,18 @@ class CombinedLoss(Loss):
 
     def request(self) -> Request:
         return functools.reduce(operator.or_, (part.request() for _, part in self.terms))
+
+    def request_for(self, beside: Beside) -> Request:
+        parts = (part.request_for(beside) for _, part in self.terms)
+        return functools.reduce(operator.or_, parts)
+
+    @property
+    def reads_teacher(self) -> bool:  # type: ignore[override]
+        return any(part.reads_teacher for _, part in self.terms)
+
+    @property
+    def takes_probabilities(self) -> bool:  # type: ignore[override]
+        return all(part.takes_probabilities for _, part in self.terms)
 
     @property
     def is_token_loss(self) -> bool:  # type: ignore[override]

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from segloss.kernels.scale import scaled
 from segloss.losses import registry
 from segloss.sources import SOURCES, as_source
 from segloss.sweep.request import Statistics
 
 STATISTICS = ("log_prob", "lse", "entropy", "argmax", "valid")
-SOURCE, LOSS = "source.", "loss."  # in front of the names of their tensors
+OF_SOURCE, OF_LOSS = "source.", "loss."  # in front of the names of their tensors
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Call:
     return_statistics: bool
     needed: tuple[bool, ...]  # which tensors get a gradient
     reduction: str
+    waits: bool = False  # for the device
+    half: bool = False  # a float16 gradient, which without its upstream factor is mostly 0
 
 
 # By a description of the whole call, so that equal calls share one and a graph finds its own.
@@ -63,9 +66,9 @@ def build_loss(description: tuple, buffers: dict[str, Tensor]):
 def run(call: Call, tensors: list[Tensor]) -> list[Tensor]:
     """The eager call: its loss, then its statistics."""
     given = dict(zip(call.names, tensors, strict=True))
-    loss = build_loss(ast.literal_eval(call.loss), named(given, LOSS))
+    loss = build_loss(ast.literal_eval(call.loss), named(given, OF_LOSS))
     result = loss(
-        SOURCES[call.source].unpacked(named(given, SOURCE), dict(call.options)),
+        SOURCES[call.source].unpacked(named(given, OF_SOURCE), dict(call.options)),
         given["target"],
         token_weight=given.get("token_weight"),
         sample_ids=given.get("sample_ids"),
@@ -96,11 +99,10 @@ def run_with_grad(call: Call, tensors: list[Tensor], grad: Tensor | None) -> lis
 
 
 def grads_in_forward(call: Call) -> bool:
-    return any(call.needed) and call.reduction != "none"
+    return any(call.needed) and call.reduction != "none" and not call.half
 
 
-@torch.library.custom_op("segloss::loss", mutates_args=())
-def loss_op(tensors: list[Tensor], key: str) -> list[Tensor]:
+def loss_body(tensors: list[Tensor], key: str) -> list[Tensor]:
     call = CALLS[key]
     if grads_in_forward(call):
         return run_with_grad(call, tensors, None)
@@ -108,11 +110,10 @@ def loss_op(tensors: list[Tensor], key: str) -> list[Tensor]:
         return [value.clone() for value in run(call, tensors)]
 
 
-@loss_op.register_fake
-def _(tensors: list[Tensor], key: str) -> list[Tensor]:
+def loss_fake(tensors: list[Tensor], key: str) -> list[Tensor]:
     call = CALLS[key]
     given = dict(zip(call.names, tensors, strict=True))
-    target, logits = given["target"], next(iter(named(given, SOURCE).values()))
+    target, logits = given["target"], next(iter(named(given, OF_SOURCE).values()))
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     shape = target.shape if call.reduction == "none" else ()
     out = [logits.new_empty(shape, dtype=dtype)]
@@ -124,15 +125,38 @@ def _(tensors: list[Tensor], key: str) -> list[Tensor]:
     return out
 
 
-@torch.library.custom_op("segloss::loss_backward", mutates_args=())
-def loss_backward_op(tensors: list[Tensor], grad: Tensor, key: str) -> list[Tensor]:
+def backward_body(tensors: list[Tensor], grad: Tensor, key: str) -> list[Tensor]:
     call = CALLS[key]
     return run_with_grad(call, tensors, grad)[-sum(call.needed) :]
 
 
-@loss_backward_op.register_fake
-def _(tensors: list[Tensor], grad: Tensor, key: str) -> list[Tensor]:
+def backward_fake(tensors: list[Tensor], grad: Tensor, key: str) -> list[Tensor]:
     return [torch.empty_like(t) for t, on in zip(tensors, CALLS[key].needed, strict=True) if on]
+
+
+def scale_body(grads: list[Tensor], factor: Tensor) -> list[Tensor]:
+    return [scaled(g.contiguous(), factor, torch.empty_like(g)) for g in grads]
+
+
+def scale_fake(grads: list[Tensor], factor: Tensor) -> list[Tensor]:
+    return [torch.empty_like(g) for g in grads]
+
+
+def operator(name: str, body, fake, waits: bool):
+    """A custom op; CUDA graphs are told to leave out one that waits for the device."""
+    tags = (torch.Tag.cudagraph_unsafe,) if waits and hasattr(torch.Tag, "cudagraph_unsafe") else ()
+    made = torch.library.custom_op(f"segloss::{name}", body, mutates_args=(), tags=tags)
+    made.register_fake(fake)
+    return made
+
+
+# by whether the call waits for the device: for the counts of valid rows and present classes
+LOSS = {w: operator("loss" + "_waiting" * w, loss_body, loss_fake, w) for w in (False, True)}
+BACKWARD = {
+    w: operator("loss_backward" + "_waiting" * w, backward_body, backward_fake, w)
+    for w in (False, True)
+}
+SCALE = operator("scale_gradients", scale_body, scale_fake, False)
 
 
 def setup_context(ctx, inputs, output) -> None:
@@ -145,13 +169,14 @@ def setup_context(ctx, inputs, output) -> None:
 def backward(ctx, grads):
     call, saved = CALLS[ctx.key], list(ctx.saved_tensors)
     if ctx.saved_grads:
-        found = iter([s * grads[0].to(s.dtype) for s in saved])
+        found = iter(SCALE(saved, grads[0]))
     else:
-        found = iter(torch.ops.segloss.loss_backward(saved, grads[0], ctx.key))
+        found = iter(BACKWARD[call.waits](saved, grads[0], ctx.key))
     return [next(found) if on else None for on in call.needed], None
 
 
-loss_op.register_autograd(backward, setup_context=setup_context)
+for op in LOSS.values():
+    op.register_autograd(backward, setup_context=setup_context)
 
 
 @torch.compiler.assume_constant_result
@@ -175,16 +200,19 @@ def compiled_loss(loss, logits, target: Tensor, keywords: dict):
     normalizer = keywords["normalizer"]
     given: dict[str, Tensor] = {"target": target}
     for name, tensor in tensors.items():
-        given[SOURCE + name] = tensor
+        given[OF_SOURCE + name] = tensor
     for name in ("token_weight", "sample_ids"):
         if keywords[name] is not None:
             given[name] = keywords[name]
     if isinstance(normalizer, Tensor):
         given["normalizer"], normalizer = normalizer, None
     for name, buffer in loss.named_buffers():
-        given[LOSS + name] = buffer
+        given[OF_LOSS + name] = buffer
     grad = torch.is_grad_enabled()
-    needed = tuple([grad and n.startswith(SOURCE) and t.requires_grad for n, t in given.items()])
+    needed = tuple([grad and n.startswith(OF_SOURCE) and t.requires_grad for n, t in given.items()])
+    dtypes = [t.dtype for t, on in zip(given.values(), needed, strict=True) if on]
+    half = torch.float16 in dtypes
+    waits = source.waits or not loss.is_token_loss
     with_statistics = keywords["return_statistics"]
     key = remember(
         loss.description,
@@ -195,8 +223,10 @@ def compiled_loss(loss, logits, target: Tensor, keywords: dict):
         with_statistics,
         needed,
         loss.reduction,
+        waits,
+        half,
     )
-    out = torch.ops.segloss.loss(list(given.values()), key)
+    out = LOSS[waits](list(given.values()), key)
     if not with_statistics:
         return out[0]
     return out[0], Statistics(*[value.detach() for value in out[1:6]])

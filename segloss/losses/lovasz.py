@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from segloss.checks import check_number
 from segloss.distributed import concatenate_over
@@ -22,6 +23,8 @@ __all__ = ["LovaszSoftmaxLoss"]
 # Entries sorted at a time: a saturated foreground token makes all its class's rows candidates, and
 # sorting takes some ten numbers per entry.
 SORT_ENTRIES = 1 << 24
+# Values of a running sum that are added up in one go on a GPU; a power of two.
+SCAN = 1024
 
 
 def descending_in_groups(error: Tensor, group: Tensor) -> Tensor:
@@ -32,6 +35,19 @@ def descending_in_groups(error: Tensor, group: Tensor) -> Tensor:
         return torch.argsort((group << 32) | (0x7FFFFFFF - bits), stable=True)
     order = torch.argsort(error, descending=True, stable=True)
     return order[torch.argsort(group[order], stable=True)]
+
+
+def running_sum(values: Tensor) -> Tensor:
+    """`values.cumsum(0)` (E,), the same bits every time: a GPU's own depends on which of its blocks
+    is ready first. Doubled distances within SCAN values, then the same over their totals."""
+    if not values.is_cuda:
+        return values.cumsum(0)
+    parts = F.pad(values, (0, -values.numel() % SCAN)).view(-1, SCAN)
+    for distance in (1 << k for k in range(SCAN.bit_length() - 1)):
+        parts = parts + F.pad(parts[:, :-distance], (distance, 0))
+    if parts.shape[0] > 1:
+        parts[1:] += running_sum(parts[:, -1])[:-1, None]
+    return parts.view(-1)[: values.numel()]
 
 
 def lovasz_weights(
@@ -51,8 +67,8 @@ def lovasz_weights(
     group, foreground = group[order], foreground[order]
     weight = weight[order].double()
     own = torch.where(foreground, weight, 0)
-    seen = own.cumsum(0)  # over all groups so far: the earlier groups' part is taken off
-    seen_other = (weight - own).cumsum(0)
+    seen = running_sum(own)  # over all groups so far: the earlier groups' part is taken off
+    seen_other = running_sum(weight - own)
     first = torch.searchsorted(group, torch.arange(num_groups + 1, device=group.device))
     seen_before = torch.cat([seen.new_zeros(1), seen])[first]
     other_before = torch.cat([seen.new_zeros(1), seen_other])[first]

@@ -5,6 +5,8 @@ N tokens, V classes; `p` is the target's probability, `nll = -log_prob`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from segloss.checks import check_number
 from segloss.distributed import sum_over
 from segloss.losses.base import Loss, power, ratio
 from segloss.sweep.batch import Batch
+from segloss.sweep.beside import Beside, Divergence
 from segloss.sweep.classes import class_index
 from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
 
@@ -88,6 +91,9 @@ class CrossEntropyLoss(TokenLoss, function="cross_entropy", short="ce"):
         torch.nn.functional.cross_entropy(logits.float(), target, weight, label_smoothing=e)
             + z_loss * (torch.logsumexp(logits.float(), -1) ** 2).mean()
 
+    The target may also hold probabilities (..., V), as PyTorch's may: then nothing is ignored, the
+    mean divides by the number of tokens.
+
     Args:
         weight: (V,) class weights or None. As in PyTorch the smoothing term weighs every column by
             its own weight, and the mean divides by the targets' weights.
@@ -96,6 +102,8 @@ class CrossEntropyLoss(TokenLoss, function="cross_entropy", short="ce"):
 
     Errors: ValueError or TypeError naming the argument.
     """
+
+    takes_probabilities = True
 
     def __init__(
         self,
@@ -115,8 +123,24 @@ class CrossEntropyLoss(TokenLoss, function="cross_entropy", short="ce"):
             return Request()
         return Request(column_sums=True, column_weight=self.weight)
 
+    def request_for(self, beside: Beside) -> Request:
+        request = self.request()
+        if beside.probabilities is None:
+            return request
+        return replace(request, divergences=(self.of_probabilities(),))
+
+    def of_probabilities(self) -> Divergence:
+        """`-sum_j w_j y_j log p_j`, of a target that holds probabilities y."""
+        return Divergence("targets", weight=self.weight)
+
+    def denominator(self, batch: Batch, normalizer: Tensor | None) -> Tensor:
+        if batch.beside.probabilities is None or self.reduction == "sum" or normalizer is not None:
+            return super().denominator(batch, normalizer)
+        return sum_over(batch.weights().sum(), batch.group)
+
     def formula(self, stats: TokenStats) -> Tensor:
-        value = -stats.log_prob
+        soft = (stats.divergence or {}).get(self.of_probabilities())
+        value = -stats.log_prob if soft is None else soft
         if self.label_smoothing:
             value = (1 - self.label_smoothing) * value
         if self.z_loss:
@@ -124,7 +148,10 @@ class CrossEntropyLoss(TokenLoss, function="cross_entropy", short="ce"):
         return value
 
     def token_values(self, stats: TokenStats, target: Tensor, valid: Tensor) -> Tensor:
-        value = super().token_values(stats, target, valid)
+        if self.of_probabilities() in (stats.divergence or {}):
+            value = self.formula(stats)  # the class weights are in it
+        else:
+            value = super().token_values(stats, target, valid)
         if self.label_smoothing:
             share = self.label_smoothing / stats.num_finite
             value = value + share * (stats.lse * stats.weight_sum - stats.logit_sum)

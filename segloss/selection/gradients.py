@@ -42,7 +42,7 @@ def causal_lm(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, Tens
     `inputs` holds input_ids, labels (-100 where nothing is to be predicted) and maybe more, (1, T)
     or (T,).
     """
-    from segloss.integrations.transformers import head_logits
+    from segloss.models.head import head_logits
 
     device = next(model.parameters()).device
     batch = {key: value.view(-1, value.shape[-1]).to(device) for key, value in inputs.items()}

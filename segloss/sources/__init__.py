@@ -1,5 +1,6 @@
 """What users pass for logits: a tensor, or hidden states and a head."""
 
+from segloss.sources.beside import TopK, is_probabilities, make_beside
 from segloss.sources.dense import DenseLogits
 from segloss.sources.given import SOURCES, as_source
 from segloss.sources.linear import LinearLogits
@@ -9,7 +10,10 @@ __all__ = [
     "SOURCES",
     "DenseLogits",
     "LinearLogits",
+    "TopK",
     "as_source",
+    "is_probabilities",
     "logit_statistics",
+    "make_beside",
     "public_statistics",
 ]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from segloss.checks import FLOATS, check_plain, check_transform, describe
+from segloss.kernels.common import Rows
+from segloss.kernels.divergence import raw_rows
 from segloss.sweep.batch import Batch
 from segloss.sweep.dense import sweep_dense
 from segloss.sweep.request import Request, Sweep
@@ -74,6 +76,19 @@ class DenseLogits(Source):
 
     def rows(self, index: Tensor) -> Tensor:
         return self.logits.reshape(-1, self.num_classes)[index]
+
+    @property
+    def made_classes(self) -> int:
+        return 0
+
+    def block(self, rows: Tensor | slice, classes: slice) -> Rows:
+        data = Rows.of(self.logits.detach()).data
+        time = data.shape[1]
+        if isinstance(rows, Tensor):
+            data = data[rows // time, rows % time][None]
+        elif rows != slice(None):
+            data = raw_rows(Rows(data), rows)[None]
+        return Rows(data[:, :, classes], self.softcap, self.scale)
 
     def plan(self, batch: Batch, row_sum: bool) -> str:
         size = self.logits.numel() * self.logits.element_size() / 2**20

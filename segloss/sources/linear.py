@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from segloss.checks import FLOATS, check_plain, check_transform, describe
 from segloss.head.explain import explain
 from segloss.head.fused import row_sum
 from segloss.head.inputs import Inputs, Options
+from segloss.head.matrices import Head
 from segloss.head.sweep import sweep
+from segloss.kernels.common import Rows
 from segloss.sweep.batch import Batch
 from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
 from segloss.sweep.source import Source
@@ -40,7 +42,8 @@ class LinearLogits(Source):
             count on a GPU, which compact=False avoids (CUDA graphs).
         chunk_bytes: what the logits of one chunk may take; None for a measured default.
         memory_budget: bytes of logits that may be kept from forward to backward where they would
-            otherwise be computed again.
+            otherwise be computed again (region and ranking losses, reduction="none"); None keeps
+            one chunk's, in memory that forward needs anyway, 0 none.
         grad_filter: columns of a block of 256 rows in which every |dlogits| (before the mean and
             the upstream gradient) is below this are multiplied as one rank-1 term; 0 for none.
             With more than 65,536 classes the limit falls as 65,536 / V.
@@ -57,7 +60,7 @@ class LinearLogits(Source):
     lora: tuple[Tensor, Tensor, float] | None = None
     compact: bool = True
     chunk_bytes: int | None = None
-    memory_budget: int = 0
+    memory_budget: int | None = None
     grad_filter: float = 0.0
     # of the matrix products: autocast's where it is on
     product_dtype: torch.dtype = field(init=False, repr=False)
@@ -119,7 +122,7 @@ class LinearLogits(Source):
             raise TypeError(f"compact is {self.compact!r}; it takes True or False")
         for name in ("chunk_bytes", "memory_budget"):
             value = getattr(self, name)
-            if name == "chunk_bytes" and value is None:
+            if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} is {describe(value)}; it takes a number of bytes")
@@ -179,6 +182,10 @@ class LinearLogits(Source):
         return sweep(self.inputs(), batch, request)
 
     @property
+    def waits(self) -> bool:
+        return self.compact
+
+    @property
     def forms_gradients(self) -> bool:
         return any(self.inputs().needed().values())
 
@@ -193,6 +200,23 @@ class LinearLogits(Source):
         if self.lora is not None:
             z = z + self.lora[2] * F.linear(F.linear(hidden, named["lora_a"]), named["lora_b"])
         return z
+
+    def block(self, rows: Tensor | slice, classes: slice) -> Rows:
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            inputs = self.inputs()
+            hidden = self.hidden.reshape(-1, self.hidden.shape[-1])[rows]
+            inputs = replace(inputs, tensors=inputs.tensors | {"hidden": hidden})
+            return Head.of(inputs, None).columns(classes).logits()
+
+    def settled(self) -> LinearLogits:
+        """The same without gradient, its tensors in the products' dtype: outside autocast too."""
+        tensors, options = self.packed()
+        made = {name: t.detach().to(self.product_dtype) for name, t in tensors.items()}
+        with torch.autocast(self.device.type, enabled=False):
+            return self.unpacked(made, options)
+
+    def block_rows(self, num_rows: int) -> int:
+        return self.inputs().chunk_rows(num_rows, trained=False) if num_rows else 1
 
     def plan(self, batch: Batch, row_sum: bool) -> str:
         return explain(self.inputs(), batch, row_sum)

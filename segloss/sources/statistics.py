@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from segloss.checks import describe
+from segloss.sources.beside import make_beside
 from segloss.sources.given import as_source
 from segloss.sweep.batch import Batch, make_batch
 from segloss.sweep.request import Request, Statistics, TokenStats
@@ -22,6 +23,7 @@ def logit_statistics(
     entropy: bool = False,
     argmax: bool = False,
     classes: str | Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> Statistics:
     """Differentiable statistics for losses of your own, from one sweep over the logits.
 
@@ -30,6 +32,7 @@ def logit_statistics(
         lse = torch.logsumexp(logits.float(), -1)
         entropy = -(log_p.exp() * log_p).sum(-1)
         prob_sum = log_p.exp().flatten(0, -2).sum(0)[classes]
+        column_log_prob = log_p.gather(-1, columns)
 
     Args:
         logits: (..., V) tensor or a logits source.
@@ -38,11 +41,14 @@ def logit_statistics(
         entropy, argmax: whether to compute them.
         classes: "present" (classes that occur as a target), "all", or a (K,) tensor of distinct
             class ids: also sums the probabilities of these classes over the tokens.
+        columns: (..., k) integers, class ids of each token, -1 to skip: also their
+            log-probabilities (0 where skipped), as for several answers or stored teachers.
 
     Returns float32 statistics, float64 for float64 logits. Errors: as every loss.
     """
     source = as_source(logits)
-    batch = make_batch(source, target, ignore_index=ignore_index)
+    beside = make_beside(source, columns=columns)
+    batch = make_batch(source, target, ignore_index=ignore_index, beside=beside)
     request = Request(entropy=entropy, argmax=argmax)
     if classes is not None:
         request = replace(request, prob_sums=True, classes=check_classes(classes, source))
@@ -54,6 +60,7 @@ def logit_statistics(
         if sweep.classes is None:
             statistics.classes = torch.arange(source.num_classes, device=source.device)
         if isinstance(classes, Tensor):
+            classes = classes.to(source.device)
             place = torch.searchsorted(sweep.classes, classes)
             statistics.prob_sum, statistics.classes = statistics.prob_sum[place], classes
     return statistics
@@ -82,10 +89,14 @@ def public_statistics(sweep: TokenStats, batch: Batch) -> Statistics:
     def shaped(values):
         return None if values is None else values.view(shape)
 
+    columns = sweep.column_log_prob
+    if columns is not None:
+        columns = columns.reshape(*shape, columns.shape[1])
     return Statistics(
         shaped(sweep.log_prob),
         shaped(sweep.lse),
         shaped(sweep.entropy),
         shaped(sweep.argmax),
         batch.valid.view(shape),
+        column_log_prob=columns,
     )

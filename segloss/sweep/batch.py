@@ -5,13 +5,14 @@ N tokens, B samples, V classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from segloss.checks import INTEGERS, describe
 from segloss.distributed import union_over
+from segloss.sweep.beside import Beside
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Batch:
     dtype: torch.dtype  # of statistics and losses
     sample_ids: Tensor | None  # (N,) int64 as given; None for the leading index
     group: object | None = None
+    beside: Beside = field(default_factory=Beside)
 
     def weights(self) -> Tensor:
         """What each token counts for (N,): its weight, 1 without weights, 0 if it is ignored."""
@@ -89,13 +91,14 @@ def make_batch(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     group=None,
+    beside: Beside | None = None,
 ) -> Batch:
     """Check everything that has the target's shape, and flatten it to (N,)."""
     shape, device = source.leading_shape, source.device
     if isinstance(target, Tensor) and target.dtype not in INTEGERS:
         raise TypeError(
             f"target is {describe(target)}; it takes class indices of an integer dtype "
-            "(probability targets are not supported)"
+            "(probabilities (..., V) go to CrossEntropyLoss, a teacher's to DistillationLoss)"
         )
     check_like_target("target", target, shape, device)
     flat = target.reshape(-1).to(torch.int64)
@@ -130,4 +133,5 @@ def make_batch(
         source.dtype,
         sample_ids,
         group,
+        Beside() if beside is None else beside,
     )

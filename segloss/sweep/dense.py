@@ -15,13 +15,22 @@ from segloss.distributed import reduce_over
 from segloss.kernels.candidates import candidates
 from segloss.kernels.class_stats import class_peaks, class_sums, row_dots
 from segloss.kernels.common import Rows
-from segloss.kernels.logit_grad import logit_grad
-from segloss.kernels.row_stats import row_stats
+from segloss.kernels.row_stats import RowStats, row_stats
 from segloss.sweep.attach import attach
 from segloss.sweep.batch import Batch
+from segloss.sweep.beside import (
+    DIVERGENCES,
+    LISTED,
+    Backward,
+    Divergence,
+    Readings,
+    has_plain,
+    logits_gradient,
+    pack,
+)
 from segloss.sweep.classes import class_ids, class_index, thresholds
 from segloss.sweep.request import Request, Sweep
-from segloss.sweep.terms import grad_terms
+from segloss.sweep.terms import grad_terms, row_slices
 
 
 def sweep_dense(
@@ -50,6 +59,9 @@ def sweep_dense(
             target=class_index(batch.target, batch.valid, batch.num_classes),
             **class_ids(request, batch),
         )
+        readings = read_beside(rows, batch, request, stats)
+        beside = readings.outputs()
+        sweep.listed, sweep.divergences = beside[LISTED], beside[DIVERGENCES]
         peak_row = None
         at = (rows, stats.row_max, stats.log_sum)
         if request.prob_sums:
@@ -64,8 +76,10 @@ def sweep_dense(
             peak, peak_row = class_peaks(*at, sweep.sample, sweep.num_samples)
             sweep.peak_prob = peak.exp()
             sweep.finite = reduce_over((peak.amax(0) != -torch.inf).long(), batch.group, "max") > 0
-    names = ("log_prob", "lse", "entropy", "logit_sum", "prob_sum", "candidate_prob", "peak_prob")
+    names = ("log_prob", "lse", "entropy", "logit_sum", "prob_sum", "candidate_prob", "peak_prob",
+             LISTED, DIVERGENCES)  # fmt: skip
     outputs = {name: getattr(sweep, name) for name in names}
+    packed, seconds = pack(batch.beside, request.divergences)
     saved = {
         "target": batch.target,
         "valid": batch.valid,
@@ -79,9 +93,46 @@ def sweep_dense(
         "candidate_row": sweep.candidate_row,
         "candidate_class": sweep.candidate_class,
         "peak_row": peak_row,
+        **readings.saved(),
+        **packed,
     }
-    rule = functools.partial(grad_dense, softcap=softcap, scale=scale)
-    return replace(sweep, **attach(rule, outputs, saved, (logits,)))
+    rule = functools.partial(
+        grad_dense,
+        softcap=softcap,
+        scale=scale,
+        divergences=request.divergences,
+        seconds=seconds,
+    )
+    sweep = replace(sweep, **attach(rule, outputs, saved, (logits,)))
+    sweep.named(batch.beside, request.divergences)
+    return sweep
+
+
+def read_beside(rows: Rows, batch: Batch, request: Request, stats: RowStats) -> Readings:
+    """Listed classes and divergences, as many rows at a time as the second matrix makes."""
+    readings = Readings(batch.beside, batch.valid, request.divergences)
+    if readings.any:
+        for here, part in row_chunks(rows, batch.beside.block_rows(rows.num_rows)):
+            some = stats._replace(row_max=stats.row_max[here], log_sum=stats.log_sum[here])
+            readings.read(part, here, some)
+    return readings
+
+
+def row_chunks(rows: Rows, step: int) -> list[tuple[slice, Rows]]:
+    """All rows, at most `step` at a time, without copies; one empty chunk where there are none."""
+    if step >= rows.num_rows:
+        return [(slice(0, rows.num_rows), rows)]
+    try:
+        data = rows.data.view(1, rows.num_rows, rows.num_classes)
+    except RuntimeError:
+        data = rows.data
+    chunks = []
+    for b, sample in enumerate(data):
+        for first in range(0, len(sample), step):
+            part = sample[None, first : first + step]
+            start = b * len(sample) + first
+            chunks.append((slice(start, start + part.shape[1]), replace(rows, data=part)))
+    return chunks
 
 
 def grad_dense(
@@ -92,6 +143,8 @@ def grad_dense(
     *,
     softcap: float | None,
     scale: float,
+    divergences: tuple[Divergence, ...],
+    seconds: dict,
 ) -> tuple:
     """dlogits, from the gradients of the statistics."""
     (logits,) = tensors
@@ -105,5 +158,10 @@ def grad_dense(
             dots = dots * terms.row_weight
         terms.prob_coef = terms.prob_coef - dots
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    logit_grad(rows, terms, dlogits.view(-1, logits.shape[-1]))
+    out = dlogits.view(-1, logits.shape[-1])
+    back = Backward.of(saved, grads.get(DIVERGENCES), divergences, seconds)
+    chunks = row_chunks(rows, back.beside.block_rows(rows.num_rows))
+    several = row_slices(terms, [here for here, _ in chunks]) if len(chunks) > 1 else [terms]
+    for (here, part), some in zip(chunks, several, strict=True):
+        logits_gradient(part, some, back.pairs(part, here), out[here], has_plain(grads))
     return (dlogits,)

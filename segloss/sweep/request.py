@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from segloss.sweep.beside import Beside, Divergence, Top
+
 
 @dataclass
 class Statistics:
@@ -18,6 +20,7 @@ class Statistics:
 
     Per token, of the target's shape, 0 (argmax: -1) at ignored tokens:
     `log_prob` of the target, `lse`, `entropy` (nats), `argmax`, `valid`.
+    `column_log_prob` (..., k): of the classes that were listed, 0 where that is -1.
     Per class: `classes` (K,) the ids looked at, `prob_sum` (K,) the sum of their probabilities.
     """
 
@@ -28,6 +31,7 @@ class Statistics:
     valid: Tensor | None = None
     prob_sum: Tensor | None = None
     classes: Tensor | None = None
+    column_log_prob: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Request:
     per_sample: bool = False  # sums within each sample, not over the whole batch
     rankings: frozenset[tuple[bool, float]] = frozenset()  # (per_sample, tolerance) of each
     peaks: bool = False  # also the largest probability of every class
+    divergences: tuple[Divergence, ...] = ()  # of the call's teacher or target probabilities
 
     def __or__(self, other: Request) -> Request:
         """The least request that serves both; sums per sample and per column serve any other."""
@@ -50,7 +55,7 @@ class Request:
         if len(weights) == 2 and not same_weight(*weights):
             raise ValueError(
                 "label_smoothing in two parts of a combined loss takes the same class weight in "
-                "both; give one part all of the smoothing"
+                "both (a teacher's uniform rest takes none); give one part all of the smoothing"
             )
         all_classes = "all" in (self.classes, other.classes)
         return Request(
@@ -63,6 +68,7 @@ class Request:
             per_sample=self.per_sample or other.per_sample,
             rankings=self.rankings | other.rankings,
             peaks=self.peaks or other.peaks,
+            divergences=tuple(dict.fromkeys(self.divergences + other.divergences)),
         )
 
 
@@ -82,6 +88,26 @@ class TokenStats:
     weight_sum: Tensor | None = None
     num_finite: Tensor | None = None
     target: Tensor | None = None  # class ids, 0 where ignored (whose value is not read)
+    listed: Tensor | None = None  # (N, k) log-probabilities of all listed classes
+    divergences: Tensor | None = None  # (N, S) in the request's order
+    # what losses read of the two
+    columns: Tensor | None = None  # (N, k) class ids that the call lists, -1 to skip
+    column_log_prob: Tensor | None = None  # (N, k) their log-probabilities, 0 where skipped
+    top: Top | None = None  # the teacher's likeliest classes
+    top_log_prob: Tensor | None = None  # (N, k) the student's of these
+    divergence: dict[Divergence, Tensor] | None = None  # (N,) each
+
+    def named(self, beside: Beside, divergences: tuple[Divergence, ...]) -> None:
+        """Give losses what they read of `listed` and `divergences` by its name."""
+        if self.divergences is not None:
+            self.divergence = dict(zip(divergences, self.divergences.unbind(1), strict=True))
+        if self.listed is None:
+            return
+        width = 0
+        if beside.columns is not None:
+            width = beside.columns.shape[1]
+            self.columns, self.column_log_prob = beside.columns, self.listed[:, :width]
+        self.top, self.top_log_prob = beside.top, self.listed[:, width:]
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segloss.kernels.common import Rows
 from segloss.sweep.batch import Batch
 from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
 
@@ -17,6 +18,7 @@ class Source(ABC):
 
     softcap: float | None
     scale: float
+    packs = True  # whether `packed` says all of it
 
     @property
     @abstractmethod
@@ -41,6 +43,11 @@ class Source(ABC):
         """The statistics that `request` names, differentiable."""
 
     @property
+    def waits(self) -> bool:
+        """Whether a sweep waits for the device, whatever the loss."""
+        return False
+
+    @property
     def forms_gradients(self) -> bool:
         """Whether `row_sum` forms the gradients with the value, which saves a matrix product."""
         return False
@@ -52,6 +59,21 @@ class Source(ABC):
     @abstractmethod
     def rows(self, index: Tensor) -> Tensor:
         """Logits (n, V) of some rows before scale and softcap; differentiable."""
+
+    def block(self, rows: Tensor | slice, classes: slice) -> Rows:
+        """Some rows' logits of some classes, for a loss of another source; no gradient."""
+        with torch.no_grad():
+            index = torch.arange(self.leading_shape.numel(), device=self.device)[rows]
+            return Rows.of(self.rows(index)[:, classes], self.softcap, self.scale)
+
+    @property
+    def made_classes(self) -> int:
+        """Columns of a block, if it does not lie in memory as it is."""
+        return self.num_classes
+
+    def block_rows(self, num_rows: int) -> int:
+        """How many of so many rows a block may have."""
+        return num_rows
 
     @abstractmethod
     def plan(self, batch: Batch, row_sum: bool) -> str:

@@ -35,6 +35,8 @@ def grad_terms(saved: dict[str, Tensor], grads: dict[str, Tensor]) -> GradTerms:
         terms.sample, terms.class_grad = saved["sample"], grads["prob_sum"].contiguous()
         terms.columns, terms.row_weight = saved.get("classes"), saved.get("row_weight")
     add_entries(terms, candidate_entries(saved, grads), peak_entries(saved, grads))
+    if "listed" in grads:
+        add_listed(terms, saved["ids"], grads["listed"])
     return terms
 
 
@@ -58,6 +60,58 @@ def add_entries(terms: GradTerms, candidate: tuple | None, peak: tuple | None) -
     terms.entry_row, terms.entry_class, terms.entry_grad = row, column, grad
 
 
+def listed_grad(terms: GradTerms, listed: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of the listed classes' own logits (N, k), 0 where nothing is listed; their
+    log-probabilities' part in p goes to `prob_coef`."""
+    rest = torch.where((listed >= 0) & terms.valid[:, None], grad, 0)
+    terms.prob_coef = terms.prob_coef - rest.sum(-1)
+    return rest
+
+
+def add_listed(terms: GradTerms, listed: Tensor, grad: Tensor) -> None:
+    """The listed classes' logits as entries, each place once or with the same sum each time."""
+    rest = listed_grad(terms, listed, grad)
+    num_rows, width = listed.shape
+    row = torch.arange(num_rows, device=listed.device).repeat_interleave(width)
+    column = listed.reshape(-1)
+    if listed.is_cuda and terms.entry_grad is None and terms.class_grad is None:
+        # a class may be listed twice; without a look at how often, which would synchronise
+        same = (listed[:, :, None] == listed[:, None, :]).to(rest.dtype)
+        rest = torch.bmm(same, rest[:, :, None]).view(-1)
+        terms.entry_row, terms.entry_class, terms.entry_rest = row, column, rest
+        terms.entry_grad = torch.zeros_like(rest)
+        return
+    used = ((listed >= 0) & terms.valid[:, None]).view(-1)
+    row, column, rest = row[used], column[used], rest.view(-1)[used]
+    grad = torch.zeros_like(rest)
+    if terms.class_grad is not None and terms.columns is not None:
+        include(terms, column)
+    if terms.entry_grad is not None:
+        others = terms.entry_class if terms.columns is None else terms.columns[terms.entry_class]
+        row, column = torch.cat([terms.entry_row, row]), torch.cat([others, column])
+        rest = torch.cat([torch.zeros_like(terms.entry_grad), rest])
+        grad = torch.cat([terms.entry_grad, grad])
+    width = int(column.max()) + 1 if column.numel() else 1
+    key, inverse = torch.unique(row * width + column, return_inverse=True)
+    row, column = key // width, key % width
+    if terms.columns is not None:
+        column = torch.searchsorted(terms.columns, column)
+    terms.entry_row, terms.entry_class = row, column
+    terms.entry_grad = group_sum(grad, inverse, key.numel())
+    terms.entry_rest = group_sum(rest, inverse, key.numel())
+
+
+def include(terms: GradTerms, column: Tensor) -> None:
+    """More classes among the listed columns, without a gradient of their probability sum."""
+    columns = torch.unique(torch.cat([terms.columns, column]))
+    place = torch.searchsorted(columns, terms.columns)
+    grad = terms.class_grad.new_zeros(terms.class_grad.shape[0], columns.numel())
+    grad[:, place] = terms.class_grad
+    if terms.entry_class is not None:
+        terms.entry_class = place[terms.entry_class]
+    terms.columns, terms.class_grad = columns, grad
+
+
 def candidate_entries(saved, grads) -> tuple | None:
     if "candidate_prob" not in grads:
         return None
@@ -73,11 +127,14 @@ def peak_entries(saved, grads) -> tuple | None:
     return row, column, grads["peak_prob"][used], saved["peak_prob"][used]
 
 
-def rescale(terms: GradTerms) -> Tensor:
+def rescale(terms: GradTerms, *others: Tensor) -> Tensor:
     """Take a power of two out of all terms, so that the largest is about 1: it goes back in after
-    the products. Folded into half-precision dlogits, 1 / N would flush most of them to 0."""
-    parts = ("prob_coef", "target_coef", "entropy_grad", "sum_grad", "class_grad", "entry_grad")
-    present = [p for p in (getattr(terms, name) for name in parts) if p is not None and p.numel()]
+    the products. Folded into float16 dlogits, 1 / N would flush most of them to 0.
+
+    `others` count towards the largest, and are left to the caller."""
+    parts = ("prob_coef", "target_coef", "entropy_grad", "sum_grad", "class_grad", *ENTRIES)
+    values = (*(getattr(terms, name) for name in parts), *others)
+    present = [p for p in values if p is not None and p.numel()]
     largest = torch.stack([p.abs().amax() for p in present] or [terms.prob_coef.sum()]).amax()
     usable = (largest > 0) & (largest < torch.inf)
     scale = torch.exp2(torch.ceil(torch.log2(torch.where(usable, largest, 1))))
@@ -88,42 +145,96 @@ def rescale(terms: GradTerms) -> Tensor:
     return scale
 
 
-def row_slice(terms: GradTerms, here: slice) -> GradTerms:
+ENTRIES = ("entry_grad", "entry_rest")
+PER_ROW = (
+    "valid", "target", "row_max", "log_sum", "prob_coef", "target_coef", "target_rest",
+    "entropy", "entropy_grad", "sum_grad", "sample", "row_weight",
+)  # fmt: skip
+
+
+def row_slices(terms: GradTerms, slices: list[slice]) -> list[GradTerms]:
+    """The terms of slices of rows, ascending; one look at the entries for all of them."""
+    edges = [0] * (len(slices) + 1)
+    if terms.entry_row is not None:
+        starts = [s.start for s in slices]
+        at = torch.stack([torch.searchsorted(terms.entry_row, start) for start in starts])
+        edges = [*at.tolist(), terms.entry_row.numel()]
+    return [
+        row_slice(terms, here, slice(first, last))
+        for here, first, last in zip(slices, edges[:-1], edges[1:], strict=True)
+    ]
+
+
+def row_slice(terms: GradTerms, here: slice, entries: slice) -> GradTerms:
     """The terms of some rows."""
-    per_row = (
-        "valid", "target", "row_max", "log_sum", "prob_coef", "target_coef", "target_rest",
-        "entropy", "entropy_grad", "sum_grad", "sample", "row_weight",
-    )  # fmt: skip
-    part = {name: getattr(terms, name) for name in per_row}
+    part = {name: getattr(terms, name) for name in PER_ROW}
     part = {name: None if value is None else value[here] for name, value in part.items()}
     if terms.entry_row is not None:
-        bounds = torch.tensor([here.start, here.stop], device=terms.entry_row.device)
-        entries = slice(*torch.searchsorted(terms.entry_row, bounds).tolist())
         part["entry_row"] = terms.entry_row[entries] - here.start
         part["entry_class"] = terms.entry_class[entries]
-        part["entry_grad"] = terms.entry_grad[entries]
+        part |= entry_values(terms, entries)
     return replace(terms, **part)
 
 
-def column_slice(terms: GradTerms, first: int, last: int) -> GradTerms:
-    """The terms of a block of the vocabulary; a target outside it becomes -1."""
+def entry_values(terms: GradTerms, entries: Tensor | slice) -> dict[str, Tensor]:
+    """What some entries have of their own."""
+    found = {name: getattr(terms, name) for name in ENTRIES}
+    return {name: value[entries] for name, value in found.items() if value is not None}
+
+
+def column_slices(terms: GradTerms, num_classes: int, width: int) -> list[GradTerms]:
+    """The terms of blocks of the vocabulary; one look at columns and entries for all of them."""
+    if width >= num_classes:
+        return [terms]
+    count = -(-num_classes // width)
+    edges = torch.arange(0, count + 1, device=terms.target.device) * width
+    looks = []
+    if terms.columns is not None and terms.class_grad is not None:
+        looks.append(torch.searchsorted(terms.columns, edges))
+    listed = bool(looks)
+    if terms.entry_class is not None:
+        column = terms.columns[terms.entry_class] if listed else terms.entry_class
+        order = torch.argsort(column // width, stable=True)
+        looks.append(torch.searchsorted(column[order] // width, edges // width))
+        terms = replace(
+            terms,
+            entry_row=terms.entry_row[order],
+            entry_class=terms.entry_class[order],
+            **entry_values(terms, order),
+        )
+    found = torch.stack(looks).tolist() if looks else []
+    columns = found[0] if listed else None
+    entries = found[-1] if terms.entry_class is not None else None
+    return [
+        column_slice(
+            terms,
+            slice(i * width, min((i + 1) * width, num_classes)),
+            None if columns is None else slice(*columns[i : i + 2]),
+            None if entries is None else slice(*entries[i : i + 2]),
+        )
+        for i in range(count)
+    ]
+
+
+def column_slice(
+    terms: GradTerms, classes: slice, columns: slice | None, entries: slice | None
+) -> GradTerms:
+    """The terms of a block of the vocabulary; a target outside it becomes -1.
+
+    `columns`: which of the listed ones lie in it, `entries`: which of those, ordered by block.
+    """
+    first, last = classes.start, classes.stop
     inside = (terms.target >= first) & (terms.target < last)
     part: dict = {"target": torch.where(inside, terms.target - first, -1)}
     if terms.column_weight is not None:
-        part["column_weight"] = terms.column_weight[first:last]
-    entry_class = terms.entry_class
-    if terms.class_grad is not None and terms.columns is None:
-        part["class_grad"] = terms.class_grad[:, first:last].contiguous()
+        part["column_weight"] = terms.column_weight[classes]
+    if columns is not None:
+        part["columns"] = terms.columns[columns] - first
+        part["class_grad"] = terms.class_grad[:, columns].contiguous()
     elif terms.class_grad is not None:
-        bounds = torch.tensor([first, last], device=terms.columns.device)
-        here = slice(*torch.searchsorted(terms.columns, bounds).tolist())
-        part["columns"] = terms.columns[here] - first
-        part["class_grad"] = terms.class_grad[:, here].contiguous()
-    if entry_class is not None:
-        column = entry_class if terms.columns is None else terms.columns[entry_class]
-        chosen = ((column >= first) & (column < last)).nonzero()[:, 0]
-        shift = first if terms.columns is None else here.start
-        part["entry_class"] = entry_class[chosen] - shift
-        part["entry_row"] = terms.entry_row[chosen]
-        part["entry_grad"] = terms.entry_grad[chosen]
+        part["class_grad"] = terms.class_grad[:, classes].contiguous()
+    if entries is not None:
+        part["entry_class"] = terms.entry_class[entries] - (columns or classes).start
+        part["entry_row"] = terms.entry_row[entries]
+        part |= entry_values(terms, entries)
     return replace(terms, **part)

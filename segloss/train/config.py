@@ -65,6 +65,9 @@ class Options:
     )
     equal_tasks: bool = doc(False, "draw every task equally often, instead of by its size")
     loss: str | None = doc(None, "as 0.6*ce+0.4*lovasz or focal(gamma=1.5) (default: loss_type)")
+    teacher: str | None = doc(
+        None, "a model that a loss with distill learns from: a folder, hub id or GGUF file; frozen"
+    )
     head: Literal["fused", "logits"] = doc(
         "fused", "fused: logits are never made; logits: the model's own, for a head that does more"
     )

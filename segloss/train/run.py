@@ -365,6 +365,7 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
     name = settings.model.model_name_or_path
     of_data.say(f"loading {name}")
     network, tokenizer = model.load(name, **model_options(settings))
+    teacher = teacher_of(settings, loss, tokenizer)
     data = of_data.load(settings, bool(tokenizer.chat_template), to_train)
     check_columns(settings, data)
     steps = training.max_steps if training.max_steps > 0 else None
@@ -398,6 +399,7 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
                 peft_config=trl.get_peft_config(settings.model) if to_train else None,
                 callbacks=callbacks(options),
                 loss=loss,
+                teacher=teacher,
                 head=options.head,
                 task_weights=coba(options, len(data.tasks), steps or 0, training.device),
                 sample_weights=sample_weighting(options),
@@ -416,6 +418,29 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
     gguf = model.located(name)[1] is not None
     torch.manual_seed(training.seed)
     return Run(settings, trainer, data, held_out, description, name, gguf)
+
+
+def teacher_of(settings: Settings, loss: Any, tokenizer: Any) -> Any:
+    """The model that the loss learns from, None where it reads none."""
+    from . import data as of_data
+    from . import model
+
+    name = settings.options.teacher
+    if name is None:
+        if loss is not None and loss.reads_teacher:
+            raise UserError("--loss has distill, which learns from a model: give --teacher MODEL")
+        return None
+    if loss is None or not loss.reads_teacher:
+        raise UserError("--teacher is read by distill alone: give --loss 0.5*ce+0.5*distill")
+    of_data.say(f"loading the teacher {name}")
+    options = {k: v for k, v in model_options(settings).items() if k != "revision"}
+    teacher, own = model.load(name, **options)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"the tokenizer of the teacher {name} has other tokens than the model's; distill "
+            "compares probabilities token by token and takes a teacher of the same vocabulary"
+        )
+    return teacher
 
 
 def model_options(settings: Settings) -> dict[str, Any]:
@@ -534,7 +559,11 @@ def describe(settings: Settings, trainer: Trainer, data: Data, network: Any) -> 
         "versions": versions | {name: importlib.metadata.version(name) for name in names},
         "data": data.counts,
         "tasks": data.tasks,
-        "fingerprints": {"data": data_hash(trainer), "model": model_hash(network)},
+        "fingerprints": {
+            "data": data_hash(trainer),
+            "model": model_hash(network),
+            **({} if trainer.teacher is None else {"teacher": model_hash(trainer.teacher)}),
+        },
     }
 
 

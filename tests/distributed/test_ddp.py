@@ -4,10 +4,10 @@ import pytest
 from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("transformers")
-from engine_cases import CASES, EMPTY, assert_same, results
+from engine_cases import CASES, EMPTY, OWN, assert_same, results
 from ranks import spawn
 
-CHOSEN = [*CASES, *EMPTY]
+CHOSEN = [*CASES, *OWN, *EMPTY]
 ENGINES = {
     "DDP": DistributedDataParallel,
     "DDP, unused parameters looked for": lambda model: DistributedDataParallel(

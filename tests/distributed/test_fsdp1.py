@@ -8,16 +8,16 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 pytest.importorskip("transformers")
-from engine_cases import CASES, EMPTY, assert_same, gradients, results
+from engine_cases import CASES, EMPTY, OWN, assert_same, gradients, refusal, results, train
 from ranks import spawn
 
-CHOSEN = [*CASES, *EMPTY]
+CHOSEN = [*CASES, *OWN, *EMPTY]
 
 
 def sharded(model, kinds=None):
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-    policy = ModuleWrapPolicy({LlamaDecoderLayer, *(kinds or [])})
+    policy = ModuleWrapPolicy({GPT2Block, *(kinds or [])})
     return FSDP(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
 
 
@@ -30,7 +30,7 @@ PAIRS = [
     (engine, case)
     for engine in ENGINES
     for case in CHOSEN
-    if not (case.model == "tied" and engine.startswith("every"))
+    if engine == "layers and root" or case not in [*OWN, *(c for c in CASES if c.model == "tied")]
 ]
 
 
@@ -45,7 +45,10 @@ def whole(model):
 
 
 def ranks_results(rank, group):
-    return results(PAIRS, ENGINES, read=whole)
+    found: dict = results(PAIRS, ENGINES, read=whole)
+    with pytest.raises(TypeError) as error:
+        train(OWN[0], ENGINES["every linear layer"])
+    return found | {"head_logits": refusal(sharded), "in parts": str(error.value)}
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +60,13 @@ def found(tmp_path_factory):
 def test_gradients_are_those_of_one_process(found, engine, case):
     for rank in found:
         assert_same(rank[engine, str(case)], case)
+
+
+def test_head_logits_name_the_call_that_serves(found):
+    for rank in found:
+        assert "sharded by FSDP" in rank["head_logits"] and "head_loss" in rank["head_logits"]
+
+
+def test_a_head_in_parts_is_refused(found):
+    for rank in found:
+        assert "gathers the parts one by one; make the head one unit" in rank["in parts"]

@@ -5,10 +5,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 pytest.importorskip("transformers")
-from engine_cases import CASES, EMPTY, assert_same, decoder, results
+from engine_cases import CASES, EMPTY, OWN, assert_same, decoder, refusal, results
 from ranks import spawn
 
-CHOSEN = [*CASES, *EMPTY]
+CHOSEN = [*CASES, *OWN, *EMPTY]
 
 
 def sharded(*, layers=True, head=None, **root):
@@ -18,12 +18,12 @@ def sharded(*, layers=True, head=None, **root):
         mesh = init_device_mesh("cpu", (2,))
         inner = decoder(model)
         if layers:
-            for layer in inner.model.layers:
+            for layer in inner.transformer.h:
                 fully_shard(layer, mesh=mesh)
         if head == "alone":
             fully_shard(inner.lm_head, mesh=mesh)
         elif head == "tail":
-            fully_shard([inner.model.norm, inner.lm_head], mesh=mesh)
+            fully_shard([inner.transformer.ln_f, inner.lm_head], mesh=mesh)
         return fully_shard(model, mesh=mesh, **root)
 
     return wrap
@@ -46,7 +46,7 @@ PAIRS = [
 
 
 def ranks_results(rank, group):
-    return results(PAIRS, ENGINES)
+    return results(PAIRS, ENGINES) | {"head_logits": refusal(sharded())}
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +58,8 @@ def found(tmp_path_factory):
 def test_gradients_are_those_of_one_process(found, engine, case):
     for rank in found:
         assert_same(rank[engine, str(case)], case)
+
+
+def test_head_logits_name_the_call_that_serves(found):
+    for rank in found:
+        assert "sharded by FSDP" in rank["head_logits"] and "head_loss" in rank["head_logits"]

@@ -158,7 +158,8 @@ def test_a_column_that_is_lost_on_the_way(tmp_path):
 
             return torch.utils.data.DataLoader(self.train_dataset, 4, collate_fn=collate)
 
-    ours = OwnLoader(tiny_model(), training_arguments(tmp_path), train_dataset=rows)
+    arguments = training_arguments(tmp_path)
+    ours = OwnLoader(tiny_model(), arguments, train_dataset=rows, task_weights=TASK_WEIGHTS)
     with pytest.raises(ValueError, match="task_ids, token_weight is a column of train_dataset"):
         ours.train()
 
@@ -171,6 +172,7 @@ def test_packing_of_trl_drops_columns(tmp_path):
     options = {"dataset_kwargs": None, "max_length": 8, "rows": words, "packing": True}
     with pytest.raises(ValueError, match="task_ids is a column of train_dataset, but not among th"):
         test_trl.trainer(tmp_path, task_weights=TASK_WEIGHTS, **options)
+    test_trl.trainer(tmp_path, **options)  # tasks without weights are not missed
 
 
 # ------------------------------------------------------------------------------- what they hold

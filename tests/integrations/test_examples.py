@@ -93,3 +93,27 @@ def test_lightning(accumulation):
     trainer.fit(module, torch.utils.data.DataLoader(dataset, batch_size=8))
     assert_same(found)
     assert main(steps=10, accumulation=accumulation) < 5.0
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_preferences(name):
+    pytest.importorskip("trl")
+    from segloss.integrations.examples import preferences
+
+    losses = [line["loss"] for line in getattr(preferences, name)(steps=15)]
+    assert losses[0] == pytest.approx(0.6931 if name == "dpo" else 0.5, abs=1e-3)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_reinforcement(name):
+    """The share of even words rises above that of chance."""
+    pytest.importorskip("trl")
+    from segloss.integrations.examples import preferences
+
+    rewards = [line["reward"] for line in getattr(preferences, name)(steps=25)]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15

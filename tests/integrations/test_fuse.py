@@ -331,7 +331,7 @@ def test_tokens_of_gpt2_are_counted_as_it_predicts_them(tmp_path):
     """Its class has no loss_type, for which the Trainer counts the first label as a target."""
     model = model_of("GPT2LMHeadModel")
     ids = torch.tensor([[5, 6, 7, 8]])
-    expected = F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:]).item()
+    total = F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
     fuse_loss(model, segloss.CrossEntropyLoss())
     ours = transformers.Trainer(
         model,
@@ -339,7 +339,9 @@ def test_tokens_of_gpt2_are_counted_as_it_predicts_them(tmp_path):
         train_dataset=[{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}],
     )
     ours.train()
-    assert ours.state.log_history[0]["loss"] == logged(expected, 1e-5)
+    # transformers before 5.15 counts the first label of every model
+    number = 3 if hasattr(ours, "_loss_shifts_labels") else 4
+    assert ours.state.log_history[0]["loss"] == logged(total / number, 1e-5)
 
 
 # -------------------------------------------------------------------------------------- errors

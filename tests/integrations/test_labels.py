@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from integration_helpers import logged, training_arguments, watch
+from integration_helpers import in_order, logged, training_arguments, watch
 
 import segloss
 from segloss import reference
@@ -72,7 +72,7 @@ def test_bert(way, kind, loss, tmp_path):
     else:
         head = "logits" if "logits" in way else "fused"
         trainer = LossTrainer(model, arguments, train_dataset=rows, loss=ours, head=head)
-    found = watch(trainer)
+    found = watch(in_order(trainer))
     expected = bert(kind)
     for step, (value, grad) in enumerate(found):
         expected.zero_grad()
@@ -173,7 +173,7 @@ def test_seq2seq_trainer(tmp_path):
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-6)
     assert metrics["eval_generated"] == 2
-    trainer.train()
+    in_order(trainer).train()
     assert trainer.state.log_history[0]["loss"] == logged(expected, 1e-5)
 
 

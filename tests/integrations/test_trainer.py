@@ -558,6 +558,17 @@ def test_another_ignore_index(tmp_path):
     assert_same_steps(found, plain_training(tiny_model(), tiny_rows(), PAIRS["focal"][1]))
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_steps_without_a_label(accumulation, tmp_path):
+    """Loss 0 and gradients 0; what is a mean over tokens is NaN."""
+    rows = [row | {"labels": [-100] * 9} for row in tiny_rows()]
+    ours = trainer(tmp_path, None, accumulation, rows=rows, loss=segloss.DiceLoss(), max_steps=1)
+    (loss, grads), *_ = watch(ours)
+    assert loss == 0
+    assert not grads.any()
+    assert math.isnan(ours.state.log_history[0]["nll"])
+
+
 def test_router_loss_by_another_name(tmp_path):
     """Of JetMoe; `test_fuse.py` has more."""
     from integrations.test_fuse import model_of
@@ -577,6 +588,12 @@ def test_router_loss_by_another_name(tmp_path):
 def test_errors(tmp_path):
     with pytest.raises(ValueError, match="loss has reduction='sum'"):
         trainer(tmp_path, loss=segloss.FocalLoss(reduction="sum"))
+    with pytest.raises(TypeError, match=r"task_weights is .*; it takes a CoBa or a tensor \(K,\)"):
+        trainer(tmp_path, task_weights=[0.5, 0.5])
+    with pytest.raises(ValueError, match=r"task_weights is \[1\.0, -1\.0\]; it takes numbers >= 0"):
+        trainer(tmp_path, task_weights=torch.tensor([1.0, -1.0]))
+    with pytest.raises(ValueError, match="the batch has the columns input_ids; the loss takes"):
+        trainer(tmp_path, rows=[{"input_ids": [1, 2]}] * 4, max_steps=1).train()
     with pytest.raises(TypeError, match="loss is a CrossEntropyLoss; it takes a segloss loss"):
         trainer(tmp_path, loss=torch.nn.CrossEntropyLoss())
     with pytest.raises(ValueError, match="head is 'dense'; it takes 'fused' or 'logits'"):

@@ -6,6 +6,7 @@ from integration_helpers import (
     PAIRS,
     V,
     assert_same_steps,
+    in_order,
     logged,
     plain_batch,
     plain_training,
@@ -52,13 +53,14 @@ def trainer(folder, model=None, accumulation=1, rows=None, trainer_class=SFTTrai
     }
     arguments = {"dataset_kwargs": {"skip_prepare_dataset": True}}
     arguments |= {key: options.pop(key) for key in names & options.keys()}
-    return trainer_class(
+    made = trainer_class(
         model=tiny_model() if model is None else model,
         args=training_arguments(folder, accumulation, trl.SFTConfig, bf16=False, **arguments),
         train_dataset=datasets.Dataset.from_list(tiny_rows() if rows is None else rows),
         processing_class=tokenizer(),
         **options,
     )
+    return in_order(made)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

@@ -9,6 +9,7 @@ from kernel_helpers import (
     every_shape,
     every_transform,
     example,
+    on,
     on_both,
     samples,
     some_columns,
@@ -93,3 +94,27 @@ def test_none_and_all():
         for found in on_both(candidates, ex.rows, *ex.row_sums(), *args, tau):
             assert [part.numel() for part in found] == [0, 0, 0]
             assert [part.dtype for part in found] == [torch.int64, torch.int64, torch.float32]
+
+
+def test_a_write_stays_where_its_row_was_counted():
+    """Logits that change between the two passes, as by a stray writer: no row takes another's
+    place, and nothing is written behind the last one."""
+    ex = example(7, 507)
+    columns, sample = torch.arange(507), samples(ex, 1)
+    own = ex.target.clamp(min=0)
+    tau = torch.full((1, 507), 1e-3, dtype=ex.dtype)
+    arguments = (*ex.row_sums(), columns, sample, own, tau)
+    rows = ex.rows
+    true = on("triton", candidates, rows, *arguments)
+    cumsum = torch.Tensor.cumsum
+
+    def meddled(tensor, dim):
+        patch.undo()
+        rows.data.add_(8)
+        return cumsum(tensor, dim)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "cumsum", meddled)
+        found = on("triton", candidates, rows, *arguments)
+    assert 0 < true.row.numel() < 7 * 507
+    assert torch.equal(found.row, true.row)

@@ -192,9 +192,11 @@ PRODUCTS = [
     ("cross_entropy", ("hidden",), {}, {"reduction": "none"}, 2),
     ("dice_loss", ("hidden",), {}, {}, 2),
     ("lovasz_softmax", ("hidden",), {}, {}, 2),
-    ("cross_entropy", ("hidden", "weight"), {}, {"reduction": "none"}, 4),
-    ("dice_loss", ("hidden", "weight"), {}, {}, 4),
-    ("0.6 ce + 0.4 lovasz", ("hidden", "weight"), {}, {}, 4),
+    ("cross_entropy", ("hidden", "weight"), {}, {"reduction": "none"}, 3.875),
+    ("dice_loss", ("hidden", "weight"), {}, {}, 3.875),
+    ("0.6 ce + 0.4 lovasz", ("hidden", "weight"), {}, {}, 3.875),
+    ("cross_entropy", ("hidden", "weight"), {"memory_budget": 0}, {"reduction": "none"}, 4),
+    ("dice_loss", ("hidden", "weight"), {"memory_budget": 0}, {}, 4),
     ("dice_loss", ("hidden", "weight"), {"memory_budget": N_LARGE * V_LARGE * 2}, {}, 3.5),
     ("dice_loss", ("hidden", "weight"), {"memory_budget": N_LARGE * V_LARGE * 4}, {}, 3),
     ("dice_loss", (), {}, {}, 1),
@@ -218,12 +220,12 @@ def test_matrix_products_and_allocations(name, trainable, of_source, options, pr
     one = 2 * N_LARGE * V_LARGE * D_LARGE
     assert products <= count.get_total_flops() / one <= products * 1.03
     kept = of_source.get("memory_budget", 0)
-    # the kept logits are joined for backward: nothing else is larger than a chunk
-    assert made.largest() <= max(all_logits // 8, kept, V_LARGE * D_LARGE * 4)
+    # the kept logits are one piece: nothing else is larger than a chunk
+    assert made.largest() <= max(all_logits // 8, kept or 0, V_LARGE * D_LARGE * 4)
     if trainable == ("hidden",):
         assert (V_LARGE, D_LARGE) not in [shape for shape, _ in made.seen]
     if name in LOSSES:
-        assert f"{products} x 2NDV" in logits.explain(module(name, **options), target)
+        assert f"{products:.3g} x 2NDV" in logits.explain(module(name, **options), target)
 
 
 def test_ignored_rows_are_left_out_of_the_products():
@@ -232,7 +234,7 @@ def test_ignored_rows_are_left_out_of_the_products():
     )
     target[torch.arange(N_LARGE) % 8 != 0] = -100
     leaves = leaves_of(tensors)
-    for name, products in [("cross_entropy", 3), ("dice_loss", 4)]:
+    for name, products in [("cross_entropy", 3), ("dice_loss", 3)]:  # of one chunk
         one = 2 * N_LARGE * V_LARGE * D_LARGE
         for compact, share in [(True, 1 / 8), (False, 1.0)]:
             with FlopCounterMode(display=False) as count:
@@ -244,9 +246,10 @@ MODE_LINES = [
     (segloss.CrossEntropyLoss(), ("hidden", "weight"), {}, "fused", 3),
     (segloss.CrossEntropyLoss(), ("hidden",), {}, "fused", 2),
     (segloss.FocalLoss(reduction="none"), ("hidden",), {}, "frozen", 2),
-    (segloss.FocalLoss(reduction="none"), ("hidden", "weight"), {}, "recompute", 4),
+    (segloss.FocalLoss(reduction="none"), ("hidden", "weight"), {}, "recompute", 3.75),
+    (segloss.FocalLoss(reduction="none"), ("hidden", "weight"), {"memory_budget": 0}, "rec", 4),
     (segloss.LovaszSoftmaxLoss(), ("hidden",), {}, "frozen", 2),
-    (segloss.LovaszSoftmaxLoss(), ("hidden", "weight"), {}, "recompute", 4),
+    (segloss.LovaszSoftmaxLoss(), ("hidden", "weight"), {}, "recompute", 3.75),
     (segloss.DiceLoss(), (), {}, "no gradient", 1),
     (segloss.CrossEntropyLoss() + segloss.FocalLoss(), ("hidden", "weight"), {}, "fused", 3),
     (segloss.CrossEntropyLoss() + segloss.DiceLoss(), ("hidden",), {}, "frozen", 2),

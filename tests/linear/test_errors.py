@@ -90,7 +90,7 @@ BAD = {
     "chunk_bytes: float": ("chunk_bytes is 1000000.0", {"chunk_bytes": 1e6}),
     "chunk_bytes: bool": ("chunk_bytes is True", {"chunk_bytes": True}),
     "memory_budget: negative": ("memory_budget is -5", {"memory_budget": -5}),
-    "memory_budget: None": ("memory_budget is None", {"memory_budget": None}),
+    "memory_budget: text": ("memory_budget is .all.", {"memory_budget": "all"}),
     "memory_budget: float": ("memory_budget is 0.5", {"memory_budget": 0.5}),
     "grad_filter: negative": (r"grad_filter is -0.1.*\[0, 1\)", {"grad_filter": -0.1}),
     "grad_filter: 1": ("grad_filter is 1", {"grad_filter": 1}),
@@ -107,7 +107,7 @@ def test_bad_arguments_of_the_head_are_named(bad):
 
 
 WRONG_TYPE = ["hidden: a list", "weight: None", "bias: a number", "lora: two", "chunk_bytes: float",
-              "compact: None", "memory_budget: None", "bias: another dtype"]  # fmt: skip
+              "compact: None", "memory_budget: text", "bias: another dtype"]  # fmt: skip
 WRONG_VALUE = ["weight: transposed", "bias: shape", "lora: B's rank", "chunk_bytes: 0",
                "memory_budget: negative", "grad_filter: 1", "softcap: 0",
                "hidden: meta"]  # fmt: skip
@@ -164,4 +164,4 @@ def test_what_the_head_says_of_itself():
     half = segloss.LinearLogits(TENSORS["hidden"].half(), TENSORS["weight"].half())
     assert half.dtype == torch.float32 and half.product_dtype == torch.float16
     assert logits.softcap is None and logits.scale == 1.0 and logits.compact is True
-    assert logits.chunk_bytes is None and logits.memory_budget == 0 and logits.grad_filter == 0.0
+    assert logits.chunk_bytes is None and logits.memory_budget is None and logits.grad_filter == 0.0

@@ -28,7 +28,7 @@ class Verdict:
     reason: str = ""
 
     def row(self) -> str:
-        return f"| {self.name} | {self.verdict} | {self.reason} |"
+        return f"| {self.name} | {self.kind} | {self.verdict} | {self.reason.replace('|', '/')} |"
 
 
 def names_of(*mappings: str) -> set[str]:
@@ -90,8 +90,11 @@ def verdict_of(name: str, kind: str) -> Verdict:
 
 
 def fused_verdict(name: str, kind: str, model, inputs: dict, target, reason: str) -> Verdict:
-    expected = cross_entropy(model(**inputs).logits, target)
-    true = gradients(model, expected)
+    try:
+        expected = cross_entropy(model(**inputs).logits, target)
+        true = gradients(model, expected)
+    except Exception as error:
+        return Verdict(name, kind, "not built", "it cannot be trained: " + one_line(error))
     try:
         loss, _ = head_loss(model, CRITERION, target, **inputs)
     except Exception as error:
@@ -141,7 +144,9 @@ def inputs_of(model, kind: str) -> dict:
 def target_of(model, inputs: dict, logits, labels, kind: str) -> tuple[torch.Tensor, str]:
     """(the target that the model's own loss is of, a remark): next tokens, or the labels' own."""
     ways = {"": next_tokens(labels), "its labels are aligned with its logits": labels}
-    if kind != "causal" and kind != "conditional":
+    if kind == "encoder-decoder":
+        ways = {"": labels, "its labels are next tokens": next_tokens(labels)}
+    elif kind not in GENERATIVE:
         ways = {"": labels}
     try:
         own = model(**inputs, labels=labels).loss
@@ -180,15 +185,36 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[-1].strip()}"[:200]
 
 
+HEAD = """# Model classes
+
+What segloss does with every causal, conditional, encoder-decoder, token and sequence classification
+class of transformers {version}, tried on a tiny random model of it ({counts}).
+Written by `python tests/models/sweep.py > docs/models.md`; `make test-models` compares.
+
+- **fused**: `head_loss` gives the value and the gradients of the cross-entropy of the model's own
+  logits, which are never made. That is the model's own loss, but where the remark says otherwise.
+- **logits**: a loss takes `model(...).logits`; the value is that of the model's own loss.
+- **refused**: not a matrix of logits per place.
+- **not built**: no tiny model of it runs on token ids alone here; nothing is said of the class.
+
+| class | labels | verdict | remark |
+|---|---|---|---|
+"""
+
+
+def main() -> None:
+    verdicts = [verdict_of(name, kind) for kind, names in classes().items() for name in names]
+    found = [verdict.verdict for verdict in verdicts]
+    counts = ", ".join(f"{found.count(word)} {word}" for word in dict.fromkeys(sorted(found)))
+    print(HEAD.format(version=transformers.__version__, counts=counts), end="")
+    for verdict in verdicts:
+        print(verdict.row())
+
+
 if __name__ == "__main__":
-    import sys
     import warnings
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    chosen = set(sys.argv[1:])
-    for kind, names in classes().items():
-        for name in names:
-            if not chosen or name in chosen or kind in chosen:
-                print(verdict_of(name, kind).row(), flush=True)
+    main()

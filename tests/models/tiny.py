@@ -48,6 +48,67 @@ SIZES: list[tuple[str, int]] = [
 ]  # fmt: skip
 
 
+HEAD = {"head_dim": 8}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
+# options that hold together in another way, by the class of the configuration ...
+OVERRIDES: dict[str, dict] = {
+    "BambaConfig": MAMBA,
+    "CodeGenConfig": {"rotary_dim": 4},
+    "DeepseekV2Config": {"num_key_value_heads": HEADS, "num_experts_per_tok": 2},
+    "EsmConfig": {"vocab_size": V},
+    "EsmcConfig": {"num_key_value_heads": HEADS},
+    "GPTJConfig": {"rotary_dim": 4},
+    "GPTNeoConfig": {"num_layers": LAYERS, "attention_types": [[["global", "local"], 1]]},
+    "Gemma3nTextConfig": {"num_kv_shared_layers": 0},
+    "Glm5NextTextConfig": {"num_key_value_heads": HEADS},
+    "GraniteMoeHybridConfig": MAMBA | {"layers_block_type": ["mamba", "attention"]},
+    "HunYuanDenseV1Config": HEAD,
+    "HunYuanMoEV1Config": HEAD,
+    "LayoutLMv3Config": {"coordinate_size": 4, "shape_size": 8},
+    "LiltConfig": {"channel_shrink_ratio": 2},
+    "Mamba2Config": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
+    "MinistralConfig": HEAD,
+    "MobileBertConfig": {"true_hidden_size": 32, "intra_bottleneck_size": 32},
+    "NemotronConfig": HEAD | {"num_key_value_heads": 2},
+    "Qwen3_5MoeTextConfig": {"num_hidden_layers": 4},
+    "Qwen3_5TextConfig": {"num_hidden_layers": 4},
+    "Mistral4Config": {"num_key_value_heads": HEADS, "qk_head_dim": 16, "head_dim": 8},
+    "MiniCPM3Config": {"num_key_value_heads": HEADS},
+    "BailingHybridConfig": {"num_expert_group": 1, "topk_group": 1, "qk_head_dim": 16},
+    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "Gemma4TextConfig": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "per_layer_config": None,
+        "hidden_size_per_layer_input": 8,
+    },
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
+    "LongcatFlashConfig": {"qk_head_dim": 16, "zero_expert_num": 2},
+    "NemotronHConfig": {"n_groups": 2},
+    "ZambaConfig": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "attention_head_dim": 16,
+        "mamba_dt_rank": 4,
+    },
+    "Zamba2Config": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "hybrid_layer_ids": [1],
+        "attention_head_dim": 16,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+        "num_query_groups": 4,
+    },
+    "XmodConfig": {"default_language": "en_XX"},
+}
+# ... or of the model
+CLASS_OVERRIDES: dict[str, dict] = {
+    "ReformerModelWithLMHead": {
+        "is_decoder": True,
+        "axial_pos_shape": [8, 8],
+        "axial_pos_embds_dim": [16, 16],
+    },
+}
+
+
 def small(name: str, value: Any) -> Any:
     """An option's tiny value, the value itself where it stays."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -71,8 +132,12 @@ def tiny_options(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
         elif re.fullmatch(r".*token_(id|index)|.*_token", name) and isinstance(value, int):
             made = small(name, value)
             options[name] = made if made < V else next(specials)
+        elif isinstance(value, dict) and value.get("mrope_section"):
+            options[name] = {**value, "mrope_section": [2, 1, 1]}  # half a head
         elif (made := small(name, value)) != value:
             options[name] = made
+    if options.get("kv_lora_rank") and "num_key_value_heads" in options:
+        options["num_key_value_heads"] = HEADS  # latent attention has no groups
     return options
 
 
@@ -96,7 +161,3 @@ def tiny_model(name: str, **options: Any):
     if hasattr(config, "_attn_implementation"):
         config._attn_implementation = "eager"
     return model_class(config).float().eval()
-
-
-OVERRIDES: dict[str, dict] = {}
-CLASS_OVERRIDES: dict[str, dict] = {}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from segloss.sources import LinearLogits
 
-NUM_PROBES = 8
+NUM_PROBES = 8  # at least
 SMALLEST, LARGEST = -10, 40  # exponents of 2: any scale is met, and any cap is reached
 MASKED = -1e4  # what models write into classes that do not exist, or less
 
@@ -49,17 +49,18 @@ class Transform:
 
 
 def probes(num_classes: int, like: Tensor) -> Tensor:
-    """(P, V) logits of every size and both signs in every column; a first row of zeros.
+    """(P, V) logits, a first row of zeros, then sizes of every order and both signs in a column.
 
     In float64 where the device has it, so that a scale is learnt to the last bit.
     """
     dtype = torch.float32 if like.device.type == "mps" else torch.float64
-    place = torch.arange(NUM_PROBES * num_classes, dtype=torch.float64)
-    size = (place * 0.6180339887498949) % 1  # spread evenly, wherever one begins
+    rows = max(NUM_PROBES, -(-256 // num_classes))  # enough numbers where there are few classes
+    column = torch.arange(num_classes, dtype=torch.float64) * 0.6180339887498949
+    row = torch.arange(rows - 1, dtype=torch.float64)[:, None]
+    size = (column + row / (rows - 1)) % 1  # spread evenly along both
     z = torch.exp2(SMALLEST + (LARGEST - SMALLEST) * size)
-    z = torch.where(place.remainder(3) == 0, -z, z).view(NUM_PROBES, num_classes)
-    z[0] = 0
-    return z.to(like.device, dtype)
+    z = torch.where((row + torch.arange(num_classes)) % 2 == 0, z, -z)
+    return torch.cat([torch.zeros(1, num_classes, dtype=z.dtype), z]).to(like.device, dtype)
 
 
 def learnt(name: str, z: Tensor, logits: Tensor, rounding: torch.dtype) -> Transform:
@@ -76,9 +77,9 @@ def learnt(name: str, z: Tensor, logits: Tensor, rounding: torch.dtype) -> Trans
     if logits.dim() < 2 or logits.shape[-2] != len(z) or logits.shape[-1] > z.shape[1]:
         raise refused
     eps = torch.finfo(logits.dtype).eps
-    out = logits.reshape(-1, *logits.shape[-2:])[0].double().cpu()
+    out = logits.reshape(-1, *logits.shape[-2:])[0].cpu().double()
     num_classes = out.shape[1]
-    z = z.double().cpu()[:, :num_classes]
+    z = z.cpu().double()[:, :num_classes]
     masked = (out == out[0]).all(0) & (out[0] <= MASKED)
     kept = int((~masked).nonzero()[-1]) + 1 if not masked.all() else 0
     if kept == 0:
@@ -87,7 +88,7 @@ def learnt(name: str, z: Tensor, logits: Tensor, rounding: torch.dtype) -> Trans
         num_classes, out, z, masked = kept, out[:, :kept], z[:, :kept], masked[:kept]
     bias = torch.where(masked, -torch.inf, out[0])
     z, own, shift = z[1:, ~masked], (out[1:] - out[0])[:, ~masked], bias[~masked].abs()
-    use = own.isfinite() & (z.abs() < 2.0**LARGEST)
+    use = own.isfinite()
     if not use.any(0).all():
         raise refused
     scale, softcap = fitted(z, own, use)
@@ -112,13 +113,11 @@ def learnt(name: str, z: Tensor, logits: Tensor, rounding: torch.dtype) -> Trans
 def fitted(z: Tensor, own: Tensor, use: Tensor) -> tuple[float, float | None]:
     """(scale, softcap) that make `own` of `z`, as well as it can be done."""
     size = z.abs()
-    top = own[use & (size >= 2.0 ** (LARGEST - 6))].abs()
-    if top.numel() and bool((top.amax() - top.amin()) <= 0.1 * top.amax()):
+    top = own[use & (size >= 2.0 ** (LARGEST - 10))].abs()
+    if top.numel() > 1 and bool(top.amin() >= 0.9 * top.amax()):
         softcap = float(top.amax())
         inside = use & (own.abs() < 0.5 * softcap)
-        if not inside.any():
-            return math.nan, softcap
         ratio = softcap * torch.atanh(own[inside] / softcap) / z[inside]
-        return float(ratio.mean() if ratio.numel() else math.nan), softcap
+        return float(ratio.mean()), softcap
     ratio = own[use] / z[use]
     return float(ratio.median()), None

@@ -15,19 +15,27 @@ from torch import Tensor, nn
 
 from segloss.head.inputs import CPU_CHUNK_BYTES, CPU_CHUNK_ROWS, GPU_CHUNK_BYTES, GPU_CHUNK_ROWS
 from segloss.head.panels import ClassTotals
-from segloss.head.rows import compact_batch, compacted, renumbered, spread
+from segloss.head.rows import compact_batch, compacted, even_slices, renumbered, spread
 from segloss.head.sweep import ROW_OUTPUTS, ROW_STATS, kept_rows_only
 from segloss.kernels.candidates import candidates
 from segloss.kernels.class_stats import row_dots
 from segloss.kernels.common import Rows
-from segloss.kernels.logit_grad import logit_grad
 from segloss.kernels.row_stats import row_stats
 from segloss.sweep.attach import attach
 from segloss.sweep.batch import Batch
+from segloss.sweep.beside import (
+    DIVERGENCES,
+    LISTED,
+    Backward,
+    Readings,
+    has_plain,
+    logits_gradient,
+    pack,
+)
 from segloss.sweep.classes import class_ids, class_index, thresholds
 from segloss.sweep.request import Request, Sweep
 from segloss.sweep.source import Source
-from segloss.sweep.terms import grad_terms, rescale, row_slice
+from segloss.sweep.terms import grad_terms, rescale, row_slices
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +59,14 @@ class ModuleLogits(Source):
     scale: float = 1.0
     bias: Tensor | None = None
     width: int | None = None
+    packs = False
     tensors: dict[str, Tensor] = field(init=False, repr=False)
     num_columns: int = field(init=False, repr=False)
+    autocast: tuple = field(init=False, repr=False)
 
     def __post_init__(self):
         object.__setattr__(self, "tensors", trained_tensors(self.module))
+        object.__setattr__(self, "autocast", autocast_of(self.hidden.device))
         flat = self.hidden.detach().reshape(-1, self.hidden.shape[-1])
         with torch.no_grad(), Repeatable(flat.device):
             # of one row even where there is none
@@ -87,6 +98,14 @@ class ModuleLogits(Source):
     def rows(self, index: Tensor) -> Tensor:
         return self.logits(self.hidden.reshape(-1, self.hidden.shape[-1])[index])
 
+    def block(self, rows: Tensor | slice, classes: slice) -> Rows:
+        device = self.hidden.device.type
+        with torch.autocast(device, self.autocast[1], enabled=self.autocast[0]):
+            return super().block(rows, classes)
+
+    def block_rows(self, num_rows: int) -> int:
+        return chunk_rows(self, num_rows)
+
     def sweep(self, batch: Batch, request: Request) -> Sweep:
         return sweep_module(self, batch, request)
 
@@ -106,20 +125,37 @@ class ModuleLogits(Source):
         raise TypeError("a head that is used by its own forward is not compiled; use eager mode")
 
 
+def autocast_of(device: torch.device) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """By name, what gets a gradient; under FSDP1 plain tensors stand where the parameters were."""
+    """By name, what gets a gradient; under FSDP1 plain tensors stand where the parameters were.
+
+    Errors: TypeError where an engine gathers the parts of the head one by one, as its own hooks
+    inside of `forward` would do it, and not while the head runs.
+    """
+    check_one_unit(module)
     found: dict[str, Tensor] = {}
     for prefix, part in module.named_modules():
-        own = {**vars(part), **part._parameters}
-        for name, tensor in own.items():
+        for name, tensor in {**vars(part), **part._parameters}.items():
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                if tensor.numel() == 0 and hasattr(tensor, "ds_id"):
-                    raise TypeError(
-                        f"the head is a {type(module).__name__}, whose weights ZeRO-3 gathers one "
-                        "by one; leave the head out of the adapter, or use ZeRO-2"
-                    )
+                if not tensor.numel():  # a ZeRO-3 placeholder
+                    raise in_parts(module)
                 found[f"{prefix}.{name}".lstrip(".")] = tensor
     return found
+
+
+def check_one_unit(module: nn.Module) -> None:
+    if any(hasattr(part, "_fsdp_wrapped_module") for part in module.modules()):
+        raise in_parts(module)
+
+
+def in_parts(module: nn.Module) -> TypeError:
+    return TypeError(
+        f"the head is a {type(module).__name__}, and its engine gathers the parts one by one; make "
+        "the head one unit (FSDP), or leave it out of the adapter (ZeRO-3)"
+    )
 
 
 class Repeatable:
@@ -177,7 +213,7 @@ def slices_of(source: ModuleLogits, num_rows: int) -> list[slice]:
 def sweep_module(source: ModuleLogits, batch: Batch, request: Request) -> Sweep:
     """Every statistic of the request, its chunks read while they are there."""
     device = source.device.type
-    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    autocast = autocast_of(source.device)
     random = Repeatable(source.device)
     num_tokens = batch.target.numel()
     with torch.no_grad():
@@ -189,6 +225,7 @@ def sweep_module(source: ModuleLogits, batch: Batch, request: Request) -> Sweep:
         flat = source.hidden.reshape(-1, source.hidden.shape[-1])
         hidden = flat if rows is None else flat[rows]
         slices = slices_of(source, len(hidden))
+        readings = Readings(inner.beside, inner.valid, request.divergences)
         collected, panels = [], []
         for here in slices:
             with torch.autocast(device, autocast[1], enabled=autocast[0]):
@@ -205,6 +242,7 @@ def sweep_module(source: ModuleLogits, batch: Batch, request: Request) -> Sweep:
                     column_sums=request.column_sums,
                     column_weight=request.column_weight,
                 )
+                readings.read(z, here, stats)
                 per_class.add(panel, stats, here)
             collected.append(stats)
             if request.rankings:
@@ -215,9 +253,10 @@ def sweep_module(source: ModuleLogits, batch: Batch, request: Request) -> Sweep:
             if name != "lse" and getattr(collected[0], name) is not None
         }
         stacked["lse"] = stacked["row_max"] + stacked["log_sum"]
+        stacked |= {n: v for n, v in readings.outputs().items() if v is not None}
         values: dict[str, Any] = {
             name: spread(stacked.get(name), rows, num_tokens, -1 if name == "argmax" else 0)
-            for name in ROW_STATS
+            for name in (*ROW_STATS, LISTED, DIVERGENCES)
         }
         target = class_index(batch.target, batch.valid, batch.num_classes)
         found = Sweep(**values, target=target, **ids)
@@ -232,6 +271,7 @@ def sweep_module(source: ModuleLogits, batch: Batch, request: Request) -> Sweep:
         name: getattr(found, name)
         for name in (*ROW_OUTPUTS, "prob_sum", "candidate_prob", "peak_prob")
     }
+    packed, seconds = pack(batch.beside, request.divergences)
     saved = {
         "rows": rows,
         "target": inner.target,
@@ -246,6 +286,8 @@ def sweep_module(source: ModuleLogits, batch: Batch, request: Request) -> Sweep:
         "candidate_row": found.candidate_row,
         "candidate_class": found.candidate_class,
         "peak_row": renumbered(per_class.peak_row, rows),
+        **readings.saved(),
+        **packed,
     }
     # the rule keeps no tensor: they live in the saved ones only
     rule = functools.partial(
@@ -256,9 +298,13 @@ def sweep_module(source: ModuleLogits, batch: Batch, request: Request) -> Sweep:
         autocast=autocast,
         random=random,
         step=chunk_rows(source, len(hidden)),
+        divergences=request.divergences,
+        seconds=seconds,
     )
     tensors = (source.hidden, *source.tensors.values())
-    return replace(found, **attach(rule, outputs, saved, tensors))
+    found = replace(found, **attach(rule, outputs, saved, tensors))
+    found.named(batch.beside, request.divergences)
+    return found
 
 
 def candidates_of(panels, slices, stats: dict, row_ids: dict, tau) -> Iterator[Tensor]:
@@ -273,7 +319,19 @@ def candidates_of(panels, slices, stats: dict, row_ids: dict, tau) -> Iterator[T
 
 
 def gradients(
-    tensors, saved, grads, needed, *, names, repeated, transform, autocast, random, step
+    tensors,
+    saved,
+    grads,
+    needed,
+    *,
+    names,
+    repeated,
+    transform,
+    autocast,
+    random,
+    step,
+    divergences,
+    seconds,
 ) -> tuple:
     """Gradients of hidden and of the head's tensors, from those of the statistics."""
     hidden, *weights = tensors
@@ -283,7 +341,10 @@ def gradients(
         grads = {name: grad[rows] if name in ROW_OUTPUTS else grad for name, grad in grads.items()}
         saved = kept_rows_only(saved, rows)
     terms = grad_terms(saved, grads)
-    power = rescale(terms)
+    upstream = grads.get(DIVERGENCES)
+    power = rescale(terms, *(() if upstream is None else (upstream,)))
+    upstream = None if upstream is None else upstream / power
+    back = Backward.of(saved, upstream, divergences, seconds)
     flat = hidden.reshape(-1, hidden.shape[-1])
     kept = flat if rows is None else flat[rows]
     leaves = [w.detach().requires_grad_() for w in weights]
@@ -291,15 +352,14 @@ def gradients(
     kept_grad = torch.zeros_like(kept)
     sums: list = [0] * len(leaves)
     with random:
-        for start in range(0, max(1, len(kept)), step):
-            here = slice(start, min(start + step, len(kept)))
+        slices = even_slices(len(kept), step)
+        for here, part in zip(slices, row_slices(terms, slices), strict=True):
             chunk = kept[here].detach().requires_grad_()
             with (
                 torch.enable_grad(),
                 torch.autocast(hidden.device.type, autocast[1], enabled=autocast[0]),
             ):
                 z = torch.func.functional_call(repeated, given, (chunk,))
-            part = row_slice(terms, here)
             raw = z.detach()[..., :width]
             raw = raw.contiguous() if bias is None else raw + bias.to(raw.device, raw.dtype)
             dz = torch.zeros_like(z)
@@ -309,7 +369,8 @@ def gradients(
                 dots = row_dots(block, *at, part.sample, part.class_grad)  # type: ignore[arg-type]
                 weight = 1 if part.row_weight is None else part.row_weight
                 part.prob_coef = part.prob_coef - dots * weight
-            dz[..., :width] = logit_grad(block, part, torch.empty_like(raw))
+            pairs, out = back.pairs(block, here), torch.empty_like(raw)
+            dz[..., :width] = logits_gradient(block, part, pairs, out, has_plain(grads))
             found = torch.autograd.grad(z, [chunk, *leaves], dz, allow_unused=True)
             kept_grad[here] = 0 if found[0] is None else found[0]
             for i, grad in enumerate(found[1:]):

@@ -15,16 +15,18 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from segloss.checks import describe
-from segloss.integrations.own_forward import ModuleLogits, Repeatable
-from segloss.integrations.transform import Transform, learnt, probes
+from segloss.models.transform import MASKED, Transform, learnt, probes
+from segloss.sources.module import ModuleLogits, Repeatable, check_one_unit
 
 __all__ = ["head_logits", "head_loss"]
 
@@ -33,7 +35,12 @@ __all__ = ["head_logits", "head_loss"]
 
 
 def head_loss(
-    model: nn.Module, criterion: Callable, target: Tensor | None, **inputs
+    model: nn.Module,
+    criterion: Callable,
+    target: Tensor | None,
+    *,
+    teacher: nn.Module | None = None,
+    **inputs,
 ) -> tuple[Any, Any]:
     """`(criterion(model(**inputs).logits, target), outputs)`, the logits never made::
 
@@ -49,7 +56,11 @@ def head_loss(
         model: a transformers causal model, as its engine wrapped it.
         criterion: a segloss loss, or any callable of (logits source, target) that returns a loss,
             `Statistics`, or a tuple, list or dict of them.
-        target: (B, T) the class each place predicts, -100 for none; nothing is shifted.
+        target: (B, T) the class each place predicts, -100 for none; nothing is shifted. With prompt
+            tuning also (B, virtual tokens + T), whose last virtual token predicts the first token.
+        teacher: another causal model, in evaluation mode: it runs on the same inputs, without
+            gradients and without logits, and `criterion` is called with `teacher=` a source of
+            its logits, as `DistillationLoss` takes it. Each head is computed in its own model.
         inputs: of the model's forward, `labels` left out.
 
     Returns what `criterion` does, and the model's outputs: `logits` are those of the last place
@@ -61,8 +72,32 @@ def head_loss(
     1,024th).
 
     Errors: TypeError for a model whose head is not found or not called once; ValueError for
-    `labels`, and for logits that the head's differ from.
+    `labels`, for a teacher in training mode, and for logits that the head's differ from.
     """
+    if teacher is None:
+        return loss_at_head(model, criterion, target, inputs)
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher is {describe(teacher)}; it takes a transformers causal model")
+    if teacher.training:
+        raise ValueError("teacher is in training mode, with its dropout; call teacher.eval()")
+    differentiates = torch.is_grad_enabled()
+    found = []
+
+    def teach(source, _) -> None:
+        """Runs where the teacher's head has its weights, and the student's within it."""
+        with torch.set_grad_enabled(differentiates):
+            taught = functools.partial(criterion, teacher=source)
+            found.append(loss_at_head(model, taught, target, inputs))
+
+    with torch.no_grad():
+        loss_at_head(teacher, teach, None, inputs)
+    return found[0]
+
+
+def loss_at_head(
+    model: nn.Module, criterion: Callable, target: Tensor | None, inputs: dict
+) -> tuple[Any, Any]:
+    """`head_loss` of one model."""
     check_inputs(model, inputs)
     inner = unwrapped(model)
     head = head_of(inner)
@@ -72,7 +107,9 @@ def head_loss(
     prompt = prompt_length(model, inputs)
 
     def inside(call: Call, hidden: Tensor) -> tuple[Any, Tensor]:
-        places = hidden if prompt is None else hidden[..., hidden.shape[-2] - prompt :, :]
+        places = hidden
+        if prompt is not None and (target is None or target.shape != hidden.shape[:-1]):
+            places = hidden[..., hidden.shape[-2] - prompt :, :]
         source = source_of(head, call.kind, call.original, places, state.transform)
         if target is None:
             return criterion(source, target), call.last_logits(hidden)
@@ -138,8 +175,8 @@ def check_inputs(model: Any, inputs: dict) -> None:
         )
 
 
-def unwrapped(model: Any) -> Any:
-    """The transformers model inside DDP, FSDP, DeepSpeed, a compiled module and peft."""
+def innermost(model: Any) -> Any:
+    """The model inside DDP, FSDP, DeepSpeed, a compiled module and peft."""
     while True:
         if isinstance(getattr(model, "module", None), nn.Module):
             model = model.module
@@ -148,7 +185,12 @@ def unwrapped(model: Any) -> Any:
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
         else:
-            break
+            return model
+
+
+def unwrapped(model: Any) -> Any:
+    """The innermost model, which has to be one of transformers."""
+    model = innermost(model)
     if not hasattr(model, "get_output_embeddings"):
         raise TypeError(f"model is a {type(model).__name__}; it takes a transformers causal LM")
     return model
@@ -272,16 +314,25 @@ def head_tensors(kind: Kind) -> tuple[Tensor, Tensor | None, tuple | None]:
     return base.weight, getattr(base, "bias", None), lora
 
 
+# under FSDP2 the weights are plain tensors while the head runs
+TENSOR_PARALLEL = (
+    "the head's weights are DTensors while it runs, as under tensor parallelism, which head_loss "
+    "does not take; leave lm_head out of the tp_plan, or give the loss model(...).logits"
+)
+
+
+def is_dtensor(tensor: Any) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
 def source_of(head: nn.Module, kind: Kind, forward: Callable, hidden: Tensor, does: Transform):
     """The logits of the model: those of its head at `hidden`, and what the model does to them."""
+    if any(is_dtensor(parameter) for parameter in core_of(head).parameters()):
+        raise TypeError(TENSOR_PARALLEL)
     if kind.owners is not None:
-        weight, bias, lora = head_tensors(kind)
-        if type(weight).__name__ == "DTensor":
-            raise TypeError(
-                "the head is sharded by classes (tensor parallelism), which head_loss does not "
-                "take; leave lm_head out of the tp_plan"
-            )
-        return does.source(hidden, weight, bias, lora)
+        return does.source(hidden, *head_tensors(kind))
     bias = None if does.bias is None else does.bias / does.scale
     return ModuleLogits(
         hidden, core_of(head), forward, does.softcap, does.scale, bias, does.num_classes
@@ -291,7 +342,6 @@ def source_of(head: nn.Module, kind: Kind, forward: Callable, hidden: Tensor, do
 def sharding_engine(model: Any) -> str | None:
     """What splits the model's weights over processes, None if nothing does."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
 
     for module in model.modules():
         if isinstance(module, FullyShardedDataParallel):
@@ -301,8 +351,8 @@ def sharding_engine(model: Any) -> str | None:
     for parameter in unwrapped(model).parameters():
         if hasattr(parameter, "ds_id"):
             return "ZeRO-3"
-        if isinstance(parameter, DTensor):
-            return "tensor parallelism"
+        if is_dtensor(parameter):
+            raise TypeError(TENSOR_PARALLEL)
     return None
 
 
@@ -320,6 +370,8 @@ class Call:
     def __init__(self, inner: Any, head: nn.Module, inside: Callable, checking: bool):
         self.inner, self.head, self.inside, self.checking = inner, head, inside, checking
         self.kind = kind_of(head)
+        if self.kind.owners is None:
+            check_one_unit(core_of(head))
         self.calls = 0
         self.value: Any = None
         self.own: Tensor | None = None  # the head's logits of the last place, by its own forward
@@ -338,7 +390,11 @@ class Call:
             outputs["loss"] = self.carried
             return outputs
 
-        self.exits.enter_context(replaced(core, forward_name(core), self.head_forward))
+        head_forward: Callable = self.head_forward
+        if "torch._dynamo" in sys.modules:  # nothing is compiled before it is imported
+            head_forward = torch.compiler.disable(head_forward)
+            model_forward = torch.compiler.disable(model_forward, recursive=False)
+        self.exits.enter_context(replaced(core, forward_name(core), head_forward))
         self.exits.enter_context(replaced(self.inner, "forward", model_forward))
         # the engine's hooks on the head have seen the loss before
         handle = self.head.register_forward_hook(self.take)
@@ -402,12 +458,13 @@ class Call:
 
     def check_outputs(self, outputs: Any) -> None:
         self.check_called()
-        if not hasattr(outputs, "logits") or not hasattr(outputs, "keys"):
+        logits = getattr(outputs, "logits", None)
+        if not isinstance(logits, Tensor) or not hasattr(outputs, "keys"):
             raise TypeError(
                 f"{type(self.inner).__name__} returned a {type(outputs).__name__}; head_loss takes "
                 "a model whose outputs have logits (return_dict=True)"
             )
-        if torch.is_grad_enabled() and outputs.logits.requires_grad:
+        if torch.is_grad_enabled() and logits.requires_grad:
             raise TypeError(
                 f"{type(self.inner).__name__} trains parameters behind its head, which head_loss "
                 "would not; give the loss model(...).logits"
@@ -539,14 +596,24 @@ def learn(model: Any, inner: Any, head: nn.Module, inputs: dict) -> Transform:
         given.extend((probes(call.last_logits(hidden).shape[-1], hidden), hidden))
         return None, given[0].expand(*hidden.shape[:-2], *given[0].shape).clone()
 
-    if inputs.get("past_key_values") is not None:  # which the pass would add to
-        inputs = {**inputs, "past_key_values": copy.deepcopy(inputs["past_key_values"])}
+    # the pass would add to a cache
+    inputs = {n: copy.deepcopy(v) if isinstance(v, Cache) else v for n, v in inputs.items()}
     devices = {p.device for p in inner.parameters() if p.device.type not in ("cpu", "meta")}
     with (
         torch.random.fork_rng(devices, device_type=next(iter(devices)).type if devices else "cuda"),
         Call(inner, head, inside, checking=False) as call,
     ):
-        outputs = model(**inputs)
+        try:
+            outputs = model(**inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, LookupError) as error:
+            if not call.calls:
+                raise
+            raise TypeError(
+                f"{type(inner).__name__} fails with logits of a few places ({error}); give the "
+                'loss model(...).logits (LossMixin: head="logits")'
+            ) from error
     call.check_called()
     return learnt(type(inner).__name__, given[0], outputs.logits, given[1].dtype)
 
@@ -569,13 +636,17 @@ def check_logits(name: str, state: State, call: Call, logits: Tensor) -> None:
             f"products are too large for {own.dtype}"
         )
     check_close(name, "its head's weights", ours, own, tolerance)
-    check_close(name, "its head, transformed", state.transform(own), logits, tolerance)
+    expected = state.transform(own)
+    cut = logits[..., expected.shape[-1] :]
+    if cut.numel() and bool((cut <= MASKED).all()):  # classes that were learnt not to exist
+        logits = logits[..., : expected.shape[-1]]
+    check_close(name, "its head, transformed", expected, logits, tolerance)
 
 
 def check_close(name: str, what: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
     if ours.shape == theirs.shape:
         both = ours.isfinite() & theirs.isfinite()
-        ours, theirs = ours[both].double(), theirs[both].double()
+        ours, theirs = ours[both].cpu().double(), theirs[both].cpu().double()
         if theirs.numel() == 0:
             return
         error = float((ours - theirs).abs().amax() / theirs.abs().amax().clamp(min=1e-30))

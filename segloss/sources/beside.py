@@ -1,0 +1,190 @@
+"""What a call gives beside logits and target, checked: listed classes, teacher, probabilities.
+
+N tokens, V classes, k listed classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from segloss.checks import INTEGERS, check_choice, check_plain, describe
+from segloss.kernels.common import Rows
+from segloss.sources.dense import DenseLogits
+from segloss.sources.given import as_source
+from segloss.sources.linear import LinearLogits
+from segloss.sweep.beside import Beside, Second, Top
+from segloss.sweep.source import Source
+
+RESTS = ("renormalise", "uniform", "ignore")
+# by how many classes two vocabularies may differ and still be one, padded differently
+PADDING = 512
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A teacher of which only its likeliest classes are known, as files of stored teachers hold it.
+
+    Args:
+        ids: (..., k) integers, distinct class ids of each token; -1 where fewer are stored.
+        log_prob: (..., k) floats, the teacher's log-probabilities of these classes (nats), from a
+            softmax over its whole vocabulary.
+        rest: what becomes of the probability that is left:
+            "renormalise": it is shared among the listed classes by their own probabilities,
+            "uniform": it is spread evenly over all other classes,
+            "ignore": classes that are not listed are left out of the divergence's sum.
+
+    Errors: TypeError or ValueError naming the argument.
+    """
+
+    ids: Tensor
+    log_prob: Tensor
+    rest: str = "renormalise"
+
+    def __post_init__(self):
+        check_choice("rest", self.rest, RESTS)
+        for name, tensor in (("ids", self.ids), ("log_prob", self.log_prob)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"{name} is {describe(tensor)}; it takes a tensor of shape (..., k)"
+                )
+            check_plain(name, tensor)
+        if self.ids.dtype not in INTEGERS:
+            raise TypeError(f"ids is {describe(self.ids)}; it takes an integer dtype")
+        if not self.log_prob.is_floating_point():
+            raise TypeError(f"log_prob is {describe(self.log_prob)}; it takes a float dtype")
+        if self.ids.dim() < 2 or self.ids.shape[-1] == 0 or self.ids.shape != self.log_prob.shape:
+            raise ValueError(
+                f"ids has shape {tuple(self.ids.shape)}, log_prob {tuple(self.log_prob.shape)}; "
+                "both take (..., k)"
+            )
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        return self.ids.shape[:-1]
+
+
+@dataclass(frozen=True)
+class TopLogits:
+    """A stored teacher written out, a block at a time; what is not listed shares the rest."""
+
+    ids: Tensor  # (N, k)
+    log_prob: Tensor  # (N, k)
+    num_classes: int
+    packs: ClassVar[bool] = True
+
+    def block(self, rows: Tensor | slice, classes: slice) -> Rows:
+        ids, log_prob = self.ids[rows], self.log_prob[rows]
+        top = Top(ids, log_prob, "uniform")
+        fill = top.log_rest(self.num_classes - top.listed.sum(-1))
+        first, last, _ = classes.indices(self.num_classes)
+        width = max(0, last - first)
+        out = fill[:, None].expand(-1, width + 1).contiguous()
+        inside = top.listed & (ids >= first) & (ids < last)
+        # what lies outside goes to the spare column
+        out.scatter_(1, torch.where(inside, ids - first, width), log_prob)
+        return Rows.of(out[:, :width])
+
+    @property
+    def made_classes(self) -> int:
+        return self.num_classes
+
+    def block_rows(self, num_rows: int) -> int:
+        return min(num_rows, max(1, (16 << 20) // self.num_classes))
+
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {"ids": self.ids, "log_prob": self.log_prob}, {"num_classes": self.num_classes}
+
+    @classmethod
+    def unpacked(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> TopLogits:
+        return cls(tensors["ids"], tensors["log_prob"], options["num_classes"])
+
+
+def make_beside(
+    source: Source,
+    *,
+    columns: Tensor | None = None,
+    teacher: Tensor | Source | TopK | None = None,
+    probabilities: Tensor | None = None,
+) -> Beside:
+    """Everything checked against the source it is read beside."""
+    found: dict[str, Any] = {}
+    if columns is not None:
+        found["columns"] = check_ids("columns", columns, source)
+    if isinstance(teacher, TopK):
+        check_like("teacher", teacher.leading_shape, teacher.ids.device, source)
+        ids = check_ids("teacher's ids", teacher.ids, source)
+        log_prob = teacher.log_prob.detach().reshape(ids.shape).to(source.dtype)
+        found["top"] = Top(ids, log_prob, teacher.rest)
+        if teacher.rest == "uniform":
+            found["teacher"] = Second(TopLogits(ids, log_prob, source.num_classes))
+    elif teacher is not None:
+        found["teacher"] = Second(as_teacher(teacher, source))
+    if probabilities is not None:
+        found["probabilities"] = Second(DenseLogits(probabilities.detach()))
+    return Beside(**found)
+
+
+def check_like(name: str, shape: torch.Size, device: torch.device, source: Source) -> None:
+    if shape != source.leading_shape:
+        raise ValueError(
+            f"{name} has leading shape {tuple(shape)}; it takes the logits', "
+            f"{tuple(source.leading_shape)}"
+        )
+    if device != source.device:
+        raise ValueError(f"{name} is on {device}, but logits are on {source.device}")
+
+
+def check_ids(name: str, ids: Tensor, source: Source) -> Tensor:
+    """(N, k) int64, -1 for none; out of range raises on a CPU, as a target does."""
+    if not isinstance(ids, Tensor) or ids.dtype not in INTEGERS:
+        raise TypeError(f"{name} is {describe(ids)}; it takes class ids of an integer dtype")
+    if ids.shape[:-1] != source.leading_shape or ids.dim() == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(ids.shape)}; it takes {(*source.leading_shape, 'k')}: the "
+            "target's, then one place for each class"
+        )
+    if ids.device != source.device:
+        raise ValueError(f"{name} is on {ids.device}, but logits are on {source.device}")
+    flat = ids.detach().reshape(source.leading_shape.numel(), ids.shape[-1]).to(torch.int64)
+    if flat.device.type == "cpu" and flat.numel():
+        low, high = int(flat.min()), int(flat.max())
+        if low < -1 or high >= source.num_classes:
+            raise ValueError(
+                f"{name} has ids from {low} to {high}; logits have {source.num_classes} classes "
+                f"(0 to {source.num_classes - 1}), and -1 stands for none"
+            )
+    return flat
+
+
+def as_teacher(teacher: Any, source: Source) -> Source:
+    """A teacher's logits, cut off from autograd; a tensor holds logits."""
+    if not isinstance(teacher, (Tensor, Source)):
+        raise TypeError(
+            f"teacher is {describe(teacher)}; it takes logits (..., V), DenseLogits, LinearLogits "
+            "or TopK"
+        )
+    given = as_source(teacher)
+    check_like("teacher", given.leading_shape, given.device, source)
+    ours, theirs = source.num_classes, given.num_classes
+    if abs(ours - theirs) > max(PADDING, max(ours, theirs) // 64):
+        raise ValueError(
+            f"teacher has {theirs} classes, the student {ours}: more than padding of one "
+            "vocabulary; where one is the start of the other, cut the longer (logits[..., :n], or "
+            "a head's weight[:n])"
+        )
+    if isinstance(given, LinearLogits):
+        return given.settled()
+    return replace(given, logits=given.logits.detach()) if isinstance(given, DenseLogits) else given
+
+
+def is_probabilities(target: Any, source: Source) -> bool:
+    """Whether a target holds probabilities (..., V), as `F.cross_entropy` takes them too."""
+    return (
+        isinstance(target, Tensor)
+        and target.is_floating_point()
+        and target.shape == (*source.leading_shape, source.num_classes)
+    )
