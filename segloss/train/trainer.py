@@ -90,8 +90,9 @@ class Trainer(SFTTrainer):
     def attempt(self, name: str, write: Any) -> bool:
         """Call `write`; whether it could."""
         try:
-            with warnings.catch_warnings():  # peft's, of an adapter on the head
+            with warnings.catch_warnings():  # peft's, of an adapter on the head or a GGUF
                 warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+                warnings.filterwarnings("ignore", message="Could not find a config file")
                 write()
         except Exception as error:
             if not isinstance(error, WRITING) and type(error).__name__ != "SafetensorError":
