@@ -52,7 +52,8 @@ class SavedState(TrainerCallback):
                 f"{path} is missing: the checkpoint is of a run without {self.name}, or lies in "
                 "another folder; give LossMixin.train the folder, or begin from its model alone"
             )
-        self.stateful.load_state_dict(torch.load(path, map_location=args.device))
+        device = "cpu" if args.device.type == "cpu" else args.device  # torch.load knows no cpu:0
+        self.stateful.load_state_dict(torch.load(path, map_location=device))
 
     def _write(self, args, state) -> None:
         torch.save(self.stateful.state_dict(), self._path(args, state))

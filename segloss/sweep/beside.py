@@ -338,6 +338,16 @@ def pack(beside: Beside, divergences: tuple[Divergence, ...]) -> tuple[dict, dic
     return tensors, rest
 
 
+def check_there(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+            raise RuntimeError(
+                f"the teacher's weights are gone ({name}): an engine has taken them back after its "
+                "forward, and this loss reads them again in backward; sums of token losses with "
+                "reduction='mean' or 'sum' form their gradient in forward and do not"
+            )
+
+
 def unpack(saved: dict[str, Tensor], rest: dict[str, Any], rows: Tensor | None) -> Beside:
     found = {}
     for name, given in rest.items():
@@ -345,6 +355,7 @@ def unpack(saved: dict[str, Tensor], rest: dict[str, Any], rows: Tensor | None) 
             kind, options = given
             names = [n for n in saved if n.startswith(f"{name}.")]
             own = {n.removeprefix(f"{name}."): saved[n] for n in names}
+            check_there(own)
             given = kind.unpacked(own, options)
         found[name] = Second(given, slice(None) if rows is None else rows)
     return Beside(teacher=found.get("teacher"), probabilities=found.get("probabilities"))

@@ -122,7 +122,11 @@ def evaluate(words: list[str]) -> None:
             past = {k: v for k, v in past.items() if k not in ("data", "dataset_name", "datasets")}
     else:
         past = {"model_name_or_path": target}
-    run.evaluate(settings(words, past, prog="segloss evaluate"), json_path or "")
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as unused:  # the Trainer makes one
+        past["output_dir"] = unused
+        run.evaluate(settings(words, past, prog="segloss evaluate"), json_path or "")
 
 
 def select(words: list[str]) -> None:

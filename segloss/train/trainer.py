@@ -90,8 +90,9 @@ class Trainer(SFTTrainer):
     def attempt(self, name: str, write: Any) -> bool:
         """Call `write`; whether it could."""
         try:
-            with warnings.catch_warnings():  # peft's, of an adapter on the head
+            with warnings.catch_warnings():  # peft's, of an adapter on the head or a GGUF
                 warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+                warnings.filterwarnings("ignore", message="Could not find a config file")
                 write()
         except Exception as error:
             if not isinstance(error, WRITING) and type(error).__name__ != "SafetensorError":
@@ -208,9 +209,9 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._first, self._begun = state.global_step, time.monotonic()
-        for row in state.log_history:  # a resumed run goes on counting
+        for row in state.log_history:  # a resumed run goes on counting, all processes' on the first
             if "num_tokens" in row:
-                self.trainer._num_tokens.fill_(int(row["num_tokens"]))
+                self.trainer._num_tokens.fill_(row["num_tokens"] * state.is_world_process_zero)
         if state.is_world_process_zero:
             if not self.title:
                 self._file = reopened(Path(args.output_dir) / METRICS, state.global_step)

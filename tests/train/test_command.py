@@ -68,7 +68,9 @@ def test_missing_packages(train, monkeypatch):
     assert fails(train(), "trl, yaml not installed: pip install trl pyyaml")
 
 
-def test_evaluate_a_run_and_a_model(command, train, tmp_path, model_folder, data_file):
+def test_evaluate_a_run_and_a_model(command, train, tmp_path, model_folder, data_file, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     assert train("--lr", 0.01)[0] == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     code, out, err = command("evaluate", tmp_path / "run", "--json", tmp_path / "again.json")
@@ -87,6 +89,7 @@ def test_evaluate_a_run_and_a_model(command, train, tmp_path, model_folder, data
     other = write_jsonl(tmp_path / "other.jsonl", examples("new", 9))
     code, out, _ = command("evaluate", tmp_path / "run", "--data", other, "--eval-items", 9)
     assert code == 0 and "| new " in out and "parity" not in out
+    assert not list((tmp_path / "here").iterdir())  # it leaves nothing behind
 
 
 def test_evaluate_an_adapter(command, train, tmp_path):

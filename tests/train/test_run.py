@@ -326,6 +326,36 @@ def test_two_processes_are_one(tmp_path, model_folder, data_file):
     assert (tmp_path / "two" / "checkpoint-2" / "rng_state_1.pth").exists()
 
 
+def test_two_processes_go_on_to_the_same_bits(tmp_path, model_folder, data_file):
+    """As one does; the state of CoBa and of the sample weights among it."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    launch += ["2", "-m", "segloss.train.command", "train"]
+    options = [
+        *("--model", model_folder, "--data", data_file, "--steps", "4", "--eval-items", "2"),
+        *("--batch-size", "2", "--save-every", "2", "--task-weights", "coba", "--lr", "0.01"),
+        *("--sample-weights", "irdro", "--loss", "0.6*ce+0.4*lovasz", "--logging-steps", "1"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def run(*words):
+        done = subprocess.run(
+            [*launch, *map(str, words)], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stderr
+
+    run(*options, "--output", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-4")
+    for name in ("trained.json", "results.json", "model.safetensors"):
+        (tmp_path / "cut" / name).unlink()
+    assert run("--resume", tmp_path / "cut").count("resuming after step 2") == 1
+    for name in ("model.safetensors", "checkpoint-4/optimizer.pt", "checkpoint-4/coba.pt"):
+        one, two = ((tmp_path / part / name).read_bytes() for part in ("whole", "cut"))
+        assert one == two, name
+    assert rows(tmp_path / "whole" / "metrics.jsonl") == rows(tmp_path / "cut" / "metrics.jsonl")
+
+
 # ------------------------------------------------------------------------------------- models
 
 
