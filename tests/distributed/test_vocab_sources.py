@@ -245,6 +245,12 @@ def of_refusals(rank: int) -> dict[str, str]:
         "DTensor target": said(lambda: ce(linear(hidden, weight), local(target))),
         "class weight": said(lambda: segloss.CrossEntropyLoss(weight=local(x["bias"]))),
         "another group": said(lambda: segloss.CrossEntropyLoss(group=world)(tokens, target)),
+        "columns": said(
+            lambda: segloss.logit_statistics(tokens, target, columns=target[:, None])
+        ),
+        "teacher": said(
+            lambda: segloss.DistillationLoss()(hidden @ weight.T, target, teacher=tokens)
+        ),
         "rows": said(lambda: tokens.rows(torch.arange(2))),
         "ZeRO-3": said(lambda: linear(hidden, placeholder())),
         # the ranks disagree, and all of them say so
@@ -480,6 +486,8 @@ REFUSED = {
     "DTensor target": ("TypeError: target is a DTensor", "target.to_local()"),
     "class weight": ("TypeError: weight is a DTensor", "weight.full_tensor()"),
     "another group": ("ValueError: group has the ranks [0, 1, 2, 3]", "leave group out"),
+    "columns": ("TypeError: columns beside logits that are sharded over ranks",),
+    "teacher": ("TypeError: teacher beside logits that are sharded over ranks",),
     "rows": ("TypeError: logits of single rows",),
     "ZeRO-3": ("TypeError: weight is an empty ZeRO-3 placeholder", "head_loss("),
     "cut short": ("ValueError: the vocabulary's ranks have [7, 7, 7, 7] columns", "29"),
