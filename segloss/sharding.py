@@ -69,8 +69,8 @@ class Sharding:
             return slice(self.first, self.last)
         if self.is_whole:
             return slice(0, classes.numel())
-        bounds = torch.tensor([self.first, self.last], device=classes.device)
-        return slice(*torch.searchsorted(classes, bounds).tolist())
+        before = [(classes < edge).sum() for edge in (self.first, self.last)]
+        return slice(*torch.stack(before).tolist())  # a GPU is waited for once
 
     def columns(self, classes: Tensor | None) -> Tensor | None:
         """Those of sorted class ids that are here, as columns."""

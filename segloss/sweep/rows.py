@@ -23,27 +23,20 @@ def request_stats(
     exp_out: Tensor | None = None,  # (R, W)
 ) -> RowStats:
     """What `request` asks of whole rows; `exp_out` as for `row_stats`."""
-    valid = target != ignore_index
-    local, target_logit = target, None
-    if not sharding.is_whole:
-        own = sharding.own(target)
-        target_logit = logits_at(z, torch.where(valid, own, -1))
-        # here ignore_index may be the number of a column, and -1 would be an ignored row
-        local = torch.where(valid, torch.where(own < 0, z.num_classes, own), -1)
-        ignore_index = -1
-    stats = row_stats(
-        z,
-        local,
-        ignore_index,
-        entropy=request.entropy,
-        argmax=request.argmax,
-        column_sums=request.column_sums,
-        column_weight=sharding.part(request.column_weight),
-        exp_out=exp_out,
-    )
+    wanted = {
+        "entropy": request.entropy,
+        "argmax": request.argmax,
+        "column_sums": request.column_sums,
+        "column_weight": sharding.part(request.column_weight),
+        "exp_out": exp_out,
+    }
     if sharding.is_whole:
-        return stats
-    return sharding.exchange(stats, target_logit, target, valid)
+        return row_stats(z, target, ignore_index, **wanted)
+    valid, own = target != ignore_index, sharding.own(target)
+    target_logit = logits_at(z, torch.where(valid, own, -1))
+    # here ignore_index may be the number of a column, and -1 would be an ignored row
+    local = torch.where(valid, torch.where(own < 0, z.num_classes, own), -1)
+    return sharding.exchange(row_stats(z, local, -1, **wanted), target_logit, target, valid)
 
 
 def logits_at(z: Rows, column: Tensor) -> Tensor:

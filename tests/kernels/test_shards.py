@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from grad_helpers import TERMS, Problem
 from kernel_helpers import assert_close, example, on_both, samples
 
+import segloss
+from bench.simulated import SimulatedGpu, gradients
 from segloss.kernels.candidates import candidates
 from segloss.kernels.class_stats import class_peaks, class_sums, row_dots
 from segloss.kernels.common import Rows
@@ -101,6 +104,33 @@ def test_the_gradient_of_some_columns_is_that_of_all_cut(columns, name, memory):
 
     for dlogits in on_both(run):
         assert_close(dlogits, problem.truth[:, columns], ex.dtype, 4.0)
+
+
+@pytest.fixture
+def vocab():
+    """A vocabulary's only rank: all that a shard does is done, and crosses to itself."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield segloss.VocabShard(dist.group.WORLD, 61)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("loss", [segloss.CrossEntropyLoss(), segloss.LovaszSoftmaxLoss()], ids=str)
+def test_on_a_simulated_gpu(vocab, loss):
+    """Every tensor is where it has to be; a token loss never waits for the GPU."""
+    generator = torch.Generator().manual_seed(0)
+    weight, hidden = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (61, 32))
+    target = torch.randint(61, (32,), generator=generator)
+    vocab.sharding(61, weight.device)  # asked for once
+    found = []
+    for shard in (None, vocab):
+        with SimulatedGpu() as gpu:
+            source = segloss.LinearLogits(hidden, weight, compact=False, vocab=shard)
+            value = loss(source, target)
+            found.append([value.detach(), *gradients(value, [hidden, weight], None)])
+        assert gpu.faults == []
+        assert loss.is_token_loss is not bool(gpu.waits)
+    for ours, whole in zip(*found, strict=True):
+        assert_close(ours, whole.double(), size=10.0)
 
 
 def test_no_column_at_all():

@@ -95,7 +95,7 @@ def candidates_of(ex):
 TWINS = {
     "row_stats": lambda ex: row_stats(
         ex.rows, ex.target, -100, entropy=True, argmax=True, column_sums=True
-    ),
+    )[:-1],  # exp_scale goes with exp_out
     "class_sums": lambda ex: [sums_of(ex)],
     "class_sums of one sample": lambda ex: [sums_of(ex, 1)],
     "row_dots": lambda ex: [
