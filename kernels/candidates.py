@@ -100,7 +100,9 @@ def candidates_torch(rows, row_max, log_sum, columns, sample, own, threshold) ->
         p = exp_(panel_log_prob(rows, row_max, log_sum, columns, part))
         tau = threshold if threshold.shape[0] == 1 else threshold[sample[part]]
         chosen = p > tau
-        chosen.scatter_(1, own[part, None], False)
+        mine = own[part]
+        here = (mine >= 0).nonzero()[:, 0]
+        chosen[here, mine[here]] = False
         place = chosen.view(-1).nonzero()[:, 0]
         r, k = place // columns.numel(), place % columns.numel()
         return part[r], k, p.view(-1)[place]
@@ -115,7 +117,7 @@ def candidates(
     log_sum: Tensor,  # (N,)
     columns: Tensor,  # (K,) int64
     sample: Tensor,  # (N,) int64 in -1 .. B - 1
-    own: Tensor,  # (N,) int64 in 0 .. K - 1
+    own: Tensor,  # (N,) int64 in 0 .. K - 1, -1 for none of the columns
     threshold: Tensor,  # (B, K), inf for a class to leave out
 ) -> Candidates:
     """All `(i, k, p_ik)` with `p_ik > threshold[sample_i, k]` and k not the row's own class.

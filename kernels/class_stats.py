@@ -320,7 +320,7 @@ def class_peaks(
 
     -inf and row -1 for a column without a finite logit: this is also how such columns are found.
     """
-    if rows.num_rows == 0 or num_samples == 0:
+    if rows.num_rows == 0 or num_samples == 0 or rows.num_classes == 0:
         shape = (num_samples, rows.num_classes)
         return (
             rows.new(*shape).fill_(-torch.inf),

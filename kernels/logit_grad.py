@@ -456,7 +456,7 @@ def logit_grad(rows: Rows, terms: GradTerms, dlogits: Tensor) -> Tensor:
     dlogits may be the memory of the logits. On a GPU, listed columns and entries then cost a copy
     of their own logits.
     """
-    if rows.num_rows:
+    if rows.num_rows and rows.num_classes:
         run = logit_grad_triton if use_triton(rows.data) else logit_grad_torch
         run(rows, terms, dlogits)
     return dlogits

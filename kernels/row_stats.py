@@ -48,6 +48,7 @@ class RowStats(NamedTuple):
     logit_sum: Tensor | None = None  # sum_j w_j z_ij over the row's columns with a finite logit
     weight_sum: Tensor | None = None  # sum_j w_j over the same columns
     num_finite: Tensor | None = None  # how many they are
+    exp_scale: Tensor | None = None  # with `exp_out`: that times it is p
 
 
 @jit
@@ -226,7 +227,8 @@ def row_stats_torch(
         if out is not None:
             out.masked_fill_(~valid, -1 if out is stats.argmax else 0)
     if exp_out is not None:
-        exp_out[every_row, y] = 0
+        here = (y == target).nonzero()[:, 0]  # a target elsewhere has no column to clear
+        exp_out[here, y[here]] = 0
         exp_out[(~valid).nonzero()[:, 0]] = 0  # by index: a mask would pass over the whole
 
 
@@ -298,6 +300,8 @@ def row_stats(
 
     `exp_out`, maybe the memory of the logits, gets `exp(z - row_max)` times the transform's slope,
     0 at the target and in ignored rows, so that one exponential serves statistics and gradient.
+    A target outside the columns gives NaN in `log_prob` and leaves the rest as it is; without any
+    column `log_sum` is -inf.
 
     Outputs have the compute dtype (float32, or float64 for float64 logits).
     """
@@ -310,9 +314,15 @@ def row_stats(
         rows.new(n, dtype=torch.int64) if argmax else None,
         *((rows.new(n), rows.new(n), rows.new(n)) if column_sums else (None, None, None)),
     )
-    if n:
+    if n and rows.num_classes == 0:
+        for out, value in zip(stats, (0, -torch.inf, torch.nan), strict=False):
+            out.fill_(value)
+        for out in stats[3:]:
+            if out is not None:
+                out.zero_()
+    elif n:
         if use_triton(rows.data) and exp_out is None:
             row_stats_triton(rows, target, ignore_index, stats, column_weight)
         else:
             row_stats_torch(rows, target, ignore_index, stats, column_weight, exp_out)
-    return stats
+    return stats if exp_out is None else stats._replace(exp_scale=torch.exp(-stats.log_sum))

@@ -12,6 +12,7 @@ from segloss.losses.lovasz import *  # noqa: F403
 from segloss.losses.region import *  # noqa: F403
 from segloss.losses.token import *  # noqa: F403
 from segloss.selection import GradEx as GradEx
+from segloss.sharding import VocabShard as VocabShard
 from segloss.sources import DenseLogits as DenseLogits
 from segloss.sources import LinearLogits as LinearLogits
 from segloss.sources import TopK as TopK

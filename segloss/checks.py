@@ -42,13 +42,20 @@ SHARDED = (
 )
 
 
+def is_dtensor(tensor) -> bool:
+    """Without the import, which takes longer than the package's own."""
+    return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+
+
 def check_plain(name: str, tensor: Tensor) -> None:
+    """`check_data`, and no DTensor either."""
+    if is_dtensor(tensor):
+        raise TypeError(f"{name} is a DTensor; it takes a plain tensor: {name}.to_local()")
+    check_data(name, tensor)
+
+
+def check_data(name: str, tensor: Tensor) -> None:
     """Refuse tensors that only stand for data that lies elsewhere."""
-    if type(tensor).__name__ == "DTensor":
-        raise TypeError(
-            f"{name} is a DTensor; {SHARDED}, and rows sharded over tokens are {name}.to_local() "
-            "with group="
-        )
     if tensor.numel() == 0 and hasattr(tensor, "ds_shape"):
         raise TypeError(f"{name} is an empty ZeRO-3 placeholder; {SHARDED}")
     if getattr(tensor, "_fsdp_flattened", False):
@@ -59,8 +66,10 @@ def check_plain(name: str, tensor: Tensor) -> None:
 
 def check_readable(name: str, tensor: Tensor) -> None:
     """Refuse tensors whose values a kernel does not find where their data lie."""
+    # a DTensor's layout is looked at later; the other is a plain tensor that is still on its way
+    of_ranks = is_dtensor(tensor) or type(tensor).__name__ == "AsyncCollectiveTensor"
     wrapped: bool = is_traceable_wrapper_subclass(tensor)
-    if wrapped or (name == "weight" and is_quantised(tensor)):
+    if (wrapped and not of_ranks) or (name == "weight" and is_quantised(tensor)):
         raise TypeError(
             f"{name} is a {type(tensor).__name__} of {tensor.dtype}, which is no plain tensor of "
             "floats: a quantised head is used by its own forward in "

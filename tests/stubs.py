@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from segloss.sharding import VocabShard
 from segloss.sources.beside import TopK
 from segloss.sweep.request import Statistics
 from segloss.sweep.source import Source

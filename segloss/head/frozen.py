@@ -48,10 +48,11 @@ class Frozen:
 
     def keep(self, head: Head, z: Rows, stats, batch: Batch, here: slice) -> None:
         if self.factored:
-            row_scale = torch.exp(-stats.log_sum)[:, None]
+            row_scale = stats.exp_scale[:, None]
             torch.mul(head.times_weight(GradBlock(z.data[0])), row_scale, out=self.qw[here])
         else:
-            off_target = probabilities_off_target(z, stats, batch, here)
+            target = batch.sharding.own(batch.target[here])
+            off_target = probabilities_off_target(z, stats, batch.valid[here], target)
             self.qw[here] = head.times_weight(GradBlock(off_target))
 
     def keep_pairs(self, head: Head, z: Rows, reading: Reading) -> None:
@@ -73,16 +74,14 @@ class Frozen:
         return None
 
 
-def probabilities_off_target(z: Rows, stats, batch: Batch, here: slice) -> Tensor:
+def probabilities_off_target(z: Rows, stats, valid: Tensor, target: Tensor) -> Tensor:
     """p with 0 at the target, times the transform's slope, over the logits (R, V).
 
     The target's share goes through float32: rounded to half precision it would not cancel against
     the target's own gradient as p -> 1.
     """
     one = torch.ones_like(stats.row_max)
-    terms = GradTerms(
-        batch.valid[here], batch.target[here], stats.row_max, stats.log_sum, one, -one, one * 0
-    )
+    terms = GradTerms(valid, target, stats.row_max, stats.log_sum, one, -one, one * 0)
     return logit_grad(z, terms, z.data[0])
 
 
@@ -91,6 +90,8 @@ def hidden_grad(inputs: Inputs, head: Head, terms: GradTerms, saved: dict) -> Te
 
     `prob_coef * qw + dz_y * weight[y] + (p_S (A + g)) @ weight[S]`.
     """
+    if head.weight.shape[0] == 0:  # other ranks have all classes
+        return torch.zeros_like(saved["qw"])
     like = Rows(head.hidden[None], head.softcap, head.scale)
     dz_y = target_gradient(like, terms, saved["log_prob"])
     prob_coef = torch.where(terms.valid, terms.prob_coef, 0)

@@ -20,12 +20,13 @@ from segloss.head.rows import (
     spread,
 )
 from segloss.kernels.products import GradBlock
-from segloss.kernels.row_stats import row_stats
 from segloss.sweep.attach import only_once
 from segloss.sweep.batch import Batch
 from segloss.sweep.beside import DIVERGENCES, Reading, has_plain, logits_gradient
 from segloss.sweep.request import RowSum, TokenStats
 from segloss.sweep.row_sum import chunk_gradients, finished
+from segloss.sweep.rows import request_stats
+from segloss.sweep.terms import own_terms
 
 
 def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenStats]:
@@ -62,27 +63,27 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
     # would take a second read anyway, and the target's part a synchronisation
     reads_more = inner.beside.listed is not None or len(request.divergences) > 0
     factored = not (total.filtering or request.column_sums or reads_more or out.is_cuda)
+    sharding = inputs.sharding
     for here in slices:
         z = head.take(here).logits(out)
         target, valid = inner.target[here], inner.valid[here]
-        stats = row_stats(
+        stats = request_stats(
             z,
             target,
             batch.ignore_index,
-            entropy=request.entropy,
-            argmax=request.argmax,
-            column_sums=request.column_sums,
-            column_weight=request.column_weight,
+            request,
+            sharding,
             exp_out=z.data[0] if factored else None,
         )
         reading = Reading.of(z, inner.beside.take(here), valid, request.divergences, stats)
         value, lse, named, terms = chunk_gradients(
-            plan, stats, reading, target, weights[here], inputs.num_classes, scale
+            plan, stats, reading, target, weights[here], batch.num_classes, scale
         )
+        terms = own_terms(terms, sharding)
         loss += value
         log_prob = stats.log_prob.detach()
         if factored:
-            block = factored_block(z, terms, log_prob)
+            block = factored_block(z, terms, log_prob, stats.exp_scale)
         else:
             pairs = reading.upstream(named.get(DIVERGENCES))
             dlogits = logits_gradient(z, terms, pairs, z.data[0], has_plain(named))

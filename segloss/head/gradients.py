@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
-from segloss.kernels.common import Rows
+from segloss.kernels.common import Rows, widest
 from segloss.kernels.logit_grad import GradTerms
 from segloss.kernels.products import GradBlock, filtered_products, product, times, unscaled
 from segloss.sweep.row_sum import row_scale, target_gradient
@@ -56,6 +56,8 @@ class Gradients:
 
     def block(self, block: GradBlock, rows: slice, classes: slice) -> None:
         """Contract the gradient of a block of logits (R, C) at `rows` x `classes`."""
+        if classes.start == classes.stop:  # other ranks have them all
+            return
         head, needed, inner = self.head.take(rows).columns(classes), self.needed, None
         if needed.get("lora_a") or (needed["hidden"] and not self.filtering):
             inner = head.times_lora_b(block)
@@ -158,8 +160,8 @@ class Gradients:
     def result(self, rows: Tensor | None) -> tuple:
         """Gradients in the tensors' order and shapes; in their dtypes unless they are `held`, where
         a float32 sum stays one until the last factor is known."""
-        if self.mass:
-            self.inputs.options.report["dropped_mass"] = float(self.dropped / self.mass)
+        if self.filtering:
+            self.report()
         if self.rank_one:
             share, moment = (torch.cat(part) for part in zip(*self.rank_one, strict=True))
             whole = self.sums["weight"].addmm_(share.T, moment)
@@ -183,9 +185,18 @@ class Gradients:
                 grads.append(total.view(tensor.shape))
         return tuple(grads)
 
+    def report(self) -> None:
+        """Say what share of |dlogits| was merged, over all ranks' columns."""
+        options, hidden = self.inputs.options, self.head.hidden
+        both = hidden.new_zeros(2, dtype=widest(hidden.device))
+        both[0], both[1] = self.mass, self.dropped
+        mass, dropped = self.inputs.sharding.sum(both).tolist()
+        if mass:
+            options.report["dropped_mass"] = dropped / mass
 
-def factored_block(z: Rows, terms: GradTerms, log_prob: Tensor) -> GradBlock:
+
+def factored_block(z: Rows, terms: GradTerms, log_prob: Tensor, exp_scale: Tensor) -> GradBlock:
     """dlogits from the exponentials that `row_stats` left over the logits z."""
-    target = torch.where(terms.valid, terms.target, 0)
+    target = torch.where(terms.valid & (terms.target >= 0), terms.target, 0)
     own = target_gradient(z, terms, log_prob)
-    return GradBlock(z.data[0], row_scale(terms), target, own)
+    return GradBlock(z.data[0], row_scale(terms, exp_scale), target, own)

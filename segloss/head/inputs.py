@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from segloss.sharding import Sharding
+
 # Logits of one row chunk, in bytes, where the caller gives none (measured: bench/NOTES.md)
 CPU_CHUNK_BYTES = 64 << 20
 GPU_CHUNK_BYTES = 512 << 20
@@ -33,6 +35,7 @@ class Options:
     chunk_bytes: int | None = None
     memory_budget: int | None = None
     grad_filter: float = 0.0
+    sharding: Sharding | None = None  # of the classes over ranks; None for all here
     # filled by backward: "dropped_mass", the share of |dlogits| that grad_filter merged
     report: dict = field(default_factory=dict)
 
@@ -56,7 +59,12 @@ class Inputs:
 
     @property
     def num_classes(self) -> int:
+        """Those here."""
         return self.weight.shape[0]
+
+    @property
+    def sharding(self) -> Sharding:
+        return self.options.sharding or Sharding.whole(self.num_classes)
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +78,7 @@ class Inputs:
     @property
     def filter_limit(self) -> float:
         """`grad_filter` as each column is held to it."""
-        return self.options.grad_filter * min(1.0, FILTER_CLASSES / self.num_classes)
+        return self.options.grad_filter * min(1.0, FILTER_CLASSES / self.sharding.num_classes)
 
     def needed(self) -> dict[str, bool]:
         """Which tensors get a gradient."""
@@ -91,10 +99,11 @@ class Inputs:
         go without, and may take as much.
         """
         on_gpu, chunk_bytes = self.device.type == "cuda", self.options.chunk_bytes
-        row_bytes = (self.num_classes + self.other_classes) * self.options.product_dtype.itemsize
+        widest = self.sharding.widest  # ranks that share the classes cut the same chunks
+        row_bytes = (widest + self.other_classes) * self.options.product_dtype.itemsize
         if chunk_bytes is not None:
             return self.even_rows(num_rows, chunk_bytes // row_bytes)
-        sum_bytes = 4 * self.weight.numel() if trained and self.sums_apart else 0
+        sum_bytes = 4 * widest * self.weight.shape[1] if trained and self.sums_apart else 0
         if on_gpu:
             rows = max(GPU_CHUNK_ROWS, max(GPU_CHUNK_BYTES, sum_bytes) // row_bytes)
             return self.even_rows(num_rows, rows)

@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from segloss.distributed import reduce_over
 from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
 from segloss.head.rows import chunk_buffer, panel_slices
@@ -20,6 +19,7 @@ from segloss.kernels.class_stats import class_peaks, class_sums, row_dots
 from segloss.kernels.common import Rows
 from segloss.kernels.logit_grad import GradTerms
 from segloss.sweep.batch import Batch
+from segloss.sweep.classes import store_totals
 from segloss.sweep.request import Request, Sweep
 
 
@@ -32,8 +32,10 @@ class ClassTotals:
         self.request, self.ids, self.sample, self.batch = request, ids, sample, batch
         self.num_samples = ids.get("num_samples", 1)
         self.prob_sum = self.peak = self.peak_row = None
-        classes = ids.get("classes")
-        width = inputs.num_classes if classes is None else classes.numel()
+        self.sharding = inputs.sharding
+        # those of the looked-at classes that are here; None for all
+        self.columns = self.sharding.columns(ids.get("classes"))
+        width = inputs.num_classes if self.columns is None else self.columns.numel()
         new = functools.partial(torch.zeros, dtype=inputs.dtype, device=inputs.device)
         if request.prob_sums:
             self.prob_sum = new(self.num_samples, width)
@@ -43,12 +45,11 @@ class ClassTotals:
 
     def panel(self, z: Rows) -> Rows | None:
         """The logits these statistics read: z, a copy of its listed columns, or nothing."""
-        classes = self.ids.get("classes")
-        if self.peak is not None or (self.prob_sum is not None and classes is None):
+        if self.peak is not None or (self.prob_sum is not None and self.columns is None):
             return z
         if self.prob_sum is None:
             return None
-        return replace(z, data=z.data[:, :, classes])
+        return replace(z, data=z.data[:, :, self.columns])
 
     def add(self, panel: Rows | None, stats, here: slice) -> None:
         if panel is None:
@@ -57,8 +58,8 @@ class ClassTotals:
         if self.prob_sum is not None:
             weight = None if self.batch.token_weight is None else self.batch.token_weight[here]
             # beside peaks the panel is all of z; otherwise its columns are the classes themselves
-            classes = self.ids.get("classes") if self.peak is not None else None
-            self.prob_sum += class_sums(*at, classes, self.sample[here], self.num_samples, weight)
+            columns = self.columns if self.peak is not None else None
+            self.prob_sum += class_sums(*at, columns, self.sample[here], self.num_samples, weight)
         if self.peak is not None:
             peak, peak_row = class_peaks(*at, self.sample[here], self.num_samples)
             higher = (peak > self.peak) | peak.isnan()
@@ -66,19 +67,21 @@ class ClassTotals:
             self.peak_row = torch.where(higher, peak_row + here.start, self.peak_row)
 
     def store(self, sweep: Sweep) -> None:
-        sweep.prob_sum = self.prob_sum
+        store_totals(sweep, self.batch, self.prob_sum, self.peak)
         if self.peak is not None:
-            sweep.peak_prob = self.peak.exp()
-            finite = (self.peak.amax(0) != -torch.inf).long()
-            sweep.finite = reduce_over(finite, self.batch.group, "max") > 0
+            self.peak_row = self.sharding.spread(self.peak_row, -1)
 
 
 def panel_candidates(inputs: Inputs, head: Head, stats: dict, present, row_ids, tau) -> tuple:
     """Lovász candidates from the present columns alone."""
-    panel = head.columns(present)
-    columns = torch.arange(present.numel(), device=present.device)
+    sharding = inputs.sharding
+    at = sharding.place(present)
+    listed = sharding.columns(present)
+    own, tau = sharding.within(row_ids["own"], at), tau[:, at]
+    panel = head.columns(listed)
+    columns = torch.arange(listed.numel(), device=present.device)
     found = []
-    slices = panel_slices(inputs, head.hidden.shape[0], present.numel())
+    slices = panel_slices(inputs, head.hidden.shape[0], listed.numel())
     out = chunk_buffer(panel, slices)
     for here in slices:
         z = panel.take(here).logits(out)
@@ -88,10 +91,10 @@ def panel_candidates(inputs: Inputs, head: Head, stats: dict, present, row_ids, 
             stats["log_sum"][here],
             columns,
             row_ids["sample"][here],
-            row_ids["own"][here],
+            own[here],
             tau,
         )
-        found.append((part.row + here.start, part.class_index, part.prob))
+        found.append((part.row + here.start, part.class_index + at.start, part.prob))
     return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
 

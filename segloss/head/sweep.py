@@ -26,7 +26,6 @@ from segloss.head.rows import (
     renumbered,
     spread,
 )
-from segloss.kernels.row_stats import row_stats
 from segloss.sweep.attach import attach
 from segloss.sweep.batch import Batch
 from segloss.sweep.beside import (
@@ -40,7 +39,8 @@ from segloss.sweep.beside import (
 )
 from segloss.sweep.classes import class_ids, class_index, thresholds
 from segloss.sweep.request import Request, Sweep
-from segloss.sweep.terms import grad_terms, listed_grad, rescale
+from segloss.sweep.rows import request_stats
+from segloss.sweep.terms import grad_terms, listed_grad, own_terms, rescale, whole_dots
 
 Mode = frozen.Frozen | recompute.Recompute
 ROW_OUTPUTS = ("log_prob", "lse", "entropy", "logit_sum", LISTED, DIVERGENCES)
@@ -67,14 +67,12 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
         for here in slices:
             z = mode.logits(head, here)
             panel = per_class.panel(z)
-            stats = row_stats(
+            stats = request_stats(
                 z,
                 inner.target[here],
                 batch.ignore_index,
-                entropy=request.entropy,
-                argmax=request.argmax,
-                column_sums=request.column_sums,
-                column_weight=request.column_weight,
+                request,
+                inputs.sharding,
                 exp_out=mode.exp_out(z, z if readings.any else panel),
             )
             collected.append(stats)
@@ -173,9 +171,10 @@ def gradients(
     covers_all = "prob_sum" in grads and saved.get("classes") is None
     if "qw" in saved and not (covers_all or {"entropy", "logit_sum"} & set(grads)):
         listed = grads.pop(LISTED, None)
-        terms = grad_terms(saved, grads)
+        terms = own_terms(grad_terms(saved, grads), inputs.sharding)
         rest = None if listed is None else listed_grad(terms, saved["ids"], listed)
         subtract_dots(inputs, head, terms)
+        whole_dots(terms, saved, grads, inputs.sharding)
         scale = rescale(terms) if rescaled else 1.0
         total = Gradients(inputs, head, wanted, groups=1, scale=scale)
         hidden = total.hidden[0] = frozen.hidden_grad(inputs, head, terms, saved)
@@ -184,8 +183,9 @@ def gradients(
         if upstream is not None:
             frozen.add_pairs(saved, upstream / scale, hidden)
         return total.result(rows)
-    terms = grad_terms(saved, grads)
+    terms = own_terms(grad_terms(saved, grads), inputs.sharding)
     subtract_dots(inputs, head, terms)
+    whole_dots(terms, saved, grads, inputs.sharding)
     others = () if upstream is None else (upstream,)
     scale = rescale(terms, *others) if rescaled else 1.0
     total = Gradients(inputs, head, wanted, groups=1 + (kept is not None), scale=scale)

@@ -15,10 +15,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from segloss.checks import check_choice, describe
-from segloss.distributed import sum_over
+from segloss.checks import check_choice, describe, is_dtensor
+from segloss.distributed import as_group, sum_over
 from segloss.losses import registry
-from segloss.sources import TopK, as_source, is_probabilities, make_beside, public_statistics
+from segloss.losses.crossing import crossing_lines
+from segloss.sharding import Sharding
+from segloss.sources import (
+    TopK,
+    as_source,
+    is_local,
+    is_probabilities,
+    make_beside,
+    public_statistics,
+)
 from segloss.sweep.batch import Batch, make_batch
 from segloss.sweep.beside import Beside
 from segloss.sweep.request import Request, RowSum, Statistics, Sweep
@@ -79,9 +88,9 @@ class Loss(nn.Module):
         weight: (V,) class weights, constant, or None.
         ignore_index: tokens with this target are removed from every sum, mean and count.
         reduction: "mean", "sum" or "none".
-        group: process group the tokens are sharded over, or None. Every rank returns the global
-            loss, and its logits get the gradient of the global loss; under averaging data
-            parallelism multiply the loss by the world size.
+        group: process group (or 1-D DeviceMesh) the tokens are sharded over, or None. Every rank
+            returns the global loss, and its logits get the gradient of the global loss; under
+            averaging data parallelism multiply the loss by the world size.
 
     A class of one's own has all that the built-in ones have. With `short="hinge"` behind its bases
     it is known by that name to `parse_loss`; without, as `mypackage.losses:Hinge`.
@@ -121,10 +130,12 @@ class Loss(nn.Module):
             isinstance(weight, Tensor) and weight.dim() == 1 and weight.is_floating_point()
         ):
             raise TypeError(f"weight is {describe(weight)}; it takes a float tensor of shape (V,)")
+        if is_dtensor(weight):
+            raise TypeError("weight is a DTensor; it takes the whole (V,): weight.full_tensor()")
         self.register_buffer("weight", None if weight is None else weight.detach())
         self.ignore_index = ignore_index
         self.reduction = reduction
-        self.group = group
+        self.group = as_group(group)
 
     def forward(
         self,
@@ -167,7 +178,7 @@ class Loss(nn.Module):
             if teacher is not None or columns is not None or target.is_floating_point():
                 keywords |= {"teacher": teacher, "columns": columns}
                 return eager_loss(self, logits, target, keywords)
-            called = compiled_loss if self.compiles else eager_loss
+            called = compiled_loss if self.compiles and is_local(logits) else eager_loss
             return called(self, logits, target, keywords)
         source = as_source(logits)
         probabilities = None
@@ -182,7 +193,7 @@ class Loss(nn.Module):
             ignore_index=self.ignore_index,
             token_weight=token_weight,
             sample_ids=sample_ids,
-            group=self.group,
+            group=source.token_group(self.group),
             beside=beside,
         )
         self.check(source)
@@ -192,7 +203,7 @@ class Loss(nn.Module):
             request = replace(request, entropy=True, argmax=True)
         if self.is_row_sum and source.forms_gradients:
             loss, stats = source.row_sum(batch, self.row_sum(batch, normalizer, request))
-            loss = sum_over(loss, self.group)
+            loss = sum_over(loss, batch.group)
             stats.named(beside, ())
             return (loss, public_statistics(stats, batch)) if return_statistics else loss
         sweep = source.sweep(batch, request)
@@ -207,15 +218,17 @@ class Loss(nn.Module):
         return loss, statistics
 
     def explain(self, logits, target: Tensor) -> str:
-        """What `self(logits, target)` and its backward do: chunks, matrix products, bytes."""
+        """What `self(logits, target)` and its backward do: chunks, matrix products, bytes, and
+        what crosses ranks."""
         source = as_source(logits)
-        batch = make_batch(source, target, ignore_index=self.ignore_index)
+        whole = Sharding.whole(source.num_classes)  # without a word to other ranks
+        batch = make_batch(source, target, ignore_index=self.ignore_index, sharding=whole)
         plan = source.plan(batch, self.is_row_sum)
         if self.reads_teacher:
             plan += (
                 "\nteacher    not counted: of a head, one product and a chunk of its logits more"
             )
-        return plan
+        return "\n".join([plan, *crossing_lines(self, source, batch)])
 
     @property
     def is_row_sum(self) -> bool:

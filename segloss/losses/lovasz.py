@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segloss.checks import check_number
-from segloss.distributed import concatenate_over
+from segloss.distributed import concatenate_over, lists_over
 from segloss.kernels.common import cdiv, parallel
 from segloss.losses.region import ClassLoss
 from segloss.sweep.batch import Batch
@@ -156,25 +156,31 @@ class LovaszSoftmaxLoss(ClassLoss, function="lovasz_softmax", short="lovasz"):
         sample = sweep.sample.clamp(min=0) if self.per_sample else torch.zeros_like(sweep.sample)
         dtype = sweep.log_prob.dtype
 
-        def shared(values: Tensor) -> Tensor:
-            return concatenate_over(values, batch.group)
-
-        # every valid token is a foreground entry of its own class
-        token = batch.valid.nonzero()[:, 0]
+        # every valid token is a foreground entry of its own class, which the rank that has the
+        # class's column sorts
+        token = (batch.valid & batch.sharding.holds(sweep.target)).nonzero()[:, 0]
         row = sweep.candidate_row
         weights = batch.weights()
-        miss = shared(-torch.expm1(sweep.log_prob[token]))
-        error = torch.cat([miss, shared(sweep.candidate_prob)])
-        weight = torch.cat([shared(weights[token]), shared(weights[row])])
-        own_group = shared(sample[token] * num_present + sweep.own[token])
-        group = torch.cat([own_group, shared(sample[row] * num_present + sweep.candidate_class)])
-        foreground = torch.arange(error.numel(), device=error.device) < own_group.numel()
+        log_prob = batch.sharding.divided(sweep.log_prob)
+        lists = (
+            -torch.expm1(log_prob[token]),
+            sweep.candidate_prob,
+            weights[token],
+            weights[row],
+            sample[token] * num_present + sweep.own[token],
+            sample[row] * num_present + sweep.candidate_class,
+        )
+        miss, prob, *rest = lists_over(lists, batch.group)
+        error, weight, group = torch.cat([miss, prob]), torch.cat(rest[:2]), torch.cat(rest[2:])
+        foreground = torch.arange(error.numel(), device=error.device) < miss.numel()
 
         num_groups = num_samples * num_present
         with torch.no_grad():
             share = weights_in_parts(error, group, foreground, weight, num_groups).to(dtype)
-            occurs = group_sum(torch.where(foreground, weight, 0), group, num_groups) > 0
-        value = group_sum(share * error, group, num_groups).view(num_samples, num_present)
+            counts = group_sum(torch.where(foreground, weight, 0), group, num_groups)
+            occurs = batch.sharding.sum(counts) > 0
+        value = batch.sharding.joined(group_sum(share * error, group, num_groups))
+        value = value.view(num_samples, num_present)
         occurs = occurs.view(num_samples, num_present)
         occupied = occurs.any(-1)
         ids = sweep.present

@@ -24,7 +24,15 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from segloss.checks import describe
+from segloss.checks import describe, is_dtensor
+from segloss.models.tensor_parallel import (
+    gathered_logits,
+    on_mesh,
+    placed,
+    takes_dtensors,
+    whole,
+    wrapped_by_transformers,
+)
 from segloss.models.transform import MASKED, Transform, learnt, probes
 from segloss.sources.module import ModuleLogits, Repeatable, check_one_unit
 
@@ -129,7 +137,7 @@ def loss_at_head(
     call.tidy(outputs, value)
     if call.checking:
         try:
-            check_logits(type(inner).__name__, state, call, outputs.logits)
+            check_logits(type(inner).__name__, state, call, whole(outputs.logits))
         except ValueError:
             STATES.pop(inner, None)  # the next call learns anew
             raise
@@ -277,8 +285,9 @@ def is_linear(core: Any) -> bool:
     """Whether a module is `F.linear(hidden, weight, bias)` and nothing else."""
     own_forward = type(core).forward is nn.Linear.forward
     replaced = "forward" in vars(core) and forward_name(core) == "forward"
+    cut = wrapped_by_transformers(vars(core).get("forward")) is not None
     weight = getattr(core, "weight", None)
-    return own_forward and not replaced and is_ordinary(weight)
+    return own_forward and (cut or not replaced) and is_ordinary(weight)
 
 
 def is_ordinary(weight: Any) -> bool:
@@ -314,25 +323,18 @@ def head_tensors(kind: Kind) -> tuple[Tensor, Tensor | None, tuple | None]:
     return base.weight, getattr(base, "bias", None), lora
 
 
-# under FSDP2 the weights are plain tensors while the head runs
-TENSOR_PARALLEL = (
-    "the head's weights are DTensors while it runs, as under tensor parallelism, which head_loss "
-    "does not take; leave lm_head out of the tp_plan, or give the loss model(...).logits"
-)
-
-
-def is_dtensor(tensor: Any) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
 def source_of(head: nn.Module, kind: Kind, forward: Callable, hidden: Tensor, does: Transform):
     """The logits of the model: those of its head at `hidden`, and what the model does to them."""
-    if any(is_dtensor(parameter) for parameter in core_of(head).parameters()):
-        raise TypeError(TENSOR_PARALLEL)
     if kind.owners is not None:
-        return does.source(hidden, *head_tensors(kind))
+        weight, bias, lora = head_tensors(kind)
+        if is_dtensor(weight):
+            hidden = placed(hidden, forward, weight)
+        return does.source(hidden, weight, bias, lora)
+    if any(is_dtensor(parameter) for parameter in core_of(head).parameters()):
+        raise TypeError(
+            "the head is cut by classes (tensor parallelism) and more than a linear layer, which "
+            'head_loss does not take; give the loss model(...).logits (LossMixin: head="logits")'
+        )
     bias = None if does.bias is None else does.bias / does.scale
     return ModuleLogits(
         hidden, core_of(head), forward, does.softcap, does.scale, bias, does.num_classes
@@ -352,7 +354,7 @@ def sharding_engine(model: Any) -> str | None:
         if hasattr(parameter, "ds_id"):
             return "ZeRO-3"
         if is_dtensor(parameter):
-            raise TypeError(TENSOR_PARALLEL)
+            return "tensor parallelism"
     return None
 
 
@@ -396,8 +398,13 @@ class Call:
             model_forward = torch.compiler.disable(model_forward, recursive=False)
         self.exits.enter_context(replaced(core, forward_name(core), head_forward))
         self.exits.enter_context(replaced(self.inner, "forward", model_forward))
-        # the engine's hooks on the head have seen the loss before
-        handle = self.head.register_forward_hook(self.take)
+        # the engine's hooks on the head have seen the loss before; those of parallelize_module
+        # take no loss
+        first = takes_dtensors(self.head)
+        if first:
+            self.check_group()
+            self.exits.callback(self.head.register_forward_hook(self.check_whole).remove)
+        handle = self.head.register_forward_hook(self.take, prepend=first)
         self.exits.callback(handle.remove)
         return self
 
@@ -419,13 +426,34 @@ class Call:
         self.value, last = nested(self.kind.within, within, hidden)
         self.ours = last
         tensors = tuple(differentiable(self.value)) if torch.is_grad_enabled() else ()
+        if takes_dtensors(self.head):
+            last = on_mesh(last, core_of(self.head).weight)
         return (tensors, last) if tensors else last
+
+    def check_group(self) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        if isinstance(self.head, FSDPModule):
+            raise TypeError(
+                "the head is cut by parallelize_module and is an FSDP2 group of its own, whose "
+                "hooks would not see the loss; call fully_shard on the model alone, or on the "
+                "layers and the model"
+            )
+
+    def check_whole(self, module, arguments, output) -> None:
+        classes = core_of(module).weight.shape[0]
+        if not is_dtensor(output) and output.shape[-1] != classes:
+            raise TypeError(
+                f"the head gives each rank {output.shape[-1]} of the logits of {classes} classes; "
+                "head_loss takes ColwiseParallel(output_layouts=Replicate()) of it, or "
+                "use_local_output=False"
+            )
 
     @torch.no_grad()
     def own_logits(self, hidden: Tensor, places: int = 1) -> Tensor:
         """The head's logits (B, places, V) of the last places, by its own forward."""
         with Repeatable(hidden.device):
-            return self.original(hidden[..., -places:, :])
+            return whole(self.original(hidden[..., -places:, :]))
 
     def check_rows(self, hidden: Tensor) -> None:
         """A head that is used by its own forward has to treat each place by itself."""
@@ -446,6 +474,9 @@ class Call:
         if self.kind.owners is None:
             return self.own_logits(hidden) if self.own is None else self.own
         last = hidden[..., -1:, :].detach()
+        weight, bias, _ = head_tensors(self.kind)
+        if is_dtensor(weight):
+            return gathered_logits(placed(last, self.original, weight), weight, bias)
         source = source_of(self.head, self.kind, self.original, last, Transform())
         index = torch.arange(last.numel() // last.shape[-1], device=last.device)
         with torch.autocast(last.device.type, enabled=False):
@@ -615,7 +646,7 @@ def learn(model: Any, inner: Any, head: nn.Module, inputs: dict) -> Transform:
                 'loss model(...).logits (LossMixin: head="logits")'
             ) from error
     call.check_called()
-    return learnt(type(inner).__name__, given[0], outputs.logits, given[1].dtype)
+    return learnt(type(inner).__name__, given[0], whole(outputs.logits), given[1].dtype)
 
 
 def is_due(calls: int) -> bool:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from segloss.checks import is_dtensor
+from segloss.models.tensor_parallel import like_weight
 from segloss.sources import LinearLogits
 
 NUM_PROBES = 8  # at least
@@ -39,11 +41,17 @@ class Transform:
     ) -> LinearLogits:
         """The logits of a linear head, so transformed."""
         n = self.num_classes
+        if n is not None and n < weight.shape[0] and is_dtensor(weight):
+            raise TypeError(
+                f"the model cuts the logits of {weight.shape[0]} classes to {n}, and its head is "
+                "cut by classes over ranks (tensor parallelism); leave lm_head out of the plan"
+            )
         if n is not None and n < weight.shape[0]:
             weight, bias = weight[:n], None if bias is None else bias[:n]
             lora = None if lora is None else (lora[0], lora[1][:n], lora[2])
         if self.bias is not None:
             added = (self.bias / self.scale).to(weight.device, weight.dtype)
+            added = like_weight(added, weight)
             bias = added if bias is None else bias + added
         return LinearLogits(hidden, weight, bias, softcap=self.softcap, scale=self.scale, lora=lora)
 

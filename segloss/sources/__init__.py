@@ -2,7 +2,7 @@
 
 from segloss.sources.beside import TopK, is_probabilities, make_beside
 from segloss.sources.dense import DenseLogits
-from segloss.sources.given import SOURCES, as_source
+from segloss.sources.given import SOURCES, as_source, is_local
 from segloss.sources.linear import LinearLogits
 from segloss.sources.statistics import logit_statistics, public_statistics
 
@@ -12,6 +12,7 @@ __all__ = [
     "LinearLogits",
     "TopK",
     "as_source",
+    "is_local",
     "is_probabilities",
     "logit_statistics",
     "make_beside",

@@ -14,7 +14,7 @@ from torch import Tensor
 from segloss.checks import INTEGERS, check_choice, check_plain, describe
 from segloss.kernels.common import Rows
 from segloss.sources.dense import DenseLogits
-from segloss.sources.given import as_source
+from segloss.sources.given import as_source, is_local
 from segloss.sources.linear import LinearLogits
 from segloss.sweep.beside import Beside, Second, Top
 from segloss.sweep.source import Source
@@ -111,6 +111,14 @@ def make_beside(
     probabilities: Tensor | None = None,
 ) -> Beside:
     """Everything checked against the source it is read beside."""
+    sources = [source, *([] if teacher is None or isinstance(teacher, TopK) else [teacher])]
+    given = {"columns": columns, "teacher": teacher, "target's probabilities": probabilities}
+    for name, value in given.items():
+        if value is not None and not all(map(is_local, sources)):
+            raise TypeError(
+                f"{name} beside logits that are sharded over ranks: it takes plain tensors of all "
+                "classes"
+            )
     found: dict[str, Any] = {}
     if columns is not None:
         found["columns"] = check_ids("columns", columns, source)

@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segloss.checks import FLOATS, check_plain, check_transform, describe
+from segloss.checks import FLOATS, check_data, check_transform, describe
 from segloss.head.explain import explain
 from segloss.head.fused import row_sum
 from segloss.head.inputs import Inputs, Options
 from segloss.head.matrices import Head
+from segloss.head.rows import chunk_slices, kept_rows
 from segloss.head.sweep import sweep
 from segloss.kernels.common import Rows
+from segloss.sharding import Sharding, VocabShard
+from segloss.sources.layout import Layout, linear_layout, refuse_rows
 from segloss.sweep.batch import Batch
 from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
-from segloss.sweep.source import Source
+from segloss.sweep.source import Source, Spread
 
 PLAIN_OPTIONS = ("softcap", "scale", "compact", "chunk_bytes", "memory_budget", "grad_filter")
 
@@ -47,6 +50,19 @@ class LinearLogits(Source):
         grad_filter: columns of a block of 256 rows in which every |dlogits| (before the mean and
             the upstream gradient) is below this are multiplied as one rank-1 term; 0 for none.
             With more than 65,536 classes the limit falls as 65,536 / V.
+        vocab: `VocabShard` where weight, bias and B are a slice of the vocabulary, others of which
+            lie on other ranks.
+
+    DTensors say by their placements how they are sharded, on each dimension of their one mesh:
+
+        weight Shard(0), hidden Replicate()            the vocabulary
+        weight Shard(0), hidden Shard(leading dim)     the vocabulary; hidden is gathered, its
+                                                       gradient scattered (sequence parallel)
+        weight Replicate(), hidden Shard(leading dim)  the tokens: target is of those here, or a
+                                                       DTensor like hidden
+
+    bias and B lie as weight does, A is replicated. The loss is a plain tensor, the same on all
+    ranks, each of which gets the gradient of it.
 
     Errors: TypeError or ValueError naming the argument.
     Memory and matrix products: `explain(loss, target)`.
@@ -62,6 +78,8 @@ class LinearLogits(Source):
     chunk_bytes: int | None = None
     memory_budget: int | None = None
     grad_filter: float = 0.0
+    vocab: VocabShard | None = None
+    layout: Layout = field(init=False, repr=False)
     # of the matrix products: autocast's where it is on
     product_dtype: torch.dtype = field(init=False, repr=False)
     # filled by backward: "dropped_mass", the share of |dlogits| that grad_filter merged
@@ -72,7 +90,7 @@ class LinearLogits(Source):
         for name, tensor in self.named_tensors():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} is {describe(tensor)}; it takes a tensor")
-            check_plain(name, tensor)
+            check_data(name, tensor)
             if tensor.dtype not in FLOATS:
                 raise TypeError(
                     f"{name} is {describe(tensor)}; it takes float64, float32, bfloat16 or float16"
@@ -82,6 +100,7 @@ class LinearLogits(Source):
                     f"{name} is on {tensor.device}; it takes the device of hidden, a real one "
                     f"({self.hidden.device})"
                 )
+        object.__setattr__(self, "layout", linear_layout(self.named_tensors(), self.vocab))
         self.check_shapes()
         self.check_options()
         device, dtype = self.hidden.device.type, self.hidden.dtype
@@ -94,7 +113,8 @@ class LinearLogits(Source):
         if hidden.dim() < 2 or hidden.shape[-1] == 0:
             raise ValueError(f"hidden is {describe(hidden)}; it takes shape (..., D), 2-D at least")
         width = hidden.shape[-1]
-        if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0:
+        empty = weight.shape[0] == 0 and self.vocab is None
+        if weight.dim() != 2 or weight.shape[1] != width or empty:
             raise ValueError(f"weight is {describe(weight)}; it takes shape (V, {width})")
         num_classes = weight.shape[0]
         if self.bias is not None and self.bias.shape != (num_classes,):
@@ -144,11 +164,25 @@ class LinearLogits(Source):
 
     @property
     def leading_shape(self) -> torch.Size:
-        return self.hidden.shape[:-1]
+        return self.layout.leading_shape(self.hidden.shape)
 
     @property
     def num_classes(self) -> int:
-        return self.weight.shape[0]
+        return self.layout.num_classes
+
+    @property
+    def sharding(self) -> Sharding:
+        return self.layout.sharding
+
+    @property
+    def is_plain(self) -> bool:
+        return self.layout.is_plain
+
+    def token_group(self, group) -> Any:
+        return self.layout.token_group(group)
+
+    def like_target(self, name: str, x) -> Any:
+        return self.layout.like_target(name, x)
 
     @property
     def device(self) -> torch.device:
@@ -159,12 +193,18 @@ class LinearLogits(Source):
         """Of statistics and losses."""
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
 
-    def inputs(self) -> Inputs:
-        """What the engine is given."""
-        tensors = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
+    def inputs(self, crossing: bool = True) -> Inputs:
+        """What the engine is given; without `crossing` nothing is gathered or asked for."""
+        layout = self.layout
+        sharding = layout.sharding if crossing else layout.assumed
+        hidden = layout.hidden(self.hidden) if crossing else self.hidden
+        tensors = {"hidden": hidden, "weight": layout.columns(self.weight, sharding)}
+        if self.bias is not None:
+            tensors["bias"] = layout.columns(self.bias, sharding)
         lora_scale = 0.0
         if self.lora is not None:
-            tensors["lora_a"], tensors["lora_b"], lora_scale = self.lora
+            a, b, lora_scale = self.lora
+            tensors |= {"lora_a": layout.replicated(a), "lora_b": layout.columns(b, sharding)}
         options = Options(
             self.product_dtype,
             self.softcap,
@@ -174,9 +214,10 @@ class LinearLogits(Source):
             self.chunk_bytes,
             self.memory_budget,
             self.grad_filter,
+            None if sharding.is_whole else sharding,
             self.report,
         )
-        return Inputs({name: t for name, t in tensors.items() if t is not None}, options)
+        return Inputs(tensors, options)
 
     def sweep(self, batch: Batch, request: Request) -> Sweep:
         return sweep(self.inputs(), batch, request)
@@ -187,12 +228,14 @@ class LinearLogits(Source):
 
     @property
     def forms_gradients(self) -> bool:
-        return any(self.inputs().needed().values())
+        tensors = (tensor for _, tensor in self.named_tensors())
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     def row_sum(self, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenStats]:
         return row_sum(self.inputs(), batch, plan)
 
     def rows(self, index: Tensor) -> Tensor:
+        refuse_rows(self.layout)
         named, dtype = self.inputs().tensors, self.product_dtype
         named = {name: tensor.to(dtype) for name, tensor in named.items() if name != "hidden"}
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])[index].to(dtype)
@@ -219,7 +262,25 @@ class LinearLogits(Source):
         return self.inputs().chunk_rows(num_rows, trained=False) if num_rows else 1
 
     def plan(self, batch: Batch, row_sum: bool) -> str:
-        return explain(self.inputs(), batch, row_sum)
+        return explain(self.inputs(crossing=False), batch, row_sum)
+
+    def spread(self, batch: Batch, fused: bool) -> Spread:
+        inputs, layout = self.inputs(crossing=False), self.layout
+        rows = kept_rows(inputs, batch)
+        num_rows = batch.target.numel() if rows is None else rows.numel()
+        needed = inputs.needed()
+        return Spread(
+            num_rows,
+            any(needed.values()),
+            layout.vocabulary,
+            len(chunk_slices(inputs, num_rows, needed["weight"], fused)),
+            layout.crossings(
+                self.hidden,
+                {name: t for name, t in inputs.tensors.items() if needed[name]},
+                batch.target.numel(),
+            ),
+            self.grad_filter > 0,
+        )
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         inputs = self.inputs()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from segloss.checks import describe
+from segloss.distributed import sum_over
 from segloss.sources.beside import make_beside
 from segloss.sources.given import as_source
 from segloss.sweep.batch import Batch, make_batch
@@ -44,18 +45,22 @@ def logit_statistics(
         columns: (..., k) integers, class ids of each token, -1 to skip: also their
             log-probabilities (0 where skipped), as for several answers or stored teachers.
 
+    Of DTensors and a `VocabShard` the statistics are plain tensors, of this rank's tokens and of
+    all classes; sums over tokens are of all ranks.
+
     Returns float32 statistics, float64 for float64 logits. Errors: as every loss.
     """
     source = as_source(logits)
+    group = source.token_group(None)
     beside = make_beside(source, columns=columns)
-    batch = make_batch(source, target, ignore_index=ignore_index, beside=beside)
+    batch = make_batch(source, target, ignore_index=ignore_index, group=group, beside=beside)
     request = Request(entropy=entropy, argmax=argmax)
     if classes is not None:
         request = replace(request, prob_sums=True, classes=check_classes(classes, source))
     sweep = source.sweep(batch, request)
     statistics = public_statistics(sweep, batch)
     if classes is not None:
-        statistics.prob_sum = sweep.prob_sum[0]
+        statistics.prob_sum = sum_over(sweep.prob_sum[0], group)
         statistics.classes = sweep.classes
         if sweep.classes is None:
             statistics.classes = torch.arange(source.num_classes, device=source.device)

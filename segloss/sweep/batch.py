@@ -12,6 +12,7 @@ from torch import Tensor
 
 from segloss.checks import INTEGERS, describe
 from segloss.distributed import union_over
+from segloss.sharding import Sharding
 from segloss.sweep.beside import Beside
 
 
@@ -25,8 +26,9 @@ class Batch:
     num_classes: int
     dtype: torch.dtype  # of statistics and losses
     sample_ids: Tensor | None  # (N,) int64 as given; None for the leading index
-    group: object | None = None
+    group: object | None = None  # of the ranks that have other tokens
     beside: Beside = field(default_factory=Beside)
+    sharding: Sharding = field(kw_only=True)  # of the classes over ranks
 
     def weights(self) -> Tensor:
         """What each token counts for (N,): its weight, 1 without weights, 0 if it is ignored."""
@@ -91,10 +93,17 @@ def make_batch(
     token_weight: Tensor | None = None,
     sample_ids: Tensor | None = None,
     group=None,
+    sharding: Sharding | None = None,
     beside: Beside | None = None,
 ) -> Batch:
-    """Check everything that has the target's shape, and flatten it to (N,)."""
+    """Check everything that has the target's shape, and flatten it to (N,).
+
+    `sharding` is the source's, which may ask other ranks for it, unless it is given.
+    """
     shape, device = source.leading_shape, source.device
+    target = source.like_target("target", target)
+    token_weight = source.like_target("token_weight", token_weight)
+    sample_ids = source.like_target("sample_ids", sample_ids)
     if isinstance(target, Tensor) and target.dtype not in INTEGERS:
         raise TypeError(
             f"target is {describe(target)}; it takes class indices of an integer dtype "
@@ -134,4 +143,5 @@ def make_batch(
         sample_ids,
         group,
         Beside() if beside is None else beside,
+        sharding=source.sharding if sharding is None else sharding,
     )

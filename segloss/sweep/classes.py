@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segloss.distributed import reduce_over, union_over
+from segloss.distributed import classes_over, reduce_over
 from segloss.sweep.batch import Batch
 from segloss.sweep.request import Request, Sweep
 
@@ -29,7 +29,7 @@ def class_ids(request: Request, batch: Batch) -> dict[str, Any]:
     if not (request.prob_sums or request.rankings):
         return ids
     target = class_index(batch.target, batch.valid, batch.num_classes)
-    ids["present"] = union_over(target[batch.valid], batch.group)
+    ids["present"] = classes_over(target[batch.valid], batch.num_classes, batch.group)
     own = torch.searchsorted(ids["present"], target)
     ids["own"] = own.clamp(max=max(0, ids["present"].numel() - 1))
     if isinstance(request.classes, Tensor):
@@ -69,6 +69,25 @@ def thresholds(request: Request, batch: Batch, sweep: Sweep) -> Tensor:
         own_tau = sample_tau if per_sample else batch_tau.expand_as(sample_tau)
         tau = torch.minimum(tau, own_tau.clamp(min=tolerance))
     return tau
+
+
+def store_totals(sweep: Sweep, batch: Batch, prob_sum: Tensor | None, peak: Tensor | None) -> None:
+    """Put the class sums (B, K_here) and the largest log p (B, W) of the columns here with those of
+    the other ranks."""
+    sharding, classes = batch.sharding, sweep.classes
+    whole, parts = sharding.place(None), []
+    if prob_sum is not None:
+        size = batch.num_classes if classes is None else classes.numel()
+        parts.append((prob_sum, sharding.place(classes), size))
+    if peak is not None:
+        finite = (peak.amax(0, keepdim=True) != -torch.inf).to(peak.dtype)
+        parts += [(x, whole, batch.num_classes) for x in (peak.exp(), finite)]
+    placed = iter(sharding.placed(parts))
+    if prob_sum is not None:
+        sweep.prob_sum = next(placed)
+    if peak is not None:
+        sweep.peak_prob = next(placed)
+        sweep.finite = reduce_over(next(placed)[0], batch.group, "max") > 0
 
 
 def group_sum(values: Tensor, index: Tensor, size: int) -> Tensor:

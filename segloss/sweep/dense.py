@@ -11,11 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from segloss.distributed import reduce_over
 from segloss.kernels.candidates import candidates
 from segloss.kernels.class_stats import class_peaks, class_sums, row_dots
 from segloss.kernels.common import Rows
-from segloss.kernels.row_stats import RowStats, row_stats
+from segloss.kernels.row_stats import RowStats
+from segloss.sharding import Sharding
 from segloss.sweep.attach import attach
 from segloss.sweep.batch import Batch
 from segloss.sweep.beside import (
@@ -28,26 +28,20 @@ from segloss.sweep.beside import (
     logits_gradient,
     pack,
 )
-from segloss.sweep.classes import class_ids, class_index, thresholds
+from segloss.sweep.classes import class_ids, class_index, store_totals, thresholds
 from segloss.sweep.request import Request, Sweep
-from segloss.sweep.terms import grad_terms, row_slices
+from segloss.sweep.rows import request_stats
+from segloss.sweep.terms import grad_terms, own_terms, row_slices, whole_dots
 
 
 def sweep_dense(
     logits: Tensor, softcap: float | None, scale: float, batch: Batch, request: Request
 ) -> Sweep:
     """One read of the logits, then of the K columns that class statistics ask for."""
+    sharding = batch.sharding
     with torch.no_grad():
         rows = Rows.of(logits, softcap, scale)
-        stats = row_stats(
-            rows,
-            batch.target,
-            batch.ignore_index,
-            entropy=request.entropy,
-            argmax=request.argmax,
-            column_sums=request.column_sums,
-            column_weight=request.column_weight,
-        )
+        stats = request_stats(rows, batch.target, batch.ignore_index, request, sharding)
         sweep = Sweep(
             stats.log_prob,
             stats.row_max + stats.log_sum,
@@ -64,18 +58,21 @@ def sweep_dense(
         sweep.listed, sweep.divergences = beside[LISTED], beside[DIVERGENCES]
         peak_row = None
         at = (rows, stats.row_max, stats.log_sum)
+        prob_sum = peak = None
         if request.prob_sums:
-            sweep.prob_sum = class_sums(
-                *at, sweep.classes, sweep.sample, sweep.num_samples, batch.token_weight
-            )
-        if request.rankings:
-            tau = thresholds(request, batch, sweep)
-            found = candidates(*at, sweep.present, sweep.sample, sweep.own, tau)
-            sweep.candidate_row, sweep.candidate_class, sweep.candidate_prob = found
+            columns = sharding.columns(sweep.classes)
+            prob_sum = class_sums(*at, columns, sweep.sample, sweep.num_samples, batch.token_weight)
         if request.peaks:
             peak, peak_row = class_peaks(*at, sweep.sample, sweep.num_samples)
-            sweep.peak_prob = peak.exp()
-            sweep.finite = reduce_over((peak.amax(0) != -torch.inf).long(), batch.group, "max") > 0
+            peak_row = sharding.spread(peak_row, -1)
+        store_totals(sweep, batch, prob_sum, peak)
+        if request.rankings:
+            tau = thresholds(request, batch, sweep)
+            here = sharding.place(sweep.present)
+            columns, own = sharding.columns(sweep.present), sharding.within(sweep.own, here)
+            found = candidates(*at, columns, sweep.sample, own, tau[:, here])
+            sweep.candidate_row, sweep.candidate_prob = found.row, found.prob
+            sweep.candidate_class = found.class_index + here.start
     names = ("log_prob", "lse", "entropy", "logit_sum", "prob_sum", "candidate_prob", "peak_prob",
              LISTED, DIVERGENCES)  # fmt: skip
     outputs = {name: getattr(sweep, name) for name in names}
@@ -100,6 +97,7 @@ def sweep_dense(
         grad_dense,
         softcap=softcap,
         scale=scale,
+        sharding=sharding,
         divergences=request.divergences,
         seconds=seconds,
     )
@@ -143,13 +141,14 @@ def grad_dense(
     *,
     softcap: float | None,
     scale: float,
+    sharding: Sharding,
     divergences: tuple[Divergence, ...],
     seconds: dict,
 ) -> tuple:
     """dlogits, from the gradients of the statistics."""
     (logits,) = tensors
     rows = Rows.of(logits, softcap, scale)
-    terms = grad_terms(saved, grads)
+    terms = own_terms(grad_terms(saved, grads), sharding)
     if terms.class_grad is not None:
         dots = row_dots(
             rows, terms.row_max, terms.log_sum, terms.columns, terms.sample, terms.class_grad
@@ -157,8 +156,9 @@ def grad_dense(
         if terms.row_weight is not None:
             dots = dots * terms.row_weight
         terms.prob_coef = terms.prob_coef - dots
+    whole_dots(terms, saved, grads, sharding)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    out = dlogits.view(-1, logits.shape[-1])
+    out = dlogits.flatten(0, -2)
     back = Backward.of(saved, grads.get(DIVERGENCES), divergences, seconds)
     chunks = row_chunks(rows, back.beside.block_rows(rows.num_rows))
     several = row_slices(terms, [here for here, _ in chunks]) if len(chunks) > 1 else [terms]

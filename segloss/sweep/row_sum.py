@@ -71,16 +71,17 @@ def chunk_value(plan: RowSum, stats: TokenStats, target, valid, weights) -> Tens
 
 
 def target_gradient(rows: Rows, terms: GradTerms, log_prob: Tensor) -> Tensor:
-    """dL/dlogit at the targets (R,), 0 if ignored, without class sums' and entries' part."""
+    """dL/dlogit at the targets (R,), 0 if ignored or elsewhere, without class sums' and entries'
+    part."""
     slope = rows.slope(log_prob + terms.row_max + terms.log_sum)
     p_y = log_prob.exp()
     dz_y = (p_y * (terms.prob_coef + terms.target_coef) + terms.target_rest) * slope
-    return torch.where(terms.valid, dz_y, 0)
+    return torch.where(terms.valid & (terms.target >= 0), dz_y, 0)
 
 
-def row_scale(terms: GradTerms) -> Tensor:
-    """(R, 1): what `exp(z - row_max)` is multiplied by in dlogits."""
-    return torch.where(terms.valid, terms.prob_coef * torch.exp(-terms.log_sum), 0)[:, None]
+def row_scale(terms: GradTerms, exp_scale: Tensor) -> Tensor:
+    """(R, 1): what `exp(z - row_max)` is multiplied by in dlogits, `exp_scale` (R,) in p."""
+    return torch.where(terms.valid, terms.prob_coef * exp_scale, 0)[:, None]
 
 
 def finished(grad: Tensor, factor: Tensor, tensor: Tensor) -> Tensor:

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from segloss.kernels.common import Rows
+from segloss.sharding import Sharding
 from segloss.sweep.batch import Batch
 from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Collectives of one kind."""
+
+    phase: str  # "forward" or "backward"
+    ranks: str  # "vocabulary" or "tokens"
+    kind: str  # "all-reduce", "all-gather", "reduce-scatter"
+    count: int
+    size: int | None  # bytes that a rank gives, all `count` together; None if logits decide
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a source lies on the ranks, as its plan in words tells it."""
+
+    rows: int  # tokens whose logits are looked at
+    trained: bool
+    vocabulary: int = 1  # ranks that share the classes
+    chunks: int = 1
+    crossings: list[Crossing] = field(default_factory=list)  # of its own tensors
+    filtered: bool = False  # by grad_filter
 
 
 class Source(ABC):
@@ -27,7 +52,8 @@ class Source(ABC):
 
     @property
     @abstractmethod
-    def num_classes(self) -> int: ...
+    def num_classes(self) -> int:
+        """Of all ranks."""
 
     @property
     @abstractmethod
@@ -37,6 +63,24 @@ class Source(ABC):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """Of statistics and losses."""
+
+    @property
+    def sharding(self) -> Sharding:
+        """Of the classes over ranks; may ask the others, once."""
+        return Sharding.whole(self.num_classes)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every tensor is what it seems: whole, and of this rank alone."""
+        return True
+
+    def token_group(self, group) -> Any:
+        """The group of the ranks with other tokens, from the one a loss was given."""
+        return group
+
+    def like_target(self, name: str, x) -> Any:
+        """A tensor that goes with the target, as it is here."""
+        return x
 
     @abstractmethod
     def sweep(self, batch: Batch, request: Request) -> Sweep:
@@ -78,6 +122,10 @@ class Source(ABC):
     @abstractmethod
     def plan(self, batch: Batch, row_sum: bool) -> str:
         """In words and bytes what a loss and its backward cost; `row_sum`: whether it is one."""
+
+    def spread(self, batch: Batch, fused: bool) -> Spread:
+        """How it lies on the ranks, of which none is asked; `fused`: by `row_sum`."""
+        return Spread(batch.target.numel(), torch.is_grad_enabled())
 
     @abstractmethod
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from segloss.kernels.logit_grad import GradTerms
+from segloss.sharding import Sharding
 from segloss.sweep.classes import group_sum
 
 
@@ -125,6 +126,27 @@ def peak_entries(saved, grads) -> tuple | None:
     used = (grads["peak_prob"] != 0) & (saved["peak_row"] >= 0)
     row, column = saved["peak_row"][used], used.nonzero()[:, 1]
     return row, column, grads["peak_prob"][used], saved["peak_prob"][used]
+
+
+def own_terms(terms: GradTerms, sharding: Sharding) -> GradTerms:
+    """The terms of the columns that are here."""
+    if sharding.is_whole:
+        return terms
+    listed = terms.columns is not None and terms.class_grad is not None
+    columns = sharding.place(terms.columns) if listed else None
+    # entries are of these columns alone
+    entries = None if terms.entry_class is None else slice(None)
+    return column_slice(terms, sharding.place(None), columns, entries)
+
+
+def whole_dots(terms: GradTerms, saved: dict, grads: dict, sharding: Sharding) -> None:
+    """`s_i` of all columns, where `prob_coef` is short of those of these columns alone."""
+    per_class = ("prob_sum", "candidate_prob", "peak_prob")
+    if sharding.is_whole or not any(name in saved for name in per_class):
+        return
+    zero = torch.zeros_like(terms.prob_coef)
+    plain = grads.get("lse", zero) - grads.get("log_prob", zero)
+    terms.prob_coef = plain + sharding.sum(terms.prob_coef - plain)
 
 
 def rescale(terms: GradTerms, *others: Tensor) -> Tensor:

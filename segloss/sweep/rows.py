@@ -1,0 +1,54 @@
+"""Statistics of rows whose columns may lie on several ranks.
+
+R rows of a chunk, W columns here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from segloss.kernels.common import Rows
+from segloss.kernels.row_stats import RowStats, row_stats
+from segloss.sharding import Sharding
+from segloss.sweep.request import Request
+
+
+def request_stats(
+    z: Rows,  # (R, W)
+    target: Tensor,  # (R,) class ids
+    ignore_index: int,
+    request: Request,
+    sharding: Sharding,
+    exp_out: Tensor | None = None,  # (R, W)
+) -> RowStats:
+    """What `request` asks of whole rows; `exp_out` as for `row_stats`."""
+    valid = target != ignore_index
+    local, target_logit = target, None
+    if not sharding.is_whole:
+        own = sharding.own(target)
+        target_logit = logits_at(z, torch.where(valid, own, -1))
+        # here ignore_index may be the number of a column, and -1 would be an ignored row
+        local = torch.where(valid, torch.where(own < 0, z.num_classes, own), -1)
+        ignore_index = -1
+    stats = row_stats(
+        z,
+        local,
+        ignore_index,
+        entropy=request.entropy,
+        argmax=request.argmax,
+        column_sums=request.column_sums,
+        column_weight=sharding.part(request.column_weight),
+        exp_out=exp_out,
+    )
+    if sharding.is_whole:
+        return stats
+    return sharding.exchange(stats, target_logit, target, valid)
+
+
+def logits_at(z: Rows, column: Tensor) -> Tensor:
+    """z_i[column_i] (R,), 0 where the column is -1."""
+    if z.num_classes == 0:
+        return z.new(column.numel()).zero_()
+    row = torch.arange(column.numel(), device=column.device)
+    return torch.where(column >= 0, z.at(row, column.clamp(min=0)), 0)
