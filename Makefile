@@ -84,10 +84,10 @@ compat: $(READY) ## try the oldest and newest torch, triton, transformers, TRL a
 # where threads spin, they take the core of whatever else is running
 demo: export OMP_WAIT_POLICY = PASSIVE
 demo: $(READY) ## fine-tune a small language model with two losses, side by side
-	$(BIN)/python demo/medmcqa.py $(RUN)/subjects.jsonl
-	$(BIN)/segloss train --config demo/demo.yaml --data $(RUN)/subjects.jsonl --output $(RUN)/ce \
+	$(BIN)/python bench/demo/medmcqa.py $(RUN)/subjects.jsonl
+	$(BIN)/segloss train --config bench/demo/demo.yaml --data $(RUN)/subjects.jsonl --output $(RUN)/ce \
 		--loss ce
-	$(BIN)/segloss train --config demo/demo.yaml --data $(RUN)/subjects.jsonl --output $(RUN)/mix \
+	$(BIN)/segloss train --config bench/demo/demo.yaml --data $(RUN)/subjects.jsonl --output $(RUN)/mix \
 		--loss "0.6*ce+0.4*lovasz" --no-evaluate-before
 	$(BIN)/segloss report $(RUN)/ce $(RUN)/mix --output $(RUN)/report
 

@@ -116,7 +116,7 @@ def add_gradients(
     if rest.stop == 0 and kept is not None:
         return
     width = width_of(inputs, rest.stop, total, memory)
-    if memory is None:
+    if memory is None or memory.numel() < rest.stop * width:  # more rows than it has places
         memory = head.hidden.new_empty(rest.stop * width)
     blocks = even_slices(num_classes, width)
     for classes, part in zip(blocks, column_slices(terms, num_classes, width), strict=True):

@@ -1,4 +1,4 @@
-"""docs/integrations.md names every way there is; tests/test_readme.py runs its code."""
+"""The README names every way there is; tests/test_readme.py runs the code of its guide."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "integrations.md"
+PAGE = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def test_one_table_says_which_line():
@@ -17,7 +17,7 @@ def test_one_table_says_which_line():
     from segloss.integrations import trl
 
     text = PAGE.read_text(encoding="utf-8")
-    table = text[text.index("| you use") : text.index("## Each of them")]
+    table = text[text.index("| you use") : text.index("## Train from")]
     hooks = {"CoBaCallback", "SavedState", "next_tokens", "unwrapped"}
     hooks |= {"head_logits", "head_outputs"}  # for what `head_loss` does
     for name in (set(ours.__all__) - hooks) | (set(trl.__all__) - {"add_fused_lm_head"}):

