@@ -5,6 +5,8 @@ R rows of a chunk, W columns here.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def request_stats(
     exp_out: Tensor | None = None,  # (R, W)
 ) -> RowStats:
     """What `request` asks of whole rows; `exp_out` as for `row_stats`."""
-    wanted = {
+    wanted: dict[str, Any] = {
         "entropy": request.entropy,
         "argmax": request.argmax,
         "column_sums": request.column_sums,
