@@ -41,7 +41,8 @@ CORE = (
 )
 KERNELS = ("tests/kernels",)  # interpreted, hence in a process of their own
 TRANSFORMERS = tuple(
-    f"tests/integrations/test_{part}.py" for part in ("transformers", "trainer", "labels", "fuse")
+    f"tests/integrations/test_{part}.py"
+    for part in ("head", "transformers", "trainer", "labels", "fuse")
 )
 TRL = ("tests/integrations/test_trl.py",)
 PREFERENCES = ("tests/integrations/test_preferences.py",)  # they ask for TRL 1.16
