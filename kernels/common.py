@@ -204,12 +204,13 @@ class Rows:
         if self.softcap is None and self.scale == 1.0 and raw.dtype == self.dtype:
             return raw
         z = torch.empty_like(raw, dtype=self.dtype) if buffer is None else buffer[: raw.shape[0]]
+        # looked at first: z may be the memory of the logits themselves
+        absent = None if self.softcap is None else raw == -torch.inf
         z.copy_(raw)
         if self.scale != 1.0:
             z.mul_(self.scale)
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
-            z.masked_fill_(raw == -torch.inf, -torch.inf)
+        if absent is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap).masked_fill_(absent, -torch.inf)
         return z
 
     def panel(self, rows: Tensor, columns: Tensor | None) -> Tensor:

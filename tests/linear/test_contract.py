@@ -292,7 +292,6 @@ def test_tied_embeddings(name):
 @each_case
 def test_autocast(name, trainable):
     # outside, the head is float32; inside, F.linear multiplies in bfloat16, and so do we
-    tensors, target = problem(*TOKENS, dtype=torch.float32)
     ours, truth = CASES[name]
 
     def linear(t):
@@ -306,24 +305,25 @@ def test_autocast(name, trainable):
 
         return run
 
-    value, grads = value_and_grads(
-        under_autocast(ours), lambda t: lambda: source(t), tensors, target, trainable
-    )
-    plain = value_and_grads(
-        under_autocast(truth), lambda t: lambda: linear(t), tensors, target, trainable
-    )
-    exact = value_and_grads(
-        truth, stored, {n: t.double() for n, t in tensors.items()}, target, trainable
-    )
-    assert value.dtype == torch.float32
-    scale = max(grad.norm() for grad in exact[1].values())
-    for ours, same, true in [
-        (value, plain[0], exact[0]),
-        *((grads[n], plain[1][n], exact[1][n]) for n in grads),
-    ]:
-        assert ours.dtype == torch.float32
-        error, eager_error = (ours - true).norm(), (same - true).norm()
-        assert error <= 2 * eager_error + 4e-3 * max(true.norm(), 0.1 * scale)
+    def runs(seed):
+        tensors, target = problem(*TOKENS, dtype=torch.float32, seed=seed)
+        doubles = {n: t.double() for n, t in tensors.items()}
+        for loss, logits, leaves in (
+            (under_autocast(ours), lambda t: lambda: source(t), tensors),
+            (under_autocast(truth), lambda t: lambda: linear(t), tensors),
+            (truth, stored, doubles),
+        ):
+            value, grads = value_and_grads(loss, logits, leaves, target, trainable)
+            yield {"value": value} | grads
+
+    # an adapter's gradient is eight numbers: one draw's error says little of the next one's
+    drawn = [list(runs(seed)) for seed in range(4)]
+    assert all(x.dtype == torch.float32 for mine, _, _ in drawn for x in mine.values())
+    for n in drawn[0][0]:
+        mine, eager, exact = (torch.stack([d[i][n].double() for d in drawn]) for i in range(3))
+        scale = 0.1 * max(torch.stack([d[2][m] for d in drawn]).norm() for m in trainable)
+        error, eager_error = (mine - exact).norm(), (eager - exact).norm()
+        assert error <= 2 * eager_error + 2e-3 * max(exact.norm(), scale), n
 
 
 def test_autocast_multiplies_in_its_own_dtype():
