@@ -78,7 +78,7 @@ def plan_of(
     num_classes, width = inputs.weight.shape
     row_bytes = num_classes * options.product_dtype.itemsize
     slices = chunk_slices(inputs, num_rows, needed["weight"], row_sum)
-    rows = slices[0].stop if rows is None else rows
+    rows = max(s.stop - s.start for s in slices) if rows is None else rows
     chunks = cdiv(num_rows, rows) if num_rows else 0
     states = num_rows * width
     held = {"copies": copies(inputs, num_rows, copied)}

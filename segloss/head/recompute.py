@@ -13,8 +13,8 @@ from torch import Tensor
 from segloss.head.gradients import Gradients
 from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
-from segloss.head.rows import even_slices, rows_to_keep
-from segloss.kernels.common import Rows, cdiv
+from segloss.head.rows import block_width, even_slices, rows_to_keep
+from segloss.kernels.common import Rows
 from segloss.kernels.logit_grad import GradTerms
 from segloss.kernels.products import GradBlock
 from segloss.sweep.batch import Batch
@@ -127,8 +127,7 @@ def add_gradients(
 
 
 def width_of(inputs: Inputs, num_rows: int, total: Gradients, memory: Tensor | None = None) -> int:
-    """Classes of a block of all of so many rows: as large as a chunk (or a memory) together, and
-    all about as wide."""
+    """Classes of a block of all of so many rows: as large as a chunk (or a memory) together."""
     num_classes = inputs.num_classes
     if memory is None:
         trained = total.needed["weight"]
@@ -136,8 +135,4 @@ def width_of(inputs: Inputs, num_rows: int, total: Gradients, memory: Tensor | N
         most = rows * num_classes // max(1, num_rows)
     else:
         most = memory.numel() // num_rows
-    if most >= num_classes:
-        return num_classes
-    most = max(1, most // 128 * 128 or most)
-    even = cdiv(num_classes, cdiv(num_classes, most))
-    return min(most, cdiv(even, 128) * 128)
+    return block_width(most, num_classes)

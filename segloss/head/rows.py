@@ -5,6 +5,7 @@ N tokens, V classes.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,8 @@ from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
 from segloss.sweep.batch import Batch
 from segloss.sweep.request import Request
+
+LINE = 128  # columns that a block of the vocabulary is a multiple of
 
 
 def kept_rows(inputs: Inputs, batch: Batch) -> Tensor | None:
@@ -55,9 +58,25 @@ def spread(values: Tensor | None, rows: Tensor | None, size: int, fill: int = 0)
 def chunk_slices(
     inputs: Inputs, num_rows: int, trained: bool, row_sum: bool = False
 ) -> list[slice]:
-    """Row slices of the chunks; an empty one where there are no rows."""
+    """Row slices of the chunks; an empty one where there are no rows.
+
+    Where a backward pass may keep the last chunk, it is a whole one and no larger than the block of
+    the vocabulary that would be made in its place.
+    """
     step = inputs.chunk_rows(num_rows, trained=trained, row_sum=row_sum)
-    return even_slices(num_rows, step)
+    if row_sum or step >= num_rows:
+        return even_slices(num_rows, step)
+    widest = inputs.sharding.widest  # ranks that share the classes cut the same chunks
+    width = block_width(step * widest // num_rows, widest)
+    if width >= LINE:
+        step = min(step, num_rows * width // widest)
+    cuts = [0, *range(num_rows % step or step, num_rows, step), num_rows]
+    return [slice(*ends) for ends in itertools.pairwise(cuts)]
+
+
+def block_width(most: int, num_classes: int) -> int:
+    """Classes of a block of the vocabulary, of at most so many: whole lines of memory."""
+    return num_classes if most >= num_classes else max(1, most // LINE * LINE or most)
 
 
 def even_slices(size: int, step: int) -> list[slice]:

@@ -127,8 +127,14 @@ def test_explain_says_the_allocators_peak(case):
     assert explained(plan) == pytest.approx(made.peak - grads, rel=limits.EXPLAINED)
 
 
-@pytest.mark.parametrize("loss", [CE, DICE, LOVASZ, PER_TOKEN, DICE + CE], ids=repr)
-@pytest.mark.parametrize("n", [256, 1500])  # one chunk, several
+def every_loss():
+    named = {name: kind for name, kind in vars(segloss).items() if name.endswith("Loss")}
+    apart = ("TokenLoss", "RegionLoss", "CombinedLoss", "DistillationLoss")  # no losses of a target
+    return [kind() for name, kind in sorted(named.items()) if name not in apart]
+
+
+@pytest.mark.parametrize("loss", [*every_loss(), PER_TOKEN, DICE + CE], ids=repr)
+@pytest.mark.parametrize("n", [256, 1500, 1501])  # one chunk, several, one more of a single row
 def test_what_is_kept_does_not_raise_the_peak_of_a_step(loss, n):
     """Through a model of two layers: what forward keeps lies where its chunks lay."""
     v, d = 16384, 48
@@ -148,5 +154,5 @@ def test_what_is_kept_does_not_raise_the_peak_of_a_step(loss, n):
             loss(logits, target).sum().backward()
         return made.peak
 
-    # blocks of a vocabulary are rounded down to whole lines, chunks of rows are not
-    assert peak(None) <= 1.02 * peak(0)
+    peak(0)  # what a process makes once
+    assert peak(None) <= peak(0)
