@@ -143,7 +143,7 @@ class LossMixin(Trainer):
         check_mean(loss)
         self.loss = loss.to(self.args.device)
         self.head = head
-        check_teacher(loss, teacher, given)
+        check_teacher(loss, teacher, given, teacher_rest)
         self.teacher = None if teacher is None else frozen(teacher, self.args.device)
         self.teacher_rest = teacher_rest
         self.task_weights = task_weights
@@ -567,7 +567,7 @@ def given_columns(init: Any, args: tuple, kwargs: Mapping[str, Any]) -> list[str
     return columns_of(given.get("train_dataset", kwargs.get("train_dataset")))
 
 
-def check_teacher(loss: Loss, teacher: Any, columns: Sequence[str] | None) -> None:
+def check_teacher(loss: Loss, teacher: Any, columns: Sequence[str] | None, rest: str) -> None:
     """A loss that distils takes a model or the columns of a stored teacher, no other loss a model.
 
     Whether a data set that does not say its columns has them is seen when its batches come.
@@ -588,6 +588,7 @@ def check_teacher(loss: Loss, teacher: Any, columns: Sequence[str] | None) -> No
     if len(stored) < len(TEACHER_COLUMNS):
         missing = next(name for name in TEACHER_COLUMNS if name not in stored)
         raise ValueError(f"train_dataset has the column {stored[0]} and no {missing}")
+    loss.check_teacher(TopK(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), rest))
 
 
 def check_columns(expected: Sequence[str], found: Any, whose: str) -> None:
