@@ -72,13 +72,9 @@ def test_lists_are_cut_as_the_tokens_are(mode, part, model_folder, tmp_path):
 
     data = stored()
     source = write_jsonl(tmp_path / "stored.jsonl", data)
-    run = prepare(
-        settings(
-            [],
-            {"model_name_or_path": str(model_folder), "data": [str(source)], "output_dir": str(tmp_path / "x"),
-             "max_length": 5, "truncation_mode": mode, "loss": MIXED, "eval_items": 0},
-        )
-    )  # fmt: skip
+    given = {"model_name_or_path": str(model_folder), "data": [str(source)], "loss": MIXED}
+    given |= {"max_length": 5, "truncation_mode": mode, "eval_items": 0}
+    run = prepare(settings([], given | {"output_dir": str(tmp_path / "x")}))
     by_ids = {tuple(row["input_ids"][part]): row for row in data}
     assert len(run.trainer.train_dataset) == len(data)
     for row in run.trainer.train_dataset:
