@@ -3,7 +3,7 @@
     python -m bench.distilled OUTPUT [--steps N]
 
 The teacher is SmolLM2 after 24 steps of 16 questions (`segloss train`, in OUTPUT/teacher, made
-once). Its 16 likeliest classes at each label of 1200 training rows are written down; a Llama of 2
+once). Its 16 likeliest classes at each label of 1000 training rows are written down; a Llama of 2
 layers x 128 with the same tokenizer is trained on these rows from the labels alone, and from labels
 and stored teacher. Prints the table of both on the teacher's 300 held-out questions, and the paired
 differences with 95 % bootstrap intervals over the questions. Needs the wheels of `make demo`.
@@ -24,7 +24,7 @@ from segloss.train import data as of_data
 from segloss.train.config import settings
 
 HERE = Path(__file__).parent / "demo"
-LONGEST, ROWS, HELD_OUT, TOP = 59, 1200, 300, 16  # characters of a prompt; rows; classes
+LONGEST, ROWS, HELD_OUT, TOP = 59, 1000, 300, 16  # characters of a prompt; rows; classes
 LOSSES = {"alone": "ce", "taught": "0.5*ce+0.5*distill(temperature=2)"}
 
 
@@ -67,7 +67,8 @@ def store(output: Path, file: Path, teacher: Path) -> Path:
     given |= {"data": [str(file)], "eval_items": HELD_OUT}
     split = of_data.load(settings([], given), chat=False)
     names = ("prompt", "completion")
-    rows = [{n: row[n] for n in names} for row in list(split.train)[-ROWS:]]
+    drawn = split.train.shuffle(seed=0).select(range(ROWS))
+    rows = [{n: row[n] for n in names} for row in drawn]
     held_out = [{n: row[n] for n in names} for row in split.held_out]
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
@@ -149,7 +150,7 @@ def compare(alone: list[dict], taught: list[dict]) -> list[str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=250)
     arguments = parser.parse_args()
     output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
