@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from segloss.checks import describe
+from segloss.checks import check_choice, describe
 from segloss.distributed import sum_over
 from segloss.integrations.callbacks import SavedState
 from segloss.integrations.columns import KeepColumns, columns_of
@@ -26,15 +27,19 @@ from segloss.integrations.fuse import check_mean
 from segloss.integrations.labels import Shift
 from segloss.integrations.window import (
     LOSS_COLUMNS,
+    TEACHER_COLUMNS,
     Samples,
     Weighed,
     packed_index,
+    stored_teacher,
     target_of,
     weigh,
 )
 from segloss.kernels.common import widest
 from segloss.losses import CrossEntropyLoss, Loss
 from segloss.models.head import innermost
+from segloss.sources import TopK
+from segloss.sources.beside import RESTS
 from segloss.weighting import CoBa, SampleWeighting
 
 if TYPE_CHECKING:
@@ -43,6 +48,7 @@ else:
     Trainer = object
 
 PLACE = "place_in_window"  # of a micro-batch among those of its step
+WAYS = "give a causal model, or rows with the columns teacher_ids and teacher_log_prob"
 
 
 class LossMixin(Trainer):
@@ -67,6 +73,9 @@ class LossMixin(Trainer):
         token_weight    floats, one per label: weight 2 is the token listed twice
         sample_ids      integers that tell packed sequences apart; default: where position_ids
                         start again or cu_seq_lens_q says so, or one per row
+        teacher_ids, teacher_log_prob
+                        a stored teacher: per label a list of class ids and one of their
+                        log-probabilities, empty where the label is -100, for `DistillationLoss`
 
     Args:
         loss: a segloss loss; default cross-entropy, with `label_smoothing_factor`. Its `group` is
@@ -78,6 +87,8 @@ class LossMixin(Trainer):
             own loss says; refused where neither does.
         teacher: a causal model that `loss` distils from (`DistillationLoss`, alone or in a sum). It
             is moved to the device, frozen, and runs on the same inputs without making its logits.
+            Without it, such a loss takes the columns of a stored one.
+        teacher_rest: `TopK`'s `rest` of a stored teacher.
         task_weights: (K,) constants, or a `CoBa`, which `CoBaCallback` keeps up to date. The loss
             is the sum of weight x loss per token of each task, wherever its tokens are.
         sample_weights: a `SampleWeighting`, of the samples of the whole accumulated batch over all
@@ -101,6 +112,7 @@ class LossMixin(Trainer):
         head: str = "fused",
         shift: bool | None = None,
         teacher: torch.nn.Module | None = None,
+        teacher_rest: str = "renormalise",
         task_weights: CoBa | Tensor | None = None,
         sample_weights: SampleWeighting | None = None,
         log_statistics: bool = True,
@@ -108,6 +120,7 @@ class LossMixin(Trainer):
     ):
         if head not in ("fused", "logits"):
             raise ValueError(f"head is {head!r}; it takes 'fused' or 'logits'")
+        check_choice("teacher_rest", teacher_rest, RESTS)
         check_task_weights(task_weights)
         self._shift = Shift(shift)
         given = given_columns(super().__init__, args, kwargs)
@@ -130,14 +143,17 @@ class LossMixin(Trainer):
         check_mean(loss)
         self.loss = loss.to(self.args.device)
         self.head = head
-        loss.check_teacher(teacher)
+        check_teacher(loss, teacher, given, teacher_rest)
         self.teacher = None if teacher is None else frozen(teacher, self.args.device)
+        self.teacher_rest = teacher_rest
         self.task_weights = task_weights
         self.sample_weights = sample_weights
         self.log_statistics = log_statistics
         self.data_collator = KeepColumns(self.data_collator)
-        # tasks that have no weights change nothing
-        self._columns = [n for n in given if n != "task_ids" or task_weights is not None]
+        # tasks that have no weights change nothing, nor does a teacher that nothing reads
+        unread = set() if loss.reads_teacher else set(TEACHER_COLUMNS)
+        unread |= {"task_ids"} if task_weights is None else set()
+        self._columns = [name for name in given or () if name not in unread]
         check_columns(self._columns, columns_of(self.train_dataset), "the trainer's own")
         self._spread = Spread.of(self)
         if sample_weights is not None:
@@ -170,12 +186,19 @@ class LossMixin(Trainer):
         batch = self._label_side(inputs)
         target = target_of(batch, shift, self.loss.ignore_index)
         weighed = None if place is None else self._weighed_at(place)
+        stored = self._stored_teacher(batch, target, shift)
         statistics: Any = None
 
         def criterion(source, target, **given):
             nonlocal statistics
             single = self._weigh_single(inputs, source) if place is None and training else weighed
             normalizer = num_items_in_batch if training else None
+            if stored is not None:
+                given["teacher"] = replace(
+                    stored,
+                    ids=stored.ids.to(source.device),
+                    log_prob=stored.log_prob.to(source.device),
+                )
             found = self.loss(
                 source,
                 target,
@@ -216,6 +239,16 @@ class LossMixin(Trainer):
         fused = self.head == "fused" and not make_logits and has_head(inner)
         return loss_of(model, criterion, target, model_inputs(inner, inputs), fused, teacher)
 
+    def _stored_teacher(self, batch: Mapping[str, Any], target: Tensor, shift: bool) -> TopK | None:
+        """The columns of a stored teacher at the places of the targets, if the loss reads them."""
+        if not self.loss.reads_teacher or self.teacher is not None:
+            return None
+        found = stored_teacher(batch, target, self.teacher_rest, shift, self.loss.ignore_index)
+        if found is None:
+            raise TypeError(f"teacher is missing: {WAYS}")
+        self.loss.check_teacher(found)
+        return found
+
     def _autocast(self):
         return self.accelerator.autocast()
 
@@ -242,9 +275,9 @@ class LossMixin(Trainer):
         if decodes:
             return own
         ignore = self.loss.ignore_index
-        fill = {"labels": ignore, "shift_labels": ignore}
+        fill = {"labels": ignore, "shift_labels": ignore, **TEACHER_COLUMNS}
         return {
-            name: F.pad(value, (prompt, 0), value=fill.get(name, 0)) if value.dim() > 1 else value
+            name: before(value, prompt, fill.get(name, 0)) if value.dim() > 1 else value
             for name, value in own.items()
             if value is not None
         }
@@ -520,13 +553,42 @@ def virtual_tokens(model: Any) -> int:
     return config.num_virtual_tokens
 
 
-def given_columns(init: Any, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
-    """The loss's columns of the data set that a trainer is given."""
+def before(column: Tensor, count: int, fill: float) -> Tensor:
+    """A column (B, T, ...) with `count` places more in front."""
+    return F.pad(column, (*(0, 0) * (column.dim() - 2), count, 0), value=fill)
+
+
+def given_columns(init: Any, args: tuple, kwargs: Mapping[str, Any]) -> list[str] | None:
+    """The loss's columns of the data set that a trainer is given; None where it does not say."""
     try:
         given = inspect.signature(init).bind_partial(*args, **kwargs).arguments
     except TypeError:
-        return []
-    return columns_of(given.get("train_dataset", kwargs.get("train_dataset"))) or []
+        return None
+    return columns_of(given.get("train_dataset", kwargs.get("train_dataset")))
+
+
+def check_teacher(loss: Loss, teacher: Any, columns: Sequence[str] | None, rest: str) -> None:
+    """A loss that distils takes a model or the columns of a stored teacher, no other loss a model.
+
+    Whether a data set that does not say its columns has them is seen when its batches come.
+    """
+    if teacher is not None or not loss.reads_teacher:
+        loss.check_teacher(teacher)
+    if not loss.reads_teacher or columns is None:
+        return
+    stored = [name for name in TEACHER_COLUMNS if name in columns]
+    if not stored:
+        if teacher is None:
+            raise TypeError(f"teacher is missing: {WAYS}")
+        return
+    if teacher is not None:
+        raise ValueError(
+            f"teacher is given, and train_dataset has {', '.join(stored)}; it takes one of the two"
+        )
+    if len(stored) < len(TEACHER_COLUMNS):
+        missing = next(name for name in TEACHER_COLUMNS if name not in stored)
+        raise ValueError(f"train_dataset has the column {stored[0]} and no {missing}")
+    loss.check_teacher(TopK(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), rest))
 
 
 def check_columns(expected: Sequence[str], found: Any, whose: str) -> None:

@@ -16,12 +16,17 @@ from torch import Tensor
 from segloss.checks import describe
 from segloss.distributed import sum_over
 from segloss.kernels.common import widest
-from segloss.sources import logit_statistics
+from segloss.sources import TopK, logit_statistics
 from segloss.weighting import SampleWeighting, sample_losses, token_weights
 
 IGNORE = -100
 # columns of a batch that are for the loss and not for the model's forward
-LOSS_COLUMNS = ("task_ids", "sample_ids", "sample_weights", "token_weight")
+WEIGHT_COLUMNS = ("task_ids", "sample_ids", "sample_weights", "token_weight")
+# of a stored teacher: k numbers per label, and what stands where fewer are stored
+TEACHER_COLUMNS = {"teacher_ids": -1, "teacher_log_prob": 0}
+LOSS_COLUMNS = (*WEIGHT_COLUMNS, *TEACHER_COLUMNS)
+# a stored teacher's probabilities may add up to so much, by rounding to half precision
+TOTAL = 1.01
 # by which collators tell packed samples apart: cumulated lengths of the joined rows
 LENGTHS = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seq_lens", "cu_seqlens")
 
@@ -49,6 +54,58 @@ def target_of(batch: Mapping[str, Tensor], shift: bool = True, ignore: int = IGN
     if packed is None:
         return target
     return target.masked_fill(next_tokens(packed, -1) != packed, ignore)
+
+
+# ------------------------------------------------------------------------------ stored teachers
+
+
+def stored_teacher(
+    batch: Mapping[str, Tensor], target: Tensor, rest: str, shift: bool = True, ignore: int = IGNORE
+) -> TopK | None:
+    """The columns teacher_ids and teacher_log_prob (B, T, k), at the places of the targets; None
+    where a batch has neither."""
+    found = {name: batch[name] for name in TEACHER_COLUMNS if batch.get(name) is not None}
+    if not found:
+        return None
+    for name in TEACHER_COLUMNS:
+        if name not in found:
+            raise ValueError(f"the batch has the column {next(iter(found))} and no {name}")
+    for name, column in found.items():
+        if column.shape[:-1] != target.shape or column.shape != found["teacher_ids"].shape:
+            raise ValueError(
+                f"{name} is {describe(column)}; it takes {(*target.shape, 'k')}: k numbers for "
+                "each label, as many as the other column of the teacher"
+            )
+        if shift and target.dim() > 1:
+            places = column.movedim(-1, 1)
+            found[name] = next_tokens(places, TEACHER_COLUMNS[name]).movedim(1, -1)
+    teacher = TopK(found["teacher_ids"], found["teacher_log_prob"], rest)
+    check_stored(teacher, target != ignore)
+    return teacher
+
+
+def check_stored(teacher: TopK, valid: Tensor) -> None:
+    """Where there is a loss; what is no probability would be learnt as one."""
+    ids, log_prob = teacher.ids[valid], teacher.log_prob[valid]
+    listed = ids >= 0
+    if not listed.any(-1).all():
+        raise ValueError(
+            "teacher_ids lists no class for some label that has a loss; it takes one at least, or "
+            "the label -100"
+        )
+    ordered = ids.sort(-1).values
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+        raise ValueError("teacher_ids lists a class twice for one label; it takes distinct classes")
+    total = torch.where(listed, log_prob.float(), -torch.inf).exp().sum(-1)
+    wrong = ~((total > 0) & (total <= TOTAL))
+    if wrong.any():
+        raise ValueError(
+            f"teacher_log_prob holds probabilities that add up to {total[wrong][0].item():.4g} for "
+            "some label; it takes log-probabilities (nats), whose sum is above 0 and at most 1"
+        )
+
+
+# -------------------------------------------------------------------------------------- samples
 
 
 @dataclass

@@ -71,6 +71,12 @@ class CombinedLoss(Loss):
         for _, part in self.terms:
             part.check(source)
 
+    def check_teacher(self, teacher) -> None:
+        super().check_teacher(teacher)
+        for _, part in self.terms:
+            if part.reads_teacher:
+                part.check_teacher(teacher)
+
     def request(self) -> Request:
         return functools.reduce(operator.or_, (part.request() for _, part in self.terms))
 

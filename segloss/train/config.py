@@ -68,6 +68,10 @@ class Options:
     teacher: str | None = doc(
         None, "a model that a loss with distill learns from: a folder, hub id or GGUF file; frozen"
     )
+    teacher_rest: Literal["renormalise", "uniform", "ignore"] = doc(
+        "renormalise", "what becomes of the probability that the columns teacher_ids and "
+        "teacher_log_prob leave out"
+    )  # fmt: skip
     head: Literal["fused", "logits"] = doc(
         "fused", "fused: logits are never made; logits: the model's own, for a head that does more"
     )

@@ -10,6 +10,8 @@ A row has one of TRL's shapes, which are left to TRL to tokenise, and columns of
 
     task, options, group    what it is of; the answers to choose from; what a split keeps together
     weight, token_weight    of the row in the loss; of each of its tokens
+    teacher_ids, teacher_log_prob
+                            a stored teacher's classes of each token, and their log-probabilities
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from .config import Settings
 from .errors import UserError, first_line
 from .model import quiet
 
-OWN = ("task", "options", "group", "weight", "token_weight")
+STORED = ("teacher_ids", "teacher_log_prob")
+PER_TOKEN = ("token_weight", *STORED)
+OWN = ("task", "options", "group", "weight", *PER_TOKEN)
 SHAPES = {
     "messages": ("messages",),
     "conversations": ("conversations",),
@@ -65,9 +69,9 @@ class Data:
 
     @property
     def columns(self) -> list[str]:
-        """Those that weigh the loss."""
+        """Those that the loss reads beside the tokens."""
         names = self.train.column_names or []
-        return [name for name in ("sample_weights", "token_weight") if name in names]
+        return [name for name in ("sample_weights", *PER_TOKEN) if name in names]
 
 
 def say(text: str) -> None:
@@ -166,7 +170,7 @@ def csv_rows(source: str) -> Iterator[tuple[str, dict]]:
                 more = "more" if None in row else "fewer"
                 raise UserError(f"{where}: it has {more} cells than the first line")
             cells = {name: cell for name, cell in row.items() if cell != ""}
-            lists = ("messages", "conversations", "options", "token_weight", "input_ids", "labels")
+            lists = ("messages", "conversations", "options", "input_ids", "labels", *PER_TOKEN)
             for name in {*lists, "weight"} & set(cells):
                 cells[name] = parsed(cells[name].encode(), f"{where}, {name}")
             for name in {"prompt", "completion"} & set(cells):
@@ -219,7 +223,39 @@ def checked(raw: Any, task: str, text_field: str, chat: bool) -> dict[str, Any]:
         if not isinstance(row["token_weight"], Sequence) or isinstance(row["token_weight"], str):
             raise ValueError('"token_weight" must be a list with a number per token')
         result["token_weight"] = [weight(w, '"token_weight"') for w in row["token_weight"]]
-    return result
+    return result | stored(row)
+
+
+def stored(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a stored teacher, a list for each token in both."""
+    found = {name: row[name] for name in STORED if name in row}
+    if not found:
+        return {}
+    for name in STORED:
+        if name not in found:
+            raise ValueError(f'there is "{next(iter(found))}" and no "{name}"')
+        lists = found[name]
+        if not isinstance(lists, Sequence) or any(
+            not isinstance(part, Sequence) or isinstance(part, str) for part in lists
+        ):
+            raise ValueError(f'"{name}" must be a list with a list of numbers per token')
+    ids, log_prob = found.values()
+    if [len(part) for part in ids] != [len(part) for part in log_prob]:
+        raise ValueError('"teacher_ids" and "teacher_log_prob" must have lists of the same lengths')
+    if any(type(i) is not int or i < -1 for part in ids for i in part):
+        raise ValueError('"teacher_ids" must hold whole numbers from 0 up, or -1 for none')
+    if any(type(x) not in (int, float) or not x <= 0.01 for part in log_prob for x in part):
+        raise ValueError('"teacher_log_prob" must hold log-probabilities, numbers up to 0')
+    for classes, logs in zip(ids, log_prob, strict=True):
+        listed = [i for i in classes if i >= 0]
+        if len(set(listed)) < len(listed):
+            raise ValueError('"teacher_ids" must list distinct classes for each token')
+        total = sum(math.exp(x) for i, x in zip(classes, logs, strict=True) if i >= 0)
+        if listed and not 0 < total <= 1.01:
+            raise ValueError(
+                f'"teacher_log_prob" holds probabilities that add up to {total:.4g} for a token'
+            )
+    return found
 
 
 def _messages(row: dict, chat: bool):
@@ -377,7 +413,7 @@ def load(settings: Settings, chat: bool, to_train: bool = True) -> Data:
     train, held_out, validation = ([row for piece in pieces for row in piece[i]] for i in range(3))
     for row in train + held_out + validation:
         row["task_ids"] = tasks.index(row["task"])
-    for name in ("sample_weights", "token_weight"):
+    for name in ("sample_weights", *PER_TOKEN):
         known = sum(name in row for row in train)
         if 0 < known < len(train):
             column = "weight" if name == "sample_weights" else name

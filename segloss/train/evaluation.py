@@ -278,6 +278,8 @@ def task_result(task: str, items: list[Item], data: Data, options: Any, seed: in
     result["chance"] = float(np.mean([1 / len(item.options) for item in items]))
     labels = sorted({option.strip() for option in items[0].options})
     if all(sorted({option.strip() for option in item.options}) == labels for item in items):
+        # of a test split, with answers that training has none of
+        labels = sorted({*labels, *((item.answer or "").strip() for item in items)})
         true = np.array([labels.index((item.answer or "").strip()) for item in items])
         said = np.array([labels.index(item.found["choice"]) for item in items])
         counted = [c for c in range(len(labels)) if (true == c).sum() >= options.min_class_items]

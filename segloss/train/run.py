@@ -368,6 +368,7 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
     teacher = teacher_of(settings, loss, tokenizer)
     data = of_data.load(settings, bool(tokenizer.chat_template), to_train)
     check_columns(settings, data)
+    check_teacher(settings, data, loss, teacher)
     steps = training.max_steps if training.max_steps > 0 else None
     if steps is None and len(data.tasks):
         batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
@@ -400,6 +401,7 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
                 callbacks=callbacks(options),
                 loss=loss,
                 teacher=teacher,
+                teacher_rest=options.teacher_rest,
                 head=options.head,
                 task_weights=coba(options, len(data.tasks), steps or 0, training.device),
                 sample_weights=sample_weighting(options),
@@ -421,14 +423,12 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
 
 
 def teacher_of(settings: Settings, loss: Any, tokenizer: Any) -> Any:
-    """The model that the loss learns from, None where it reads none."""
+    """The model that the loss learns from, None where none is given."""
     from . import data as of_data
     from . import model
 
     name = settings.options.teacher
     if name is None:
-        if loss is not None and loss.reads_teacher:
-            raise UserError("--loss has distill, which learns from a model: give --teacher MODEL")
         return None
     if loss is None or not loss.reads_teacher:
         raise UserError("--teacher is read by distill alone: give --loss 0.5*ce+0.5*distill")
@@ -477,6 +477,32 @@ def check_columns(settings: Settings, data: Data) -> None:
         raise UserError("--validation_items is 0; --task_weights coba reads their loss")
 
 
+def check_teacher(settings: Settings, data: Data, loss: Any, teacher: Any) -> None:
+    """A loss with distill has one teacher: a model, or the columns of a stored one."""
+    from .data import STORED, say
+
+    stored = [name for name in data.columns if name in STORED]
+    reads = loss is not None and loss.reads_teacher
+    if stored and not reads:
+        say(f"note: {' and '.join(stored)} are read by distill alone, which --loss does not have")
+    if stored and teacher is not None:
+        raise UserError(f"--teacher is given, and the data have {stored[0]}; it takes one of them")
+    known = not data.tasks or stored  # what a stream holds is seen when it comes
+    if reads and teacher is None and not known:
+        raise UserError(
+            "--loss has distill, which learns from a teacher: give --teacher MODEL, or data with "
+            "the columns teacher_ids and teacher_log_prob"
+        )
+    watched = data.validation or data.held_out
+    if reads and stored and settings.training.eval_strategy != "no":
+        for row in watched:
+            if STORED[0] not in row:
+                raise UserError(
+                    f"{row['where']}: there is no teacher_ids, which the loss of --eval_strategy "
+                    f"{settings.training.eval_strategy} reads"
+                )
+
+
 def callbacks(options: Any) -> list:
     from transformers import EarlyStoppingCallback
 
@@ -509,8 +535,8 @@ def sample_weighting(options: Any) -> Any:
 
 
 def check_lengths(trainer: Trainer, prepared: dict, settings: Settings, data: Data) -> None:
-    """Rows that were cut or left out are counted; token weights must be as many as tokens."""
-    from .data import say
+    """Rows that were cut or left out are counted; columns per token must be as many as tokens."""
+    from .data import PER_TOKEN, STORED, say
     from .evaluation import SLACK_TOKENS
 
     limit, parts = settings.training.max_length, {"train": trainer.train_dataset, **prepared}
@@ -527,23 +553,56 @@ def check_lengths(trainer: Trainer, prepared: dict, settings: Settings, data: Da
             say(f"{name}: {left_out} rows are left out: no answer fits into --max_length {limit}")
         if cut and not settings.training.packing:
             say(f"{name}: {cut} of {len(lengths)} rows reach --max_length {limit} and may be cut")
-        if "token_weight" in rows.column_names:
-            weights = rows["token_weight"]
-            for place, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
-                if len(weight) != length and not (length == limit and len(weight) > length):
+        for column in (name for name in PER_TOKEN if name in rows.column_names):
+            found = rows[column]
+            for place, (length, numbers) in enumerate(zip(lengths, found, strict=True)):
+                count = 0 if numbers is None else len(numbers)
+                if numbers is not None and count != length and not length == limit < count:
                     raise UserError(
-                        f"{rows[place]['where']}: it has {len(weight)} token_weight for {length} "
-                        "tokens"
+                        f"{rows[place]['where']}: it has {count} {column} for {length} tokens"
                     )
-    if "token_weight" in getattr(trainer.train_dataset, "column_names", ()):
-        trainer.train_dataset = trainer.train_dataset.map(
-            lambda row: {"token_weight": row["token_weight"][: len(row["input_ids"])]}
-        )
+    trainer.train_dataset = as_long(trainer.train_dataset, settings)
+    trainer.eval_dataset = as_long(trainer.eval_dataset, settings)
+    if trainer.loss.reads_teacher and STORED[0] in trainer.train_dataset.column_names:
+        check_stored(trainer)
     if positions is not None and longest + SLACK_TOKENS > positions:
         raise UserError(
             f"{settings.model.model_name_or_path} reads at most {positions} tokens, and the "
             f"longest row with an answer needs {longest + SLACK_TOKENS}; lower --max_length"
         )
+
+
+def as_long(rows: Any, settings: Settings) -> Any:
+    """A data set whose columns per token are cut as its tokens were."""
+    from .data import PER_TOKEN
+
+    found = getattr(rows, "column_names", None) or ()
+    names = [name for name in PER_TOKEN if name in found]
+    if not names:
+        return rows
+    at_end = settings.training.truncation_mode == "keep_end"
+
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        length = len(row["input_ids"])
+        part = slice(-length, None) if at_end else slice(length)
+        return {name: None if row[name] is None else row[name][part] for name in names}
+
+    return rows.map(cut)
+
+
+def check_stored(trainer: Trainer) -> None:
+    """Every label has a class of the stored teacher, and the student has that class."""
+    rows = trainer.train_dataset
+    classes = trainer.model.get_output_embeddings().weight.shape[0]
+    for place, (labels, lists) in enumerate(zip(rows["labels"], rows["teacher_ids"], strict=True)):
+        for label, listed in zip(labels[1:], lists[1:], strict=True):
+            if label != -100 and max(listed, default=-1) < 0:
+                raise UserError(f"{rows[place]['where']}: teacher_ids has no class for some label")
+            if max(listed, default=-1) >= classes:
+                raise UserError(
+                    f"{rows[place]['where']}: teacher_ids has {max(listed)}; the model has "
+                    f"{classes} classes"
+                )
 
 
 def describe(settings: Settings, trainer: Trainer, data: Data, network: Any) -> dict[str, Any]:
@@ -574,7 +633,9 @@ def data_hash(trainer: Trainer) -> str:
         if hasattr(rows, "__len__"):
             for place in range(0, len(rows), max(1, len(rows) // 4096)):
                 row = rows[place]
-                digest.update(json.dumps([row["input_ids"], row.get("labels")]).encode())
+                read = [row["input_ids"], row.get("labels")]
+                read += [row["teacher_log_prob"]] if "teacher_log_prob" in row else []
+                digest.update(json.dumps(read).encode())
     return digest.hexdigest()
 
 

@@ -54,6 +54,25 @@ def test_stored_probabilities_are_those_of_the_teacher_spread_out():
     assert names["hidden"].grad is not None and names["head"].grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_the_trainer_learns_from_the_columns(tmp_path, monkeypatch):
+    """Its loss is that of the two lists, renormalised at temperature 2."""
+    monkeypatch.chdir(tmp_path)
+    names = run("As columns of the data")
+    assert names["trainer"].state.global_step == 3
+    model, row = names["model"].eval(), names["row"]
+    with torch.no_grad():
+        logits = model(torch.tensor([row["input_ids"]])).logits[0]
+    terms = []
+    for place in (2, 3):
+        hard = -logits[place - 1].log_softmax(-1)[row["labels"][place]]
+        log_p = (logits[place - 1] / 2).log_softmax(-1)[row["teacher_ids"][place]]
+        log_q = (torch.tensor(row["teacher_log_prob"][place]) / 2).log_softmax(-1)
+        terms.append(0.5 * hard + 0.5 * (log_q.exp() * (log_q - log_p)).sum())
+    found = names["trainer"].evaluate([row])["eval_loss"]
+    assert found == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
+
+
 def test_policy_gradient_and_unlikelihood():
     names = run("Log-probabilities of several answers")
     logits = names["logits"].detach()

@@ -364,6 +364,19 @@ def test_stored_teachers(kind, rest, temperature):
             assert_distils(logits, target, teacher, reduction=reduction, **options)
 
 
+def test_a_part_of_a_sum_refuses_its_teacher():
+    """As it does alone."""
+    logits, target = torch.randn(4, 9), torch.arange(4)
+    log_prob, ids = torch.randn(4, 9).log_softmax(-1).topk(3)
+    for kind, temperature, rest, message in (
+        ("reverse", 1, "renormalise", "reverse KL is infinite"),
+        ("forward", 2, "ignore", "rest='ignore' takes 1"),
+    ):
+        loss = segloss.CrossEntropyLoss() + segloss.DistillationLoss(kind, temperature=temperature)
+        with pytest.raises(ValueError, match=message):
+            loss(logits, target, teacher=segloss.TopK(ids, log_prob, rest=rest))
+
+
 @pytest.mark.parametrize("rest", ["renormalise", "uniform"])
 def test_all_classes_stored_is_the_teacher_itself(rest):
     logits, target = example(7, 37)

@@ -210,3 +210,13 @@ def test_a_model_whose_head_cannot_be_fused_says_what_to_do(run, monkeypatch):
     monkeypatch.setattr("segloss.train.evaluation.head_logits", refuse)
     with pytest.raises(UserError, match="below its head; --head logits takes the model's own"):
         Evaluator(run.trainer)(fresh(run), lambda count: None)
+
+
+def test_an_answer_of_a_test_split_that_training_has_not():
+    """It counts as wrong, and as a class that never comes out."""
+    items = found_of(["a", "b", "a"], [" a", " b", " a"], [" a", " b", " c"])
+    for item in items:
+        item.options = [" a", " b"]
+    (row,) = results(items, Facts, Least)
+    assert row["accuracy"][0] == pytest.approx(2 / 3) and row["classes"] == 3
+    assert row["macro_f1"][0] == pytest.approx((2 / 3 + 1 + 0) / 3)
