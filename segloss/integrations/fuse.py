@@ -6,6 +6,7 @@ B sequences of T tokens.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,6 +52,9 @@ def fuse_loss(model: nn.Module, criterion: Callable, *, shift: bool | None = Non
 
     The model can be pickled, copied and saved as before. `.remove()` of what is returned, which
     is also `model.forward`, gives the model its own loss back.
+
+    Under torch.compile the pass with labels is not compiled; that of `LossMixin`, and of
+    `head_loss` on the compiled model, is.
 
     A `Trainer` with `label_smoothing_factor` does not ask the model for its loss: give the
     criterion its `label_smoothing`. TRL's trainers form theirs from log-probabilities and never
@@ -182,7 +186,10 @@ class Fused(InPlace):
             batch = self.named(arguments, keywords)
             if batch.get("labels") is None and batch.get("shift_labels") is None:
                 return self.original(*arguments, **keywords)
-            return self.with_loss(batch)
+            with_loss = self.with_loss
+            if "torch._dynamo" in sys.modules:  # a compiled model: nothing of ours can be traced
+                with_loss = torch.compiler.disable(with_loss)
+            return with_loss(batch)
         finally:
             self.active = False
 

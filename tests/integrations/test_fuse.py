@@ -388,3 +388,25 @@ def test_trl_is_refused(tmp_path):
         theirs = test_trl.trainer(tmp_path, model, trainer_class=trl.SFTTrainer, **options)
         with pytest.raises(TypeError, match=words):
             theirs.train()
+
+
+@pytest.mark.parametrize("order", ["fused, compiled", "compiled, fused", "in place"])
+def test_a_compiled_model_can_be_fused(order):
+    torch._dynamo.reset()
+    value, grads = truth(plain_cross_entropy)
+    model = tiny_model()
+    called = model
+    if order == "in place":
+        model.compile(backend="eager")
+    elif order == "compiled, fused":
+        called = torch.compile(model, backend="eager")
+    fuse_loss(called, segloss.CrossEntropyLoss())
+    if order == "fused, compiled":
+        called = torch.compile(model, backend="eager")
+    for _ in range(2):
+        model.zero_grad()
+        loss = called(**batch()).loss
+        loss.backward()
+        torch.testing.assert_close(loss, value)
+        torch.testing.assert_close(gradients(model), grads)
+    assert called(input_ids=batch()["input_ids"]).logits.shape == (4, 9, V)
