@@ -484,6 +484,11 @@ class Call:
 
     def take(self, module, arguments, output):
         if isinstance(output, tuple):
+            if len(output) != 2:
+                raise TypeError(
+                    f"a forward hook on the head of {type(self.inner).__name__} changes its "
+                    'logits; give the loss model(...).logits (LossMixin: head="logits")'
+                )
             self.carried, output = output
         return output
 
