@@ -49,7 +49,8 @@ def fuse_loss(model: nn.Module, criterion: Callable, *, shift: bool | None = Non
     under any trainer that reads the model's loss: `Trainer` and its subclasses, a loop, and with
     every engine that `head_loss` serves. `num_items_in_batch` (the divisor) and `shift_labels` are
     honoured; `token_weight` (B, T), of the labels, and `sample_ids` (B, T) reach a segloss loss as
-    further arguments of the model's forward.
+    further arguments of the model's forward. With labels there are no predictions for a Trainer's
+    `compute_metrics`; `LossMixin` makes them.
 
     The model can be pickled, copied and saved as before. `.remove()` of what is returned, which
     is also `model.forward`, gives the model its own loss back.

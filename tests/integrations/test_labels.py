@@ -419,7 +419,7 @@ def test_labels_that_are_no_classes(kind, tmp_path):
         compute_loss_func=compute_loss_func(segloss.CrossEntropyLoss()),
     )
     for trainer in (ours, theirs):
-        with pytest.raises(TypeError, match="labels are a torch.float32 tensor .* keeps its own"):
+        with pytest.raises(TypeError, match=r"labels are a torch.float32 tensor .* keeps its own"):
             trainer.compute_loss(model, dict(batch))
 
 
