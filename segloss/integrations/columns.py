@@ -28,7 +28,7 @@ class KeepColumns:
         self.collator = collator
 
     def __call__(self, examples: list[Any], *args, **kwargs) -> Any:
-        names = columns_of(examples[0]) if examples else []
+        names = columns_of(examples)
         if not names:
             return self.collator(examples, *args, **kwargs)
         known = [{k: v for k, v in row.items() if k not in names} for row in examples]
@@ -49,7 +49,8 @@ def columns_of(data: Any) -> list[str] | None:
     """Those of an example or a data set; None where it does not say before it is read."""
     names = data.keys() if isinstance(data, Mapping) else getattr(data, "column_names", None)
     if names is None and isinstance(data, (list, tuple)) and data:
-        return columns_of(data[0])
+        rows = [row for row in data if isinstance(row, Mapping)]
+        names = set().union(*rows) if rows else None  # one that some rows have is one of all
     return None if names is None else [name for name in LOSS_COLUMNS if name in names]
 
 

@@ -80,7 +80,7 @@ def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     not_for_it = (*LOSS_COLUMNS, "labels", "shift_labels", "num_items_in_batch")
     inputs = {name: value for name, value in batch.items() if name not in not_for_it}
     labels = batch.get("labels")
-    if reads_labels(model) and labels is not None:
+    if reads_labels(model) and labels is not None and labels.dim() > 1:
         given = ("decoder_input_ids", "decoder_inputs_embeds")
         if all(inputs.get(name) is None for name in given):
             inputs["decoder_input_ids"] = shifted_right(model, labels)
@@ -132,6 +132,13 @@ def auxiliary_loss(model: Any, outputs: Any) -> Tensor | None:
             value = read(outputs, name)
             if isinstance(value, Tensor):
                 terms.append(coefficient(model, name, factor_names) * value)
+    for name in ("aux_loss", "encoder_aux_loss"):
+        router_logits = read(outputs, name.replace("aux_loss", "router_logits"))
+        if not terms and hasattr(outputs, name) and router_logits is not None:
+            raise ValueError(
+                f"{type(model).__name__} makes its router loss only where it makes its own loss; "
+                "set output_router_logits to False in its config, to train without it"
+            )
     return sum(terms[1:], terms[0]) if terms else None
 
 

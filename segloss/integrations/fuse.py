@@ -6,6 +6,7 @@ B sequences of T tokens.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from segloss.integrations.forward import (
 from segloss.integrations.labels import Shift, calls_loss_function, shifts_labels, standard_loss
 from segloss.integrations.window import (
     IGNORE,
+    check_classes,
     next_tokens,
     packed_index,
     per_place,
@@ -47,10 +49,14 @@ def fuse_loss(model: nn.Module, criterion: Callable, *, shift: bool | None = Non
     under any trainer that reads the model's loss: `Trainer` and its subclasses, a loop, and with
     every engine that `head_loss` serves. `num_items_in_batch` (the divisor) and `shift_labels` are
     honoured; `token_weight` (B, T), of the labels, and `sample_ids` (B, T) reach a segloss loss as
-    further arguments of the model's forward.
+    further arguments of the model's forward. With labels there are no predictions for a Trainer's
+    `compute_metrics`; `LossMixin` makes them.
 
     The model can be pickled, copied and saved as before. `.remove()` of what is returned, which
     is also `model.forward`, gives the model its own loss back.
+
+    Under torch.compile the pass with labels is not compiled; that of `LossMixin`, and of
+    `head_loss` on the compiled model, is.
 
     A `Trainer` with `label_smoothing_factor` does not ask the model for its loss: give the
     criterion its `label_smoothing`. TRL's trainers form theirs from log-probabilities and never
@@ -182,7 +188,15 @@ class Fused(InPlace):
             batch = self.named(arguments, keywords)
             if batch.get("labels") is None and batch.get("shift_labels") is None:
                 return self.original(*arguments, **keywords)
-            return self.with_loss(batch)
+            if batch.get("sample_weights") is not None:
+                raise TypeError(
+                    "a model with fuse_loss was given sample_weights, which weigh the samples of a "
+                    "step: take LossMixin, or token_weight"
+                )
+            with_loss = self.with_loss
+            if "torch._dynamo" in sys.modules:  # a compiled model: nothing of ours can be traced
+                with_loss = torch.compiler.disable(with_loss)
+            return with_loss(batch)
         finally:
             self.active = False
 
@@ -267,7 +281,9 @@ def compute_loss_func(
     Args:
         shift: whether labels are the next tokens'. Default: what the class of the outputs says;
             those of an encoder-decoder need False, and a collator that gives decoder_input_ids.
-        model: needed for a mixture of experts, whose router loss is then added as the model does.
+        model: says where its labels stand, which some outputs do not (GPT-2's, of the class of
+            BART's decoder); needed for a mixture of experts, whose router loss is then added as
+            the model does.
     """
     check_mean(loss)
     return ComputeLoss(loss, shift, model)
@@ -285,6 +301,7 @@ class ComputeLoss:
                 f"labels are a {type(labels).__name__} and logits a {type(logits).__name__}; "
                 "compute_loss_func takes a batch with labels and a model that returns logits"
             )
+        check_classes(labels)
         labels = labels.to(logits.device)
         self.loss.to(logits.device)
         target = labels
@@ -310,14 +327,16 @@ class ComputeLoss:
             if found is not None:
                 return found
         name = type(outputs).__name__
-        if "CausalLM" in name:
+        # what GPT-2 returns, and decoders of BART's kind, whose labels stand at their places
+        either = "CausalLMOutputWithCrossAttentions"
+        if "CausalLM" in name and name != either:
             return True
         if any(part in name for part in ("MaskedLM", "TokenClassifier", "SequenceClassifier")):
             return False
         raise ValueError(
             f"a {name} does not say whether labels are the next tokens'; give compute_loss_func "
-            "shift=True, or False for labels at their places (an encoder-decoder, whose collator "
-            "then gives decoder_input_ids; LossMixin makes them itself)"
+            "model=model, or shift: True, or False for labels at their places (an encoder-decoder, "
+            "whose collator then gives decoder_input_ids; LossMixin makes them itself)"
         )
 
 
@@ -327,7 +346,8 @@ def set_loss_function(model: nn.Module, loss: Loss) -> None:
     For transformers models that call `self.loss_function` on logits of tokens or rows; `fuse_loss`
     is for any causal model, and makes no logits. `num_items_in_batch` and `shift_labels` are
     honoured; `token_weight` (B, T), of the labels, and `sample_ids` (B, T) reach the loss as
-    further arguments of the model's forward.
+    further arguments of the model's forward. The first label of a packed sample is predicted by
+    nothing, as with `fuse_loss`.
 
     Errors: TypeError for a model that computes its loss itself (T5, BART, Whisper, BERT's
     classifiers and many more), here or at its first call with labels.
@@ -344,10 +364,14 @@ def set_loss_function(model: nn.Module, loss: Loss) -> None:
         )
     current = getattr(inner, "loss_function", None)
     if isinstance(current, LossFunction):
-        current.handle.remove()
+        for handle in current.handles:
+            handle.remove()
     function = LossFunction(loss, name, list(inspect.signature(standard).parameters))
     function.shift = of == "ForCausalLMLoss"
-    function.handle = inner.register_forward_hook(WasCalled(function), with_kwargs=True)
+    function.handles = [
+        inner.register_forward_pre_hook(Columns(function), with_kwargs=True),
+        inner.register_forward_hook(WasCalled(function), with_kwargs=True),
+    ]
     inner.loss_function = function
 
 
@@ -361,12 +385,13 @@ COMPUTES_ITSELF = (
 class LossFunction:
     """In the place of `model.loss_function`, with the arguments of the standard one."""
 
-    handle: Any
+    handles: list
     shift: bool
 
     def __init__(self, loss: Loss, name: str, parameters: list[str]):
         self.loss, self.name, self.parameters = loss, name, parameters
         self.calls = 0
+        self.columns: dict[str, Any] = {}  # of this call, that tell packed samples apart
 
     def __call__(self, *arguments, **keywords) -> Tensor:
         self.calls += 1
@@ -385,14 +410,29 @@ class LossFunction:
         if weight is not None:
             weight = per_place("token_weight", weight, labels.shape).to(logits.device)
         self.loss.to(logits.device)
-        target = next_tokens(labels, ignore) if shift else labels
+        of_labels = {**self.columns, **given}
+        target = target_of(of_labels, shift, ignore)
+        samples = packed_index(of_labels, labels.shape)
         return self.loss(
             logits,
             target.to(logits.device),
             token_weight=next_tokens(weight, 0) if shift and weight is not None else weight,
-            sample_ids=given.get("sample_ids"),
+            sample_ids=None if samples is None else samples.to(logits.device),
             normalizer=given.get("num_items_in_batch"),
         )
+
+
+class Columns:
+    """What a forward is given and does not hand on to its loss function."""
+
+    def __init__(self, function: LossFunction):
+        self.function = function
+
+    def __call__(self, module, arguments, keywords) -> None:
+        named = inspect.signature(module.forward).bind_partial(*arguments).arguments
+        given = {**named, **keywords}
+        names = ("position_ids", "attention_mask")
+        self.function.columns = {name: given[name] for name in names if name in given}
 
 
 class WasCalled:
@@ -405,6 +445,7 @@ class WasCalled:
         if keywords.get("labels") is not None and self.function.calls == self.calls:
             raise TypeError(COMPUTES_ITSELF.format(self.function.name))
         self.calls = self.function.calls
+        self.function.columns = {}
 
 
 def check_mean(loss: Any) -> None:

@@ -46,7 +46,9 @@ def target_of(batch: Mapping[str, Tensor], shift: bool = True, ignore: int = IGN
         return batch["shift_labels"]
     labels = batch.get("labels")
     if labels is None:
-        raise ValueError(f"the batch has the columns {', '.join(batch)}; the loss takes labels")
+        names = ", ".join(name for name, column in batch.items() if column is not None)
+        raise ValueError(f"the batch has the columns {names}; the loss takes labels")
+    check_classes(labels)
     if not shift or labels.dim() < 2:
         return labels
     target = next_tokens(labels, ignore)
@@ -106,6 +108,15 @@ def check_stored(teacher: TopK, valid: Tensor) -> None:
 
 
 # -------------------------------------------------------------------------------------- samples
+
+
+def check_classes(labels: Tensor) -> None:
+    """No numbers of a regression, and no classes of which several may hold."""
+    if labels.is_floating_point():
+        raise TypeError(
+            f"labels are {describe(labels)}; it takes classes of an integer dtype, and a "
+            "regression or multi-label model keeps its own loss"
+        )
 
 
 @dataclass
@@ -178,6 +189,8 @@ class Samples:
 
 def per_place(name: str, column: Tensor, shape: torch.Size) -> Tensor:
     """A column with a number per row (B,) or per place (B, T), as (B, T)."""
+    if not isinstance(column, Tensor):
+        raise TypeError(f"{name} is {describe(column)}; it takes a tensor")
     if column.shape == shape:
         return column
     if column.shape != shape[:1]:
@@ -234,6 +247,8 @@ def packed_index(batch: Mapping[str, Tensor], shape: torch.Size) -> Tensor | Non
     starts = torch.zeros(shape, dtype=torch.bool, device=device)
     if positions is not None:
         starts |= positions == 0
+        if batch["position_ids"].dim() == 2:  # a restart at another place than 0
+            starts |= positions < F.pad(positions, (1, 0))[..., :-1]
     if attended is not None:
         starts &= attended != 0
         if numbered:

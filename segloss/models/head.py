@@ -106,6 +106,13 @@ def loss_at_head(
     model: nn.Module, criterion: Callable, target: Tensor | None, inputs: dict
 ) -> tuple[Any, Any]:
     """`head_loss` of one model."""
+    if not callable(criterion):
+        raise TypeError(
+            f"criterion is {describe(criterion)}; it takes a segloss loss or a callable of "
+            "(source, target)"
+        )
+    if target is not None and not isinstance(target, Tensor):
+        raise TypeError(f"target is {describe(target)}; it takes a tensor (B, T)")
     check_inputs(model, inputs)
     inner = unwrapped(model)
     head = head_of(inner)
@@ -484,6 +491,11 @@ class Call:
 
     def take(self, module, arguments, output):
         if isinstance(output, tuple):
+            if len(output) != 2:
+                raise TypeError(
+                    f"a forward hook on the head of {type(self.inner).__name__} changes its "
+                    'logits; give the loss model(...).logits (LossMixin: head="logits")'
+                )
             self.carried, output = output
         return output
 
@@ -628,7 +640,7 @@ def learn(model: Any, inner: Any, head: nn.Module, inputs: dict) -> Transform:
         return None, given[0].expand(*hidden.shape[:-2], *given[0].shape).clone()
 
     # the pass would add to a cache
-    inputs = {n: copy.deepcopy(v) if isinstance(v, Cache) else v for n, v in inputs.items()}
+    inputs = {n: copied(v) if isinstance(v, Cache) else v for n, v in inputs.items()}
     devices = {p.device for p in inner.parameters() if p.device.type not in ("cpu", "meta")}
     with (
         torch.random.fork_rng(devices, device_type=next(iter(devices)).type if devices else "cuda"),
@@ -647,6 +659,13 @@ def learn(model: Any, inner: Any, head: nn.Module, inputs: dict) -> Transform:
             ) from error
     call.check_called()
     return learnt(type(inner).__name__, given[0], whole(outputs.logits), given[1].dtype)
+
+
+def copied(cache: Any) -> Any:
+    """A cache whose tensors may have a gradient, which a plain copy refuses."""
+    tensors = [t for layer in getattr(cache, "layers", []) for t in vars(layer).values()]
+    graded = (t for t in tensors if isinstance(t, Tensor) and t.requires_grad)
+    return copy.deepcopy(cache, {id(t): t.detach() for t in graded})
 
 
 def is_due(calls: int) -> bool:

@@ -119,10 +119,11 @@ def make_batch(
         if token_weight.dtype == torch.bool or token_weight.is_complex():
             raise TypeError(f"token_weight is {describe(token_weight)}; it takes a float dtype")
         token_weight = token_weight.detach().reshape(-1).to(source.dtype)
-        if device.type == "cpu" and bool((token_weight < 0).any()):
-            raise ValueError(
-                f"token_weight has a value of {float(token_weight.min())}; it takes numbers >= 0"
-            )
+        if device.type == "cpu":
+            wrong = ~((token_weight >= 0) & (token_weight < torch.inf)) & valid
+            if bool(wrong.any()):
+                value = float(token_weight[wrong][0])
+                raise ValueError(f"token_weight has a value of {value}; it takes numbers >= 0")
         # weight 0 is the token not listed: as ignored, so that its NaN or inf cannot leak in
         valid = valid & (token_weight != 0)
         flat = torch.where(valid, flat, ignore_index)

@@ -310,6 +310,9 @@ def _tokens(row: dict, chat: bool):
     for name, ids in found.items():
         if not isinstance(ids, Sequence) or not all(type(i) is int for i in ids) or not ids:
             raise ValueError(f'"{name}" must be a list of whole numbers')
+        wrong = next((i for i in ids if i < 0 and (i, name) != (-100, "labels")), None)
+        if wrong is not None:
+            raise ValueError(f'"{name}" has {wrong}; it takes tokens, and labels of none are -100')
     found.setdefault("labels", found["input_ids"])
     if len(found["labels"]) != len(found["input_ids"]):
         number = len(found["labels"])

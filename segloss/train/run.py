@@ -534,6 +534,18 @@ def sample_weighting(options: Any) -> Any:
     )
 
 
+def check_tokens(rows: Any, model: Any) -> None:
+    """Tokens that the data give themselves are the model's."""
+    number = model.get_input_embeddings().num_embeddings
+    for name in {"input_ids", "labels"} & set(rows.column_names):
+        for place, ids in enumerate(rows[name]):
+            if max(ids, default=0) >= number:
+                where = rows[place].get("where", "a row")
+                raise UserError(
+                    f"{where}: {name} has the token {max(ids)}; the model has {number}, from 0 up"
+                )
+
+
 def check_lengths(trainer: Trainer, prepared: dict, settings: Settings, data: Data) -> None:
     """Rows that were cut or left out are counted; columns per token must be as many as tokens."""
     from .data import PER_TOKEN, STORED, say
@@ -545,6 +557,7 @@ def check_lengths(trainer: Trainer, prepared: dict, settings: Settings, data: Da
     for name, rows in parts.items():
         if not hasattr(rows, "__len__"):
             return
+        check_tokens(rows, trainer.model)
         lengths = [len(ids) for ids in rows["input_ids"]]
         longest = max([longest, *lengths])
         cut = sum(length == limit for length in lengths)

@@ -346,3 +346,13 @@ def test_packed_training_equals_rows_apart(tmp_path):
     packed = {"input_ids": ids.reshape(1, 16), "labels": ids.reshape(1, 16)}
     together = ours.compute_loss(model, packed | {"position_ids": places.reshape(1, 16)})
     torch.testing.assert_close(together, apart, rtol=1e-6, atol=0)
+
+
+def test_a_column_that_the_first_rows_lack(tmp_path):
+    row = {"input_ids": [5, 6], "labels": [5, 6]}
+    rows = [row, {**row, "sample_weights": 2.0}]
+    collate = KeepColumns(transformers.default_data_collator)
+    with pytest.raises(ValueError, match="sample_weights is missing in some rows"):
+        collate(rows)
+    made = LossTrainer(tiny_model(), training_arguments(tmp_path), train_dataset=rows)
+    assert made._columns == ["sample_weights"]

@@ -392,3 +392,88 @@ def test_trl_is_refused(tmp_path):
         theirs = test_trl.trainer(tmp_path, model, trainer_class=trl.SFTTrainer, **options)
         with pytest.raises(TypeError, match=words):
             theirs.train()
+
+
+@pytest.mark.parametrize("order", ["fused, compiled", "compiled, fused", "in place"])
+def test_a_compiled_model_can_be_fused(order):
+    torch._dynamo.reset()
+    value, grads = truth(plain_cross_entropy)
+    model = tiny_model()
+    called = model
+    if order == "in place":
+        model.compile(backend="eager")
+    elif order == "compiled, fused":
+        called = torch.compile(model, backend="eager")
+    fuse_loss(called, segloss.CrossEntropyLoss())
+    if order == "fused, compiled":
+        called = torch.compile(model, backend="eager")
+    for _ in range(2):
+        model.zero_grad()
+        loss = called(**batch()).loss
+        loss.backward()
+        torch.testing.assert_close(loss, value)
+        torch.testing.assert_close(gradients(model), grads)
+    assert called(input_ids=batch()["input_ids"]).logits.shape == (4, 9, V)
+
+
+PACKED = {
+    "position_ids": {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]]).expand(4, -1)},
+    "positions from 1": {"position_ids": torch.tensor([[1, 2, 3, 1, 2, 3, 4, 5, 6]]).expand(4, -1)},
+    "sample_ids": {"sample_ids": torch.tensor([[5, 5, 5, -1, -1, -1, -1, -1, -1]]).expand(4, -1)},
+}
+
+
+@pytest.mark.parametrize("put", [fuse_loss, set_loss_function])
+@pytest.mark.parametrize("name", PACKED)
+def test_the_first_label_of_a_packed_sample_is_predicted_by_nothing(put, name):
+    model, columns = tiny_model(), PACKED[name]
+    ids = batch()["input_ids"]
+    positions = {k: v for k, v in columns.items() if k == "position_ids"}
+    target = F.pad(ids, (0, 1), value=-100)[:, 1:]
+    target[:, 2] = -100  # the fourth token begins another sample
+    with torch.no_grad():
+        expected = plain_cross_entropy(
+            model(input_ids=ids, use_cache=False, **positions).logits, target
+        )
+    put(model, segloss.CrossEntropyLoss())
+    with torch.no_grad():
+        found = model(input_ids=ids, labels=ids, use_cache=False, **columns).loss
+        torch.testing.assert_close(found, expected)
+        if positions:  # in its place among the arguments
+            found = model(ids, None, columns["position_ids"], labels=ids, use_cache=False).loss
+            torch.testing.assert_close(found, expected)
+
+
+def test_sample_weights_are_refused():
+    model = tiny_model()
+    fuse_loss(model, segloss.CrossEntropyLoss())
+    with pytest.raises(
+        TypeError, match=r"given sample_weights, .*: take LossMixin, or token_weight"
+    ):
+        model(**batch(), sample_weights=torch.ones(4))
+
+
+@pytest.mark.parametrize("put", [fuse_loss, set_loss_function])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_token_weight_that_is_none(put, value):
+    model = tiny_model()
+    put(model, segloss.CrossEntropyLoss())
+    weight = torch.ones(4, 9, dtype=torch.float64)
+    weight[1, 8] = value
+    with pytest.raises(ValueError, match=f"token_weight has a value of {value}; it takes numbers"):
+        model(**batch(), token_weight=weight)
+    rows, weight[1, 8] = batch(), 1
+    expected = model(**rows, token_weight=weight).loss
+    ignored = rows["labels"] == -100
+    found = model(**rows, token_weight=weight.masked_fill(ignored, value)).loss
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_hook_that_changes_the_logits_of_the_head():
+    model = tiny_model()
+    model.lm_head.register_forward_hook(lambda module, arguments, output: output * 2)
+    fuse_loss(model, segloss.CrossEntropyLoss())
+    with pytest.raises(
+        TypeError, match=r"a forward hook on the head of Llama.*model\(...\).logits"
+    ):
+        model(**batch())

@@ -487,3 +487,31 @@ def test_a_cap_that_has_another_name(size):
 def test_data_parallel_is_refused():
     with pytest.raises(TypeError, match="DataParallel"):
         head_loss(nn.DataParallel(llama()), CE, TARGET, input_ids=TOKENS)
+
+
+def test_a_criterion_and_a_target_that_are_none():
+    with pytest.raises(TypeError, match="criterion is 'ce'; it takes a segloss loss or a callable"):
+        head_loss(llama(), "ce", TARGET, input_ids=TOKENS)
+    with pytest.raises(TypeError, match=r"target is a list .*; it takes a tensor \(B, T\)"):
+        head_loss(llama(), CE, TARGET.tolist(), input_ids=TOKENS)
+
+
+def test_a_cache_with_a_gradient():
+    """What was read before is trained through, as with the model's own logits."""
+    found, losses = [], []
+    for fused in (True, False):
+        model = llama().eval()
+        past = transformers.DynamicCache(config=model.config)
+        takes = inspect.signature(model.forward).parameters
+        given = {"cache" if "cache" in takes else "past_key_values": past}
+        model(input_ids=TOKENS[:, :4], use_cache=True, **given)
+        rest = {"input_ids": TOKENS[:, 4:], **given}
+        if fused:
+            loss, _ = head_loss(model, CE, TARGET[:, 4:], **rest)
+        else:
+            loss = F.cross_entropy(model(**rest).logits.flatten(0, 1), TARGET[:, 4:].flatten())
+        loss.backward()
+        losses.append(loss)
+        found.append(model.model.layers[0].self_attn.k_proj.weight.grad)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*found)

@@ -383,3 +383,75 @@ def test_kinds_of_labels_that_are_no_classes():
     questions = transformers.LlamaForQuestionAnswering(transformers.LlamaConfig(**SIZES))
     with pytest.raises(TypeError, match="ForQuestionAnswering"):
         set_loss_function(questions, segloss.FocalLoss())
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "BartForCausalLM"])
+def test_outputs_of_two_kinds_of_models(name):
+    """GPT-2 and BART's decoder return one class, and their labels stand at different places."""
+    sizes = {"vocab_size": 60, "decoder_layers": 1, "encoder_layers": 1, "decoder_ffn_dim": 16}
+    config = transformers.BartConfig(d_model=16, decoder_attention_heads=2, **sizes)
+    if name == "GPT2LMHeadModel":
+        config = transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2)
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config).eval()
+    ids = torch.randint(3, 60, (2, 9))
+    outputs = model(input_ids=ids)
+    with pytest.raises(
+        ValueError, match=r"does not say .*; give compute_loss_func model=model, or"
+    ):
+        compute_loss_func(segloss.CrossEntropyLoss())(outputs, ids)
+    call = compute_loss_func(segloss.CrossEntropyLoss(), shift=name.startswith("GPT2"))
+    expected = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(call(outputs, ids), expected)
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_labels_that_are_no_classes(kind, tmp_path):
+    sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = transformers.BertConfig(
+        num_attention_heads=2, num_labels=3, problem_type=kind, **sizes
+    )
+    model = transformers.BertForSequenceClassification(config)
+    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    batch = {"input_ids": torch.randint(3, 60, (2, 9)), "labels": labels}
+    ours = LossTrainer(model, training_arguments(tmp_path))
+    theirs = transformers.Trainer(
+        model,
+        training_arguments(tmp_path),
+        compute_loss_func=compute_loss_func(segloss.CrossEntropyLoss()),
+    )
+    for trainer in (ours, theirs):
+        with pytest.raises(TypeError, match=r"labels are a torch.float32 tensor .* keeps its own"):
+            trainer.compute_loss(model, dict(batch))
+
+
+def test_a_classifier_of_rows_that_is_an_encoder_decoder(tmp_path):
+    sizes = {"vocab_size": 60, "decoder_layers": 1, "encoder_layers": 1, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    config = transformers.BartConfig(d_model=16, num_labels=5, eos_token_id=2, **sizes, **heads)
+    torch.manual_seed(0)
+    model = transformers.BartForSequenceClassification(config)
+    ids = F.pad(torch.randint(3, 60, (2, 8)), (0, 1), value=2)
+    batch = {"input_ids": ids, "labels": torch.tensor([1, 3])}
+    trainer = LossTrainer(model, training_arguments(tmp_path))
+    model.eval()
+    torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), model(**batch).loss)
+
+
+def test_a_router_loss_that_is_made_with_labels_alone(tmp_path):
+    sizes = {"vocab_size": 60, "d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "num_experts": 4, "decoder_sparse_step": 2}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_sparse_step": 2}
+    config = transformers.NllbMoeConfig(
+        **sizes, **layers, **heads, decoder_start_token_id=2, output_router_logits=True
+    )
+    torch.manual_seed(0)
+    model = transformers.NllbMoeForConditionalGeneration(config)
+    ids = torch.randint(3, 60, (2, 9))
+    batch = {"input_ids": ids, "labels": ids}
+    trainer = LossTrainer(model, training_arguments(tmp_path))
+    model.eval()
+    with pytest.raises(ValueError, match="makes its router loss only where it makes its own loss"):
+        trainer.compute_loss(model, dict(batch))
+    model.config.output_router_logits = False
+    torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), model(**batch).loss)

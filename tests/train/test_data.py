@@ -252,6 +252,14 @@ def test_token_weights(model_folder, tmp_path):
         prepared(model_folder, [file], "--output", tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+def test_tokens_that_the_model_has_not(model_folder, tmp_path, name):
+    row = {"input_ids": [64, 65, 66], "labels": [-100, 65, 66]}
+    file = write_jsonl(tmp_path / "mine.jsonl", [row, row | {name: [64, 65, 999]}])
+    with pytest.raises(UserError, match=f"mine.jsonl, line 2: {name} has the token 999; the model"):
+        prepared(model_folder, [file], "--output", tmp_path / "run")
+
+
 GOOD = '{"prompt": "p", "completion": " c"}'
 ODD = {
     "not JSON": ('{"prompt": "p"', "line 2: not JSON (Expecting ',' delimiter at column 15)"),
@@ -283,6 +291,14 @@ ODD = {
     "labels of another length": (
         '{"input_ids": [1, 2], "labels": [1]}',
         'line 2: there are 2 "input_ids" and 1 "labels"',
+    ),
+    "a label below 0": (
+        '{"input_ids": [1, 2], "labels": [-1, 2]}',
+        'line 2: "labels" has -1; it takes tokens, and labels of none are -100',
+    ),
+    "a token below 0": (
+        '{"input_ids": [1, -100]}',
+        'line 2: "input_ids" has -100; it takes tokens',
     ),
     "another shape": ('{"text": "x"}', "some rows have prompt, some text; a run takes one of them"),
     "weight in some": (
