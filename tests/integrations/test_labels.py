@@ -396,9 +396,7 @@ def test_outputs_of_two_kinds_of_models(name):
     model = getattr(transformers, name)(config).eval()
     ids = torch.randint(3, 60, (2, 9))
     outputs = model(input_ids=ids)
-    with pytest.raises(
-        ValueError, match=r"does not say .*; give compute_loss_func model="
-    ):
+    with pytest.raises(ValueError, match=r"does not say .*; give compute_loss_func model="):
         compute_loss_func(segloss.CrossEntropyLoss())(outputs, ids)
     call = compute_loss_func(segloss.CrossEntropyLoss(), shift=name.startswith("GPT2"))
     expected = model(input_ids=ids, labels=ids).loss
