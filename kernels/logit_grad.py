@@ -414,7 +414,7 @@ def block_grad(
         grads = terms.class_grad
         grads = grads if grads.shape[0] == 1 else grads[terms.sample[here]]
         columns = slice(None) if terms.columns is None else terms.columns
-        class_part = dz[:, columns] * (grads * vectors.class_scale[here])
+        class_part = (dz[:, columns] * grads).mul_(vectors.class_scale[here])
     if log_p is None:
         dz.mul_(vectors.scale[here])
     else:

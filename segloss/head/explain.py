@@ -12,7 +12,8 @@ import torch
 
 from segloss.head.inputs import Inputs, is_frozen
 from segloss.head.rows import chunk_slices, kept_rows, rows_to_keep
-from segloss.kernels.common import cdiv
+from segloss.kernels.class_stats import PARTIAL_SUMS
+from segloss.kernels.common import BLOCK_BYTES, cdiv
 from segloss.sweep.batch import Batch
 
 
@@ -32,12 +33,13 @@ class Plan:
         return f"{self.chunks} of {self.rows} rows, peak {megabytes(self.peak)}"
 
 
-def explain(inputs: Inputs, batch: Batch, row_sum: bool) -> str:
-    """`row_sum`: whether the loss is one, so that gradients are formed in forward."""
+def explain(inputs: Inputs, batch: Batch, row_sum: bool, all_classes: bool = False) -> str:
+    """`row_sum`: whether the loss is one, so that gradients are formed in forward; `all_classes`:
+    whether it sums the probabilities of each, which backward reads before it begins."""
     rows = kept_rows(inputs, batch)
     num_rows = batch.target.numel() if rows is None else rows.numel()
     copied = rows is not None or not inputs.options.compact
-    plan = plan_of(inputs, row_sum, num_rows, copied)
+    plan = plan_of(inputs, row_sum, num_rows, copied, all_classes=all_classes)
     num_classes, width = inputs.weight.shape
     itemsize = inputs.options.product_dtype.itemsize
     one = 2 * num_rows * width * num_classes
@@ -71,7 +73,12 @@ def alternatives(inputs: Inputs, row_sum, num_rows: int, copied: bool, chosen: P
 
 
 def plan_of(
-    inputs: Inputs, row_sum: bool, num_rows: int, copied: bool = False, rows: int | None = None
+    inputs: Inputs,
+    row_sum: bool,
+    num_rows: int,
+    copied: bool = False,
+    rows: int | None = None,
+    all_classes: bool = False,
 ) -> Plan:
     """`rows` of a chunk, None for those that are chosen; `copied`: whether hidden states are."""
     needed, options = inputs.needed(), inputs.options
@@ -95,9 +102,15 @@ def plan_of(
         peak = held["copies"] + max(max(moments) - sum(grad.values()), 0)
         return Plan(mode, products, rows, chunks, held, peak)
 
+    tiles = sums = 0
+    if all_classes and not on_gpu:
+        # float32 row blocks of threads, p and the sums' part; what class sums are added up from,
+        # with the largest p of each class, its row and the last of both
+        tiles = 2 * torch.get_num_threads() * min(BLOCK_BYTES, 4 * rows * num_classes)
+        sums = 4 * num_classes * (PARTIAL_SUMS + 6)
     chunk = rows * row_bytes + work
     if not any(needed.values()):
-        return plan("no gradient: statistics only", 1, [chunk])
+        return plan("no gradient: statistics only", 1, [chunk + sums])
     if row_sum:
         held["sum"] = sum_bytes(inputs, chunks) if needed["weight"] else 0
         held["merged"] = merged_bytes(inputs, num_rows)
@@ -108,22 +121,28 @@ def plan_of(
         moments = [chunk + extra + (0 if late else grad.get("weight", 0)), extra]
         moments.append(held["sum"] + sum(grad.values()))
         return plan(mode, 1 + needed["hidden"] + needed["weight"], moments)
-    if is_frozen(needed):
+    if is_frozen(needed) and not all_classes:
         wide = inputs.dtype.itemsize * states
         held["p @ weight"] = wide
         mode = "frozen head: p @ weight stored in forward"
         return plan(mode, 2, [chunk + wide, 2 * wide + grad["hidden"]])
-    num_kept = rows_to_keep(inputs, slices)
+    frozen = inputs.dtype.itemsize * states if is_frozen(needed) else 0
+    held["p @ weight"] = frozen
+    num_kept = 0 if all_classes else rows_to_keep(inputs, slices)
     rest = num_rows - num_kept
     held["kept"] = num_kept * row_bytes
     # rows whose gradient is a sum over blocks of the vocabulary, and then once more, rounded
-    held["dhidden"] = inputs.dtype.itemsize * rest * width if needed["hidden"] else 0
+    held["dhidden"] = inputs.dtype.itemsize * rest * width if needed["hidden"] and chunks > 1 else 0
     held["merged"] = merged_bytes(inputs, num_rows)
-    logits = max(chunk, held["kept"])
+    logits = max(rows * row_bytes, held["kept"])
     products = 1 + rest / max(1, num_rows) + needed["hidden"] + needed["weight"]
+    products += all_classes + is_frozen(needed)  # the sums' part of each row's gradient; p @ weight
     own = sum(grad.values())
-    extra = held["dhidden"] + held["merged"]
-    moments = [logits, logits + extra + own - grad.get("hidden", 0) * rest // max(1, num_rows)]
+    extra = held["dhidden"] + held["merged"] + frozen
+    begun = own - grad.get("hidden", 0) * rest // max(1, num_rows) if chunks > 1 else own
+    moments = [logits + frozen + max(work, sums, tiles)]
+    work = max(0 if frozen else work, tiles if chunks > 1 else 0)
+    moments.append(logits + extra + begun + work)
     return plan("recompute: logits made again in backward", products, moments)
 
 

@@ -165,7 +165,8 @@ class Gradients:
         if self.rank_one:
             share, moment = (torch.cat(part) for part in zip(*self.rank_one, strict=True))
             whole = self.sums["weight"].addmm_(share.T, moment)
-            self.sums["weight"] = times(whole, self.scale)
+            if not unscaled(self.scale):
+                whole *= self.scale
         if self.hidden:
             dtype = self.dtypes["hidden"]
             parts = [times(self.hidden[i], self.scale).to(dtype) for i in sorted(self.hidden)]

@@ -223,7 +223,10 @@ class Loss(nn.Module):
         source = as_source(logits)
         whole = Sharding.whole(source.num_classes)  # without a word to other ranks
         batch = make_batch(source, target, ignore_index=self.ignore_index, sharding=whole)
-        plan = source.plan(batch, self.is_row_sum)
+        request = self.request()
+        all_classes = request.prob_sums and isinstance(request.classes, str)
+        all_classes = all_classes and request.classes == "all"
+        plan = source.plan(batch, self.is_row_sum, all_classes)
         if self.reads_teacher:
             plan += (
                 "\nteacher    not counted: of a head, one product and a chunk of its logits more"

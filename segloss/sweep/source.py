@@ -120,8 +120,9 @@ class Source(ABC):
         return num_rows
 
     @abstractmethod
-    def plan(self, batch: Batch, row_sum: bool) -> str:
-        """In words and bytes what a loss and its backward cost; `row_sum`: whether it is one."""
+    def plan(self, batch: Batch, row_sum: bool, all_classes: bool = False) -> str:
+        """In words and bytes what a loss and its backward cost; `row_sum`: whether it is one,
+        `all_classes`: whether it sums the probabilities of each of them."""
 
     def spread(self, batch: Batch, fused: bool) -> Spread:
         """How it lies on the ranks, of which none is asked; `fused`: by `row_sum`."""

@@ -251,6 +251,8 @@ MODE_LINES = [
     (segloss.LovaszSoftmaxLoss(), ("hidden",), {}, "frozen", 2),
     (segloss.LovaszSoftmaxLoss(), ("hidden", "weight"), {}, "recompute", 3.75),
     (segloss.DiceLoss(), (), {}, "no gradient", 1),
+    (segloss.DiceLoss(classes="all"), ("hidden", "weight"), {}, "recompute", 5),
+    (segloss.DiceLoss(classes="all"), ("hidden",), {}, "recompute", 5),
     (segloss.CrossEntropyLoss() + segloss.FocalLoss(), ("hidden", "weight"), {}, "fused", 3),
     (segloss.CrossEntropyLoss() + segloss.DiceLoss(), ("hidden",), {}, "frozen", 2),
 ]

@@ -84,6 +84,7 @@ def test_the_budget_is_what_is_kept(measured):
 # ------------------------------------------------------------------------- the allocator's bytes
 
 CE, DICE, LOVASZ = segloss.CrossEntropyLoss(), segloss.DiceLoss(), segloss.LovaszSoftmaxLoss()
+ALL = segloss.DiceLoss(classes="all")
 PER_TOKEN = segloss.FocalLoss(reduction="none")
 WIDE = (1024, 49152, 64)  # two chunks by default
 # loss, (N, V, D), what is trained, dtype, autocast, the source's options
@@ -103,6 +104,12 @@ EXPLAINED = {
     "Lovász": (LOVASZ, WIDE, BOTH, torch.bfloat16, False, {}),
     "per token": (PER_TOKEN, WIDE, BOTH, torch.bfloat16, False, {}),
     "per token, frozen": (PER_TOKEN, WIDE, HIDDEN, torch.bfloat16, False, {}),
+    "all classes": (ALL, WIDE, BOTH, torch.bfloat16, False, {}),
+    "all classes, float32": (ALL, WIDE, BOTH, torch.float32, False, {}),
+    "all classes, frozen": (ALL, WIDE, HIDDEN, torch.bfloat16, False, {}),
+    "all classes, one chunk": (ALL, (2048, 8192, 1024), BOTH, torch.bfloat16, False, {}),
+    "all classes, frozen, deep": (ALL, (2048, 8192, 1024), HIDDEN, torch.bfloat16, False, {}),
+    "all classes, no gradient": (ALL, WIDE, [], torch.bfloat16, False, {}),
     "no gradient": (DICE, WIDE, [], torch.bfloat16, False, {}),
 }
 
