@@ -75,8 +75,13 @@ def chunk_slices(
 
 
 def block_width(most: int, num_classes: int) -> int:
-    """Classes of a block of the vocabulary, of at most so many: whole lines of memory."""
-    return num_classes if most >= num_classes else max(1, most // LINE * LINE or most)
+    """Classes of a block of the vocabulary, of at most so many: whole lines of memory, and no
+    narrow block last."""
+    if most >= num_classes:
+        return num_classes
+    most = max(1, most // LINE * LINE or most)
+    even = -(-num_classes // -(-num_classes // most))
+    return min(most, -(-even // LINE) * LINE)
 
 
 def even_slices(size: int, step: int) -> list[slice]:
