@@ -388,8 +388,16 @@ def divergence_grad_triton(dlogits: Tensor, pair: Pair, add: bool) -> None:
         pair.beta,
         KIND=pair.kind,
         ADD=add,
-        **row_tile(pair.student),
+        **grad_tile(pair),
     )
+
+
+def grad_tile(pair: Pair) -> dict[str, int]:
+    """`row_tile`; half of it where class weights are read as a third matrix."""
+    tile = row_tile(pair.student)
+    if pair.column_weight is not None and tile["BLOCK_V"] > 32:
+        tile["BLOCK_V"] //= 2
+    return tile
 
 
 # -------------------------------------------------------------------------------- the torch twins

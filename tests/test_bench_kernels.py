@@ -9,6 +9,7 @@ import pytest
 from bench import kernels
 from bench.compiled import AMD, NVIDIA, _loops
 from bench.hardware import GPUS
+from bench.limits import SM_90_BF16
 
 SASS = """
 .L_x_0:
@@ -86,8 +87,8 @@ def row(launch="row_stats", **values):
 
 
 TRAFFIC = {
-    "row_stats": {"row_stats_kernel": {"read": 2.0, "written": 0.0}},
-    "logit_grad": {"logit_grad_kernel": {"read": 2.0, "written": 2.0}},
+    launch: {f"{launch}_kernel": {"read": limits["bytes"], "written": 0.0}}
+    for launch, limits in SM_90_BF16.items()
 }
 FAULTS = {
     "none": ({}, {}, 0),
@@ -100,7 +101,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_gate_misses_nothing(fault, tmp_path, monkeypatch, capsys):
     values, moved, status = FAULTS[fault]
-    rows = [row(**values), row("logit_grad")]
+    rows = [row(**values), *(row(launch) for launch in SM_90_BF16 if launch != "row_stats")]
     peer = {"whose": "CCE", "launch": "CCE forward", "target": "sm_90", "dtype": "bfloat16"}
     rows.append(peer | {"error": "ImportError: No module named 'cut_cross_entropy'"})
     traffic = json.loads(json.dumps(TRAFFIC))
@@ -117,5 +118,5 @@ def test_the_gate_misses_nothing(fault, tmp_path, monkeypatch, capsys):
 
 
 def test_a_limit_that_cannot_be_judged_is_no_pass():
-    with pytest.raises(RuntimeError, match="1 of 5 limits"):
+    with pytest.raises(RuntimeError, match=f"1 of {1 + 2 * len(SM_90_BF16)} limits"):
         kernels.gate([row("other")])

@@ -38,7 +38,7 @@ def test_a_weighted_sum_is_the_sum_of_its_parts(expression):
         ("ce\0", "cannot be read"),
         ("(" * 500 + "ce" + ")" * 500, "cannot be read"),
         ("+".join(["ce"] * 100_000), "cannot be read"),
-        ("hinge", "unknown loss 'hinge'; the losses are ce focal poly gce dft sadl dice"),
+        ("hinge", "unknown loss 'hinge'; the losses are ce focal poly gce dft sadl distill dice"),
         ("focal(gama=2)", "focal has no option 'gama'; it takes gamma"),
         ("tversky(gamma=2)", "it takes alpha, beta, smooth, classes, average, per_sample"),
         ("dft(x=2)", "dft has no option 'x'; it takes no options"),
