@@ -103,18 +103,7 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
     outputs = {name: getattr(found, name) for name in names}
     packed, seconds = pack(batch.beside, request.divergences)
     saved = {
-        "rows": rows,
-        "target": inner.target,
-        "valid": inner.valid,
-        "row_max": stacked["row_max"],
-        "log_sum": stacked["log_sum"],
-        "column_weight": request.column_weight,
-        "row_weight": inner.token_weight,
-        "sample": row_ids["sample"],
-        "classes": found.classes,
-        "present": found.present,
-        "candidate_row": found.candidate_row,
-        "candidate_class": found.candidate_class,
+        **kept_statistics(found, inner, stacked, row_ids["sample"], rows, request),
         "peak_row": renumbered(per_class.peak_row, rows),
         **readings.saved(),
         **packed,
@@ -132,6 +121,31 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
     found = replace(found, **attach(rule, outputs, saved, tuple(inputs.tensors.values())))
     found.named(batch.beside, request.divergences)
     return found
+
+
+def kept_statistics(
+    found: Sweep,
+    batch: Batch,
+    stacked: dict[str, Tensor],
+    sample: Tensor | None,
+    rows: Tensor | None,
+    request: Request,
+) -> dict[str, Any]:
+    """What every backward needs of a sweep over chunks; `batch` holds the kept `rows` alone."""
+    return {
+        "rows": rows,
+        "target": batch.target,
+        "valid": batch.valid,
+        "row_max": stacked["row_max"],
+        "log_sum": stacked["log_sum"],
+        "column_weight": request.column_weight,
+        "row_weight": batch.token_weight,
+        "sample": sample,
+        "classes": found.classes,
+        "present": found.present,
+        "candidate_row": found.candidate_row,
+        "candidate_class": found.candidate_class,
+    }
 
 
 def mode_of(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from segloss.head.inputs import CPU_CHUNK_BYTES, CPU_CHUNK_ROWS, GPU_CHUNK_BYTES, GPU_CHUNK_ROWS
 from segloss.head.panels import ClassTotals
 from segloss.head.rows import compact_batch, compacted, even_slices, renumbered, spread
-from segloss.head.sweep import ROW_OUTPUTS, ROW_STATS, kept_rows_only
+from segloss.head.sweep import ROW_OUTPUTS, ROW_STATS, kept_rows_only, kept_statistics
 from segloss.kernels.candidates import candidates
 from segloss.kernels.class_stats import row_dots
 from segloss.kernels.common import Rows
@@ -273,18 +273,7 @@ def sweep_module(source: ModuleLogits, batch: Batch, request: Request) -> Sweep:
     }
     packed, seconds = pack(batch.beside, request.divergences)
     saved = {
-        "rows": rows,
-        "target": inner.target,
-        "valid": inner.valid,
-        "row_max": stacked["row_max"],
-        "log_sum": stacked["log_sum"],
-        "column_weight": request.column_weight,
-        "row_weight": inner.token_weight,
-        "sample": row_ids["sample"],
-        "classes": found.classes,
-        "present": found.present,
-        "candidate_row": found.candidate_row,
-        "candidate_class": found.candidate_class,
+        **kept_statistics(found, inner, stacked, row_ids["sample"], rows, request),
         "peak_row": renumbered(per_class.peak_row, rows),
         **readings.saved(),
         **packed,
