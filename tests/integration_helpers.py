@@ -18,12 +18,13 @@ LR = 0.5
 
 def tiny_model(**options):
     """A Llama in float64, the same each time: accumulation then differs by rounding only."""
+    from exact_llama import exact
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **options)).double()
+    return exact(LlamaForCausalLM(LlamaConfig(**sizes, **heads, **options)).double())
 
 
 def tiny_rows(count: int = 8) -> list[dict]:

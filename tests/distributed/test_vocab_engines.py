@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import (
 pytest.importorskip("transformers")
 import engine_cases
 from engine_cases import LR, STEPS, V, assert_same, gradients, loss_of
+from exact_llama import all_exact, exact
 from ranks import spawn
 
 RANKS, HEADS = 4, 4
@@ -41,23 +42,11 @@ class Case(engine_cases.Case):
         torch.manual_seed(0)
         heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "pad_token_id": 0}
         sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 24}
-        exact_norms()
         config = LlamaConfig(num_hidden_layers=1, **sizes, **heads)
-        model = LlamaForCausalLM(config).to(self.dtype).train()
+        model = exact(LlamaForCausalLM(config).to(self.dtype).train())
         with torch.no_grad():
             model.lm_head.weight.mul_(20)
         return model
-
-
-def exact_norms() -> None:
-    """Llama's norms cast to float32, whose rounding tells apart sums in another order."""
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    def forward(self, hidden):
-        scale = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * (hidden * scale)
-
-    LlamaRMSNorm.forward = forward
 
 
 CASES = [Case("trainable", loss) for loss in ("ce", "dice", "lovasz", "sum")]
@@ -199,7 +188,7 @@ def refused(mesh) -> dict[str, str]:
 
 def saved(rank: int) -> None:
     """The model's files, which every rank loads its part of."""
-    exact_norms()
+    all_exact()
     warnings.simplefilter("ignore")
     if rank == 0:
         CASES[0].make().save_pretrained(folder())
