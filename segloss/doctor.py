@@ -18,7 +18,7 @@ import segloss
 from segloss import reference
 from segloss.kernels.common import backend
 
-PACKAGES = ("segloss", "torch", "triton", "numpy", "transformers", "accelerate")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate")
 
 # float32 against float64: the rounding of a few hundred additions
 TOLERANCE = 1e-5
@@ -46,6 +46,7 @@ def environment() -> dict[str, str]:
     where = device()
     return {
         "python": f"{platform.python_version()} on {platform.platform()}",
+        "segloss": segloss.__version__,  # under whatever name it was installed
         **{name: _version(name) for name in PACKAGES},
         "device": _device_name(where),
         "backend": _backend(where),

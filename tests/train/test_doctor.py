@@ -11,6 +11,7 @@ def test_report(command):
     assert code == 0 and "all checks passed" in out
     for word in ("python", "torch", "triton", "segloss", "numpy", "device", "backend", "threads"):
         assert any(line.startswith(word + " ") for line in out.splitlines())
+    assert any(line.split() == ["segloss", segloss.__version__] for line in out.splitlines())
     for family in ("cross-entropy", "focal", "Dice", "Lovász-Softmax", "0.6 * CE + 0.4 * Lovász"):
         assert any(line.startswith(family) and line.endswith("ok") for line in out.splitlines())
 
