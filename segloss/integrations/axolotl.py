@@ -1,10 +1,10 @@
 """Segloss losses in Axolotl, from its YAML::
 
-plugins:
-  - segloss.integrations.axolotl.SeglossPlugin
-segloss_loss: 0.6*ce + 0.4*lovasz
-segloss_sample_weights: irdro
-segloss_sample_temperature: 1.0
+    plugins:
+      - segloss.integrations.axolotl.SeglossPlugin
+    segloss_loss: 0.6*ce + 0.4*lovasz
+    segloss_sample_weights: irdro
+    segloss_sample_temperature: 1.0
 """
 
 from __future__ import annotations
