@@ -5,6 +5,8 @@
     segloss_loss: 0.6*ce + 0.4*lovasz
     segloss_sample_weights: irdro
     segloss_sample_temperature: 1.0
+
+`SeglossArgs` describes each setting.
 """
 
 from __future__ import annotations
