@@ -20,28 +20,18 @@ from typing import Any, Literal
 from .errors import UserError, first_line
 
 ALIASES = {
-    "model": "model_name_or_path",
-    "steps": "max_steps",
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "accumulation": "gradient_accumulation_steps",
-    "lr": "learning_rate",
-    "output": "output_dir",
-    "keep": "save_total_limit",
-    "save_every": "save_steps",
-    "validate_every": "eval_steps",
-    "lora_rank": "lora_r",
-    "lora_targets": "lora_target_modules",
-}
+    "model": "model_name_or_path", "output": "output_dir", "lr": "learning_rate",
+    "steps": "max_steps", "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size", "eval_batch_size": "per_device_eval_batch_size",
+    "accumulation": "gradient_accumulation_steps", "keep": "save_total_limit",
+    "save_every": "save_steps", "validate_every": "eval_steps",
+    "lora_rank": "lora_r", "lora_targets": "lora_target_modules",
+}  # fmt: skip
 """Short names, and whose they are."""
-
 IMPLIED: dict[str, dict[str, Any]] = {
-    "save_every": {"save_strategy": "steps"},
-    "validate_every": {"eval_strategy": "steps"},
-    "lora_rank": {"use_peft": True},
-    "lora_targets": {"use_peft": True},
-}
+    "save_every": {"save_strategy": "steps"}, "validate_every": {"eval_strategy": "steps"},
+    "lora_rank": {"use_peft": True}, "lora_targets": {"use_peft": True},
+}  # fmt: skip
 """What a short name says besides."""
 UNSET = object()
 

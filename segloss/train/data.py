@@ -252,12 +252,11 @@ def checked(raw: Any, task: str, text_field: str, chat: bool) -> dict[str, Any]:
         )
         if value == []:
             raise ValueError(f'"{name}" is empty')
-    answer = own["answer"] = answer_of(result)
-    own.setdefault("options", None)
-    if own["options"] is not None:
-        if answer is None:
-            raise ValueError('"options" go with an answer: a completion, or messages ending in one')
-        if answer.strip() not in [option.strip() for option in own["options"]]:
+    options, answer = own.setdefault("options", None), own.setdefault("answer", answer_of(result))
+    if options is not None:
+        if answer is None or len(options) < 2:
+            raise ValueError('"options" are two or more, and go with a completion or last message')
+        if answer.strip() not in [option.strip() for option in options]:
             raise ValueError('the answer is none of the "options"')
     if len(result.get("labels", ())) != len(result.get("input_ids", ())):
         numbers = f'{len(result["input_ids"])} "input_ids" and {len(result["labels"])} "labels"'

@@ -27,9 +27,6 @@ from segloss.integrations.window import IGNORE, next_tokens
 from .data import SLACK_TOKENS, Data, turns
 from .errors import UserError, first_line
 
-# what a model's config may say that an evaluation has otherwise
-SWITCHES = {"use_cache": True, "output_router_logits": False}
-
 
 @dataclass
 class Item:
@@ -105,12 +102,9 @@ class Evaluator:
         order = sorted(range(len(items)), key=lambda i: len(items[i].input_ids))
         own = order[state.process_index :: state.num_processes]
         size = self.trainer.args.per_device_eval_batch_size
+        hidden = None if state.is_main_process else True  # None: where there is no terminal
         with self._ready() as model:
-            for start in tqdm(
-                range(0, len(own), size),
-                desc=title,
-                disable=None if state.is_main_process else True,
-            ):
+            for start in tqdm(range(0, len(own), size), desc=title, disable=hidden):
                 batch = [items[i] for i in own[start : start + size]]
                 self._score(model, batch)
                 answered = [item for item in batch if item.prompt_ids]
@@ -130,18 +124,20 @@ class Evaluator:
         config, theirs = base.config.get_text_config(), base.generation_config
         ends = getattr(theirs, "eos_token_id", None)
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        kept = {n: getattr(config, n) for n in SWITCHES if hasattr(config, n)}
+        routers = getattr(config, "output_router_logits", False)
+        if routers:
+            config.output_router_logits = False
         base.generation_config = GenerationConfig(
             eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, do_sample=False
         )
-        vars(config).update({name: SWITCHES[name] for name in kept})
         model.eval()
         try:
             with self.trainer.accelerator.autocast():
                 yield model
         finally:
             base.generation_config = theirs
-            vars(config).update(kept)
+            if routers:
+                config.output_router_logits = True
             model.train(training)
 
     def _inputs(self, rows: Sequence[list[int]], side: str = "right") -> dict[str, Tensor]:

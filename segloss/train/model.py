@@ -100,10 +100,7 @@ def require(package: str, what: str) -> None:
 
 
 def quiet() -> None:
-    """Libraries' notes on loading are off: what matters is refused with a message.
-
-    So are their bars where there is no terminal: progress is lines there.
-    """
+    """No notes on loading, whose faults are messages; without a terminal no bars either."""
     import datasets
     from transformers.utils import logging
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
+from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -86,10 +87,7 @@ class Trainer(SFTTrainer):
                 warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
                 warnings.filterwarnings("ignore", message="Could not find a config file")
                 write()
-        except Exception as error:
-            known = isinstance(error, OSError | RuntimeError)
-            if not known and type(error).__name__ != "SafetensorError":
-                raise
+        except (OSError, RuntimeError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
             self.failures.append(f"{name} ({reason})")
             return False

@@ -281,6 +281,11 @@ ODD = {
         '{"prompt": "p", "completion": " c", "options": ["a", "b"]}',
         'line 2: the answer is none of the "options"',
     ),
+    "one option": (
+        '{"prompt": "p", "completion": " c", "options": ["c"]}',
+        'line 2: "options" are two or more',
+    ),
+    "options of a text": ('{"text": "p", "options": ["a", "b"]}', "and go with a completion"),
     "negative weight": (
         '{"prompt": "p", "completion": " c", "weight": -1}',
         'line 2: "weight" has -1, where it takes a number from 0 up',
