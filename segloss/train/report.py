@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,7 @@ from .errors import UserError
 
 # the files of a run's folder that are read here
 SETTINGS, METRICS, RESULTS = "segloss.json", "metrics.jsonl", "results.json"
-# How sample weights are counted, as multiples of an equal one: below the first, between each two,
-# above the last. 1 is in the middle of a bin.
-WEIGHT_EDGES = [2.0 ** (k / 2 + 0.25) for k in range(-13, 13)]
+SELECTION = "selection.json"
 
 
 @dataclass(frozen=True)
@@ -23,41 +21,29 @@ class Record:
     """One run folder as read; what it lacks is empty."""
 
     name: str
-    given: dict[str, Any]
     description: dict[str, Any]
     metrics: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
     selection: dict[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, path: Path, description: dict, results: dict, **others: Any) -> Record:
-        name = path.name or str(path)
-        return cls(name, description.get("given", {}), description, results=results, **others)
-
     @property
-    def tasks(self) -> list[str]:
-        """Those it trains, in their order."""
-        return self.description.get("tasks", [])
+    def given(self) -> dict[str, Any]:
+        return self.description.get("given", {})
 
-    @property
-    def loss(self) -> str:
-        return self.given.get("loss") or self.given.get("loss_type") or "ce"
+    def series(self, name: str) -> dict[str, tuple[list[int], list[float]]]:
+        """(steps, values) of a number of the metrics, by its parts, "" where it has none."""
+        found: dict[str, tuple[list[int], list[float]]] = {}
+        for row in self.metrics:
+            parts = row.get(name, {})
+            for part, value in (parts if isinstance(parts, dict) else {"": parts}).items():
+                steps, values = found.setdefault(part, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+        return found
 
-    def series(self, name: str, part: str | None = None) -> tuple[list[int], list[float]]:
-        """(steps, values) of a number of the metrics, where there is one."""
-        pairs = [(row["step"], row.get(name)) for row in self.metrics]
-        if part is not None:
-            pairs = [(step, (value or {}).get(part)) for step, value in pairs]
-        known = [(step, value) for step, value in pairs if value is not None]
-        return [step for step, _ in known], [value for _, value in known]
-
-    def has(self, name: str) -> bool:
-        return any(row.get(name) is not None for row in self.metrics)
-
-    def scores(self, phase: str, task: str) -> dict[str, Any] | None:
-        """A task's row of the results, of phase "before" or "after"."""
-        rows = self.results.get("tasks" if phase == "after" else phase) or []
-        return next((row for row in rows if row["task"] == task), None)
+    def scores(self, phase: str, task: str) -> dict[str, Any]:
+        """A task's row of the results, of "tasks" or of "before"."""
+        return next((r for r in self.results.get(phase) or () if r["task"] == task), {})
 
 
 def read_records(paths: Sequence[str]) -> list[Record]:
@@ -70,18 +56,17 @@ def read_records(paths: Sequence[str]) -> list[Record]:
 
 
 def read_record(folder: Path, name: str) -> Record:
-    if not os.path.isdir(folder):
+    if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder")
-    files = (SETTINGS, RESULTS, "selection.json")
-    description, results, selection = (read_json(folder / file) for file in files)
-    metrics = list(read_lines(folder / METRICS))
+    description, results, selection = (
+        read_json(folder / file) for file in (SETTINGS, RESULTS, SELECTION)
+    )
     if "given" not in description and not selection:
         raise UserError(f"{folder} is no run's folder: there is no {SETTINGS} in it")
     for subset in selection.get("subsets", []):
         if not isinstance(subset, dict) or not {"tasks", "estimated"} <= set(subset):
-            raise UserError(f'{folder}/selection.json: a subset needs "tasks" and "estimated"')
-    given = description.get("given", {})
-    return Record(name, given, description, metrics, results, selection)
+            raise UserError(f'{folder / SELECTION}: a subset needs "tasks" and "estimated"')
+    return Record(name, description, list(read_lines(folder / METRICS)), results, selection)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -97,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_lines(path: Path):
+def read_lines(path: Path) -> Iterable[dict[str, Any]]:
     """The rows of metrics.jsonl; a last one that a kill cut off is left out."""
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines, start=1):
@@ -107,6 +92,17 @@ def read_lines(path: Path):
         except ValueError:
             if number < len(lines):
                 raise UserError(f"{path}, line {number}: not JSON") from None
+
+
+def write(path: Path, value: Any) -> None:
+    """Text, or what JSON can hold: on the disk all of it or nothing."""
+    text = value if isinstance(value, str) else json.dumps(value, indent=2) + "\n"
+    partial = path.with_name(f"partial-{path.name}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
 
 
 # ---------------------------------------------------------------------------------- one table
@@ -124,44 +120,51 @@ and macro-F1: of the option that decoding chooses where only the options may com
 the most frequent answer of the training rows."""
 
 
-def scored(records: Sequence[Record]) -> list[str]:
-    """The tasks that have results, in the order they first occur."""
-    rows = [row for record in records for row in record.results.get("tasks", [])]
-    return list(dict.fromkeys(row["task"] for row in rows))
+@dataclass(frozen=True)
+class Line:
+    """What a model, or a guess, scores on a task."""
+
+    task: str
+    label: str
+    scores: dict[str, Any]
+    """[value, low, high] or [value], by the names of `SCORES`."""
+    run: int | None = None
+    """The place of the record that trained the model; None of guesses and before training."""
 
 
-def entries(records: Sequence[Record], task: str) -> list[tuple[str, dict[str, Any]]]:
-    """(label, scores) of a task: before training, of each run, of the guesses."""
-    found: list[tuple[str, dict[str, Any]]] = []
-    befores = [(r.name, r.scores("before", task)) for r in records if r.scores("before", task)]
-    if befores and all(scores == befores[0][1] for _, scores in befores):
-        befores = [("", befores[0][1])]
-    found += [(f"{name} before training".strip(), scores or {}) for name, scores in befores]
-    after = [(r.name, r.scores("after", task)) for r in records if r.scores("after", task)]
-    label = "after training" if befores else "model"
-    found += [(name if len(records) > 1 else label, scores or {}) for name, scores in after]
-    first = after[0][1] if after else None
-    if first and "majority" in first:
-        guess = {k: [v] for k, v in first["majority"].items() if k != "answer"}
-        if "accuracy" not in first:
-            guess = {"exact_match": guess["accuracy"]}
-        found.append(("majority answer", guess))
-    if first and "chance" in first:
-        found.append(("chance", {"accuracy": [first["chance"]]}))
-    return found
+def scored(records: Sequence[Record]) -> tuple[list[Line], list[str]]:
+    """Of each task a line before training, of each run, and of the guesses; and their scores."""
+    rows = [row for record in records for row in record.results.get("tasks", ())]
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        before = {r.name: r.scores("before", task) for r in records if r.scores("before", task)}
+        some = next(iter(before.values()), None)
+        if some is not None and all(scores == some for scores in before.values()):
+            before = {"": some}
+        lines += [Line(task, f"{n} before training".strip(), s) for n, s in before.items()]
+        only = "after training" if before else "model"
+        after = [(i, r, r.scores("tasks", task)) for i, r in enumerate(records)]
+        after = [(i, r, scores) for i, r, scores in after if scores]
+        lines += [Line(task, r.name if len(records) > 1 else only, s, i) for i, r, s in after]
+        first = after[0][2]
+        majority = {k: [v] for k, v in first.get("majority", {}).items() if k != "answer"}
+        if majority and "accuracy" not in first:
+            majority = {"exact_match": majority["accuracy"]}
+        chance = {"accuracy": [first["chance"]]} if "chance" in first else {}
+        guesses = {"majority answer": majority, "chance": chance}
+        lines += [Line(task, label, scores) for label, scores in guesses.items() if scores]
+    return lines, [name for name in SCORES if any(name in line.scores for line in lines)]
 
 
 def table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """(header, rows) with every task, run and guess."""
-    tasks = scored(records)
-    blocks = [(task, entries(records, task)) for task in tasks]
-    names = [n for n in SCORES if any(n in s for _, block in blocks for _, s in block)]
-    rows = []
-    for task, block in blocks:
-        items = next(str(scores["items"]) for _, scores in block if "items" in scores)
-        for place, (label, scores) in enumerate(block):
-            cells = [cell(scores.get(name), *SCORES[name][1:]) for name in names]
-            rows.append([task, items, label, *cells] if place == 0 else ["", "", label, *cells])
+    lines, names = scored(records)
+    items = {line.task: str(line.scores["items"]) for line in lines if "items" in line.scores}
+    rows, seen = [], ""
+    for line in lines:
+        head = [line.task, items[line.task]] if line.task != seen else ["", ""]
+        rows.append([*head, line.label, *(cell(line.scores.get(n), *SCORES[n][1:]) for n in names)])
+        seen = line.task
     return ["task", "items", "", *(SCORES[name][0] for name in names)], rows
 
 
@@ -172,32 +175,42 @@ def cell(score: list[float] | None, scale: float, form: str) -> str:
     return f"{value} ({' to '.join(interval)})" if interval else value
 
 
-def markdown(records: Sequence[Record]) -> str:
+def summary(records: Sequence[Record]) -> str:
+    """The table as text."""
     header, rows = table(records)
     if not rows:
         return "No items are held out, so there is nothing to say of the result."
-    lines = [[c.replace("|", "\\|") for c in line] for line in (header, *rows)]
+    return f"{aligned(header, rows)}\n\n{NOTES}"
+
+
+def subsets(selection: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of the twelve lowest estimates; the true loss where it is known."""
+    found = sorted(selection.get("subsets", []), key=lambda subset: subset["estimated"])[:12]
+    rows = [[subset["estimated"], subset.get("true")] for subset in found]
+    texts = [["-" if loss is None else f"{loss:.4f}" for loss in row] for row in rows]
+    names = [" + ".join(subset["tasks"]) for subset in found]
+    header = ["subset", "estimated loss", "true loss"]
+    return header, [[name, *text] for name, text in zip(names, texts, strict=True)]
+
+
+def aligned(header: list[str], rows: list[list[str]], words: Sequence[int] = (0, 2)) -> str:
+    """A Markdown table: names in the columns of words, numbers in the others."""
+    lines = [[text.replace("|", "\\|") for text in line] for line in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
-    left = (True, False, True)
-
-    def joined(cells: Sequence[str]) -> str:
-        padded = [
-            text.ljust(width) if (left[i] if i < 3 else False) else text.rjust(width)
-            for i, (text, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * w if i < 3 and left[i] else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join([joined(lines[0]), joined(rule), *map(joined, lines[1:]), "", NOTES])
+    rule = ["-" * w if i in words else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    lines.insert(1, rule)
+    forms = [f"{'<' if i in words else '>'}{width}" for i, width in enumerate(widths)]
+    padded = [map(format, line, forms) for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def story(record: Record) -> str:
     """One paragraph: what was trained, for how long, and what ended it early."""
-    given, results = record.given, record.results
+    given, results, name = record.given, record.results, record.name
     if record.selection:
-        text = f"{record.name}: the loss of a model trained on any subset of its tasks, estimated."
-        return text + (" The curves are of its training on all tasks." if record.metrics else "")
-    text = f"{record.name}: {given.get('model_name_or_path', 'a model')}, loss {record.loss}"
+        return f"{name}: the loss of a model trained on any subset of its tasks, estimated."
+    loss = given.get("loss") or given.get("loss_type") or "ce"
+    text = f"{name}: {given.get('model_name_or_path', 'a model')}, loss {loss}"
     if given.get("use_peft"):
         text += f", LoRA of rank {given.get('lora_r', 16)}"
     if given.get("task_weights", "none") != "none":
@@ -206,11 +219,8 @@ def story(record: Record) -> str:
         text += f", sample weights by {given['sample_weights']}"
     if "steps" not in results:
         return f"{text}. It has not finished: segloss train --resume goes on with it."
-    timing = results["timing"]
-    phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in timing.items())
+    phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results["timing"].items())
     text += f": {results['steps']} steps of {results['examples_per_step']} examples ({phases})."
-    if results["stopped"]:
-        why = {"patience": "the validation loss did not fall any more"}
-        reason = why.get(results["stopped"], f"of the {results['stopped']}")
-        text += f" Training ended early, because {reason}."
-    return text
+    reasons = {"": "", "patience": "the validation loss did not fall any more"}
+    reason = reasons.get(results["stopped"], f"of the {results['stopped']}")
+    return f"{text} Training ended early, because {reason}." if reason else text

@@ -3,49 +3,52 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import math
-import os
-import pickle
 import platform
 import shutil
-import sys
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import trl
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import EarlyStoppingCallback
 
 import segloss
+from segloss.integrations.transformers import CoBaCallback
 
+from . import data as of_data
+from . import evaluation
+from . import model as of_model
 from .config import Settings
+from .data import PER_TOKEN, STORED, Data, say
 from .errors import UserError, first_line
-from .report import METRICS, RESULTS, SETTINGS
-
-if TYPE_CHECKING:
-    from .data import Data
-    from .evaluation import Item
-    from .trainer import Trainer
+from .report import (
+    METRICS,
+    RESULTS,
+    SETTINGS,
+    Record,
+    read_json,
+    read_record,
+    story,
+    summary,
+    write,
+)
+from .trainer import Recorder, Trainer, last_whole, locked
 
 TRAINED, BEFORE, TABLE = "trained.json", "before.json", "results.md"
-PACKAGES = ("trl", "transformers", "datasets", "accelerate", "peft", "safetensors", "yaml")
 # room in the time limit for what is written, and for evaluation after training being slower
 SPARE_SECONDS, SPARE_FACTOR = 10.0, 1.2
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C; the text says how to go on."""
-
-
-def require_packages(names: Sequence[str] = PACKAGES) -> None:
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        needed = " ".join("pyyaml" if name == "yaml" else name for name in missing)
-        raise UserError(f"{', '.join(missing)} not installed: pip install {needed}")
 
 
 def train(settings: Settings, resumed: bool = False) -> None:
@@ -59,20 +62,21 @@ def train(settings: Settings, resumed: bool = False) -> None:
     Raises `UserError` for anything the user can put right.
     """
     start = time.monotonic()
-    output = Path(settings.training.output_dir)
     if not resumed:
-        require_new(output, settings)
+        require_new(settings)
     run = prepare(settings)
-    timing = {"load": time.monotonic() - start}
-    run.open(resumed)
-    with run.alone():
-        before = run.before(timing)
-        stopped, steps = run.fit(start, timing, resumed)
-        run.after(start, timing, before, stopped, steps)
+    run.start, run.resumed = start, resumed
+    run.timing["load"] = time.monotonic() - start
+    run.open()
+    with locked(run.output / METRICS) if run.is_main else contextlib.nullcontext():
+        before = run.before()
+        trained = run.fit()
+        run.after(before, trained)
 
 
-def require_new(output: Path, settings: Settings) -> None:
+def require_new(settings: Settings) -> None:
     """A run's folder is never written twice."""
+    output = Path(settings.training.output_dir)
     if settings.training.resume_from_checkpoint:
         return
     if (output / SETTINGS).exists() or (output.exists() and not output.is_dir()):
@@ -89,11 +93,12 @@ class Run:
     settings: Settings
     trainer: Trainer
     data: Data
-    held_out: list[Item]
+    held_out: list[evaluation.Item]
     description: dict[str, Any]
     """What segloss.json says: enough to do the run again."""
-    model_name: str
-    is_gguf: bool
+    start: float = 0.0
+    resumed: bool = False
+    timing: dict[str, float] = field(default_factory=dict)
 
     @property
     def output(self) -> Path:
@@ -103,13 +108,11 @@ class Run:
     def is_main(self) -> bool:
         return self.trainer.accelerator.is_main_process
 
-    def open(self, resumed: bool) -> None:
+    def open(self) -> None:
         """Make the folder, or see that it is this run's."""
-        from .data import say
-
         file = self.output / SETTINGS
-        if resumed:
-            then = json.loads(file.read_text(encoding="utf-8"))
+        if self.resumed:
+            then = read_json(file)
             for what, value in then.get("fingerprints", {}).items():
                 if value != self.description["fingerprints"][what]:
                     raise UserError(f"--resume {self.output}: the {what} changed since it began")
@@ -118,10 +121,11 @@ class Run:
                 if then.get(key) != now:
                     say(f"note: {key} was {then.get(key)}, is {now}: the last bits may differ")
         elif self.is_main:
-            sizes = [(p.nbytes, p.requires_grad) for p in self.trainer.model.parameters()]
-            states = 6 * sum(size for size, trains in sizes if trains)
-            needed = sum(size for size, _ in sizes)
-            needed += states * (self.trainer.args.save_strategy != "no")
+            saves = self.trainer.args.save_strategy != "no"  # two checkpoints, with two moments
+            needed = sum(
+                p.nbytes * (1 + 6 * (saves and p.requires_grad))
+                for p in self.trainer.model.parameters()
+            )
             try:
                 self.output.mkdir(parents=True, exist_ok=True)
                 free = shutil.disk_usage(self.output).free
@@ -135,135 +139,104 @@ class Run:
                 raise UserError(f"cannot write to {self.output}: {error.strerror}") from None
         self.trainer.accelerator.wait_for_everyone()
 
-    def alone(self) -> contextlib.AbstractContextManager:
-        """Of the first process: nobody else may be at work in the folder."""
-        from .trainer import locked
-
-        return locked(self.output / METRICS) if self.is_main else contextlib.nullcontext()
-
-    def before(self, timing: dict[str, float]) -> list[dict] | None:
+    def before(self) -> list[dict] | None:
         """The results before training, from the file that an interrupted run has left."""
         if not self.settings.options.evaluate_before or not self.held_out:
             return None
-        file = self.output / BEFORE
-        if not file.exists():
-            found = self.evaluate("evaluating before", timing)
-            if self.is_main:
-                self.save(BEFORE, {"seconds": timing["evaluating before"], "tasks": found})
-            self.trainer.accelerator.wait_for_everyone()
-        stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        timing["evaluating before"] = stored.get("seconds", timing.get("evaluating before", 0.0))
-        return stored.get("tasks", found if not stored else None)
+        title, found = "evaluating before", read_json(self.output / BEFORE) if self.resumed else {}
+        if not found:
+            found = {"tasks": self.evaluate(title), "seconds": self.timing[title]}
+            self.save(BEFORE, found)
+        self.timing[title] = found["seconds"]
+        return found["tasks"]
 
-    def evaluate(self, title: str, timing: dict[str, float]) -> list[dict]:
+    def evaluate(self, title: str) -> list[dict]:
         """One row of scores per task; beside them the answers, in answers-TITLE.jsonl."""
-        from . import evaluation
-
-        start = time.monotonic()
         options = self.settings.options
         evaluator = evaluation.Evaluator(self.trainer, options.head, options.exact_match)
-        with progress(title, len(self.held_out), self.is_main) as report:
-            evaluator(self.held_out, report)
-        timing[title] = time.monotonic() - start
-        answers = [
-            {"task": item.task, "expected": item.answer, **item.found} for item in self.held_out
-        ]
+        start = time.monotonic()
+        evaluator(self.held_out, title)
+        self.timing[title] = time.monotonic() - start
+        say(f"{title}: {len(self.held_out)} items in {self.timing[title]:.0f} s")
         if self.is_main and self.output.is_dir():
-            lines = "".join(json.dumps(answer) + "\n" for answer in answers)
+            answers = [{"task": i.task, "expected": i.answer, **i.found} for i in self.held_out]
             name = f"answers-{title.rpartition(' ')[2]}.jsonl"
-            self.trainer.attempt(name, lambda: (self.output / name).write_text(lines, "utf-8"))
+            self.save(name, "".join(json.dumps(answer) + "\n" for answer in answers))
         return evaluation.results(self.held_out, self.data, options, self.trainer.args.seed)
 
-    def fit(self, start: float, timing: dict[str, float], resumed: bool) -> tuple[str, int]:
-        """Train, and leave the model in the folder; (what ended it early, steps)."""
-        from .trainer import Recorder, last_whole
-
-        trainer, options = self.trainer, self.settings.options
-        done = self.output / TRAINED
-        if resumed and done.exists():
-            found = json.loads(done.read_text(encoding="utf-8"))
+    def fit(self) -> dict[str, Any]:
+        """Train, and leave the model in the folder; how many steps, and what ended it early."""
+        trainer, limit = self.trainer, self.settings.options.time_limit
+        found = read_json(self.output / TRAINED) if self.resumed else {}
+        if found:
             trainer._load_from_checkpoint(str(self.output))
-            timing["training"] = found["seconds"]
-            return found["stopped"], found["steps"]
+            self.timing["training"] = found["seconds"]
+            return found
         checkpoint: Any = self.settings.training.resume_from_checkpoint
-        if resumed or str(checkpoint).lower() == "true":
+        if self.resumed or str(checkpoint).lower() == "true":
             checkpoint = last_whole(self.output, self.is_main)
             trainer.accelerator.wait_for_everyone()
-        reserve = SPARE_SECONDS + SPARE_FACTOR * timing.get("evaluating before", 0.0)
-        limit = options.time_limit
-        recorder = Recorder(
-            *(trainer, self.data.tasks, start + limit - reserve if limit else math.inf),
-            coba=self.validation_callback(),
-        )
+        reserve = SPARE_SECONDS + SPARE_FACTOR * self.timing.get("evaluating before", 0.0)
+        deadline = self.start + limit - reserve if limit else math.inf
+        coba = self.validation_callback()
+        recorder = Recorder(trainer, self.data.tasks, deadline, coba)
         trainer.add_callback(recorder)
         begun = time.monotonic()
-        state = None if checkpoint is None else Path(checkpoint) / "trainer_state.json"
-        past = json.loads(state.read_text("utf-8")) if state and state.exists() else {}
+        past = read_json(Path(checkpoint) / "trainer_state.json") if checkpoint else {}
         last = trainer.args.max_steps if trainer.args.max_steps > 0 else past.get("max_steps")
         if past and past["global_step"] >= last:
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state.global_step = past["global_step"]
         else:
-            try:
-                trainer.train(str(checkpoint) if checkpoint else None)
-            except pickle.UnpicklingError as error:
-                raise UserError(
-                    f"{checkpoint} holds a pickle that torch.load(weights_only=True) refuses: "
-                    f"{first_line(error)}"
-                ) from None
-        timing["training"] = time.monotonic() - begun
-        steps = trainer.state.global_step
-        if recorder.stopped == "interrupt":
+            trainer.train(str(checkpoint) if checkpoint else None)
+        steps, stopped = trainer.state.global_step, recorder.stopped
+        self.timing["training"] = time.monotonic() - begun
+        if stopped == "interrupt":
             saved = f"{self.output}/checkpoint-{steps}"
             if trainer.failures:
                 raise UserError(f"interrupted, and could not write {'; '.join(trainer.failures)}")
-            raise Interrupted(
+            raise KeyboardInterrupt(
                 f"interrupted after step {steps}, saved in {saved}: segloss train --resume "
                 f"{self.output} goes on from there"
             )
-        stopped = recorder.stopped
         if not stopped and steps < trainer.state.max_steps:
             stopped = "patience"
-        if self.leave_model() and self.is_main:
-            self.save(TRAINED, {"steps": steps, "stopped": stopped, "seconds": timing["training"]})
-        return stopped, steps
+        found = {"steps": steps, "stopped": stopped, "seconds": self.timing["training"]}
+        if self.leave_model():
+            self.save(TRAINED, found)
+        return found
 
     def validation_callback(self) -> Any:
         """What measures CoBa's losses, on items of each task in turn."""
-        coba: Any = self.trainer.task_weights
-        if coba is None:
+        trainer, options, coba = self.trainer, self.settings.options, self.trainer.task_weights
+        if not isinstance(coba, segloss.CoBa):
             return None
-        from segloss.integrations.transformers import CoBaCallback
-
-        by_task: dict[str, list[dict]] = {}
-        for row in self.trainer.validation:
-            by_task.setdefault(row["task"], []).append(row)
-        count, batches = self.settings.options.validation_batch, []
-        for i in range(0, max(map(len, by_task.values())), count):
-            rows = [row for rows in by_task.values() for row in rows[i : i + count]]
-            names = ("input_ids", "labels", "task_ids")
-            batch = self.trainer.data_collator([{n: row[n] for n in names} for row in rows])
-            batches.append(batch)
-        callback = CoBaCallback(coba, batches, head=self.settings.options.head)
-        self.trainer.add_callback(callback)
+        by_task: list[list[dict]] = [[] for _ in self.data.tasks]
+        for row in trainer.validation:
+            kept = {name: row[name] for name in ("input_ids", "labels", "task_ids")}
+            by_task[row["task_ids"]].append(kept)
+        count = options.validation_batch
+        parts = [
+            [row for rows in by_task for row in rows[i : i + count]]
+            for i in range(0, max(map(len, by_task)), count)
+        ]
+        batches = [trainer.data_collator(rows) for rows in parts]
+        callback = CoBaCallback(coba, batches, head=options.head)
+        trainer.add_callback(callback)
         return callback
 
     def leave_model(self) -> bool:
         """The model, or its adapter, with the tokenizer, as `from_pretrained` reads them."""
-        trainer = self.trainer
+        trainer, merge = self.trainer, self.settings.options.merge
         written = trainer.attempt("the model", lambda: trainer.save_model(str(self.output)))
-        merge = self.settings.options.merge
-        adapted = hasattr(trainer.model, "merge_and_unload")
-        if adapted and (self.is_gguf if merge is None else merge) and self.is_main:
+        if merge is None:
+            merge = of_model.located(self.settings.model.model_name_or_path)[1] is not None
+        if merge and hasattr(trainer.model, "merge_and_unload") and self.is_main:
             written &= trainer.attempt("merged", self._merge)
         return written
 
     def _merge(self) -> None:
         """The adapters' products added to the weights, in a copy that training does not see."""
-        import copy
-
-        import torch
-
         model = copy.deepcopy(self.trainer.model).cpu()
         base = model.get_base_model()
         head = base.get_output_embeddings()
@@ -272,65 +245,38 @@ class Run:
             head.base_layer.weight = torch.nn.Parameter(head.base_layer.weight.detach().clone())
             base.config.tie_word_embeddings = False
             base.all_tied_weights_keys = {}  # what saving leaves out
-        merged = model.merge_and_unload()
-        merged.save_pretrained(self.output / "merged")
-        self.trainer.processing_class.save_pretrained(self.output / "merged")
+        for part in (model.merge_and_unload(), self.trainer.processing_class):
+            part.save_pretrained(self.output / "merged")
 
-    def after(
-        self, start: float, timing: dict, before: list | None, stopped: str, steps: int
-    ) -> None:
+    def after(self, before: list[dict] | None, trained: dict[str, Any]) -> None:
         """Evaluate, write the results, and print them."""
-        from . import report
-
-        after = self.evaluate("evaluating after", timing) if self.held_out else []
-        timing = {name: round(seconds, 1) for name, seconds in timing.items()}
-        timing["total"] = round(time.monotonic() - start, 1)
-        args = self.trainer.args
-        examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        tasks = self.evaluate("evaluating after") if self.held_out else []
+        args, timing = self.trainer.args, self.timing | {"total": time.monotonic() - self.start}
         found = {
-            "tasks": after, "before": before, "timing": timing, "steps": steps,
-            "examples_per_step": examples, "stopped": stopped,
+            "tasks": tasks, "before": before, "steps": trained["steps"],
+            "timing": {name: round(seconds, 1) for name, seconds in timing.items()},
+            "examples_per_step":
+                args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "stopped": trained["stopped"],
         }  # fmt: skip
+        self.save(RESULTS, found)
+        record = Record(self.output.name, self.description, results=found)
+        self.finish(f"{summary([record])}\n\n{story(record)}\n")
+
+    def finish(self, text: str) -> None:
+        """Write and print what came out; raises `UserError` of what could not be written."""
+        self.save(TABLE, text)
         if self.is_main:
-            self.save(RESULTS, found)
-            record = report.Record.of(self.output, self.description, found)
-            text = f"{report.markdown([record])}\n\n{report.story(record)}\n"
-            self.trainer.attempt(TABLE, lambda: (self.output / TABLE).write_text(text, "utf-8"))
             print(f"\n{text}\n{self.output}", flush=True)
-        if args.push_to_hub:
+        if self.trainer.args.push_to_hub:
             self.trainer.push_to_hub(dataset_name=self.settings.script.dataset_name)
         if self.trainer.failures:
             failed = "; ".join(dict.fromkeys(self.trainer.failures))
             raise UserError(f"could not write to {self.output}: {failed}")
 
     def save(self, name: str, value: Any) -> None:
-        self.trainer.attempt(name, lambda: write(self.output / name, value))
-
-
-def write(path: Path, value: Any) -> None:
-    """JSON, all of it or nothing."""
-    partial = path.with_name(f"partial-{path.name}")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.rename(path)
-
-
-def progress(title: str, total: int, shown: bool):
-    """A context whose value is called with the items done: a bar on a terminal, lines elsewhere."""
-    from .data import say
-
-    @contextlib.contextmanager
-    def context():
-        if shown and sys.stderr.isatty():
-            from tqdm.auto import tqdm
-
-            with tqdm(total=total, desc=title, dynamic_ncols=True) as bar:
-                yield bar.update
-            return
-        start = time.monotonic()
-        yield lambda count: None
-        say(f"{title}: {total} items in {time.monotonic() - start:.0f} s")
-
-    return context()
+        if self.is_main:
+            self.trainer.attempt(name, lambda: write(self.output / name, value))
 
 
 # ------------------------------------------------------------------------------------- prepare
@@ -341,100 +287,77 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
 
     Without `to_train` all rows of a task may be held out, and the model gets no adapters.
     """
-    require_packages()
+    options, training = settings.options, settings.training
     try:
-        expression = settings.options.loss
-        loss = None if expression is None else segloss.parse_loss(expression)
+        loss = None if options.loss is None else segloss.parse_loss(options.loss)
     except ValueError as error:
         raise UserError(f"--loss: {error}") from None
-    options, training = settings.options, settings.training
-    if not settings.model.model_name_or_path:
-        raise UserError("there is no model: give --model, a folder, a hub id or a GGUF file")
-    import torch
-    import trl
-    from accelerate import PartialState
-    from datasets import Dataset
-
-    from . import data as of_data
-    from . import evaluation, model
-    from .trainer import Trainer
-
-    PartialState()  # of the backend that the arguments say
-    if not sys.stderr.isatty():  # progress is lines there
-        model.no_bars()
     name = settings.model.model_name_or_path
-    of_data.say(f"loading {name}")
-    network, tokenizer = model.load(name, **model_options(settings))
+    if not name:
+        raise UserError("there is no model: give --model, a folder, a hub id or a GGUF file")
+    PartialState()  # of the backend that the arguments say
+    say(f"loading {name}")
+    model, tokenizer = of_model.load(name, **model_options(settings))
     teacher = teacher_of(settings, loss, tokenizer)
     data = of_data.load(settings, bool(tokenizer.chat_template), to_train)
-    check_columns(settings, data)
-    check_teacher(settings, data, loss, teacher)
-    steps = training.max_steps if training.max_steps > 0 else None
-    if steps is None and len(data.tasks):
-        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        batch *= training.world_size
-        steps = math.ceil(math.ceil(len(data.train) / batch) * training.num_train_epochs)
     parts = {"held_out": data.held_out, "validation": data.validation}
     evaluated = {name: Dataset.from_list(rows) for name, rows in parts.items() if rows}
+    refuse(settings, data, loss, teacher)
+    if not to_train and not data.held_out:
+        raise UserError("no items are held out, so there is nothing to evaluate (--eval_items)")
+    steps = training.max_steps
+    if steps <= 0 and data.tasks:
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        epoch = math.ceil(len(data.train) / (batch * training.world_size))
+        steps = math.ceil(epoch * training.num_train_epochs)
     train = data.train
     if training.packing:  # which keeps only tokens
         training.eval_packing = False
         train = train.remove_columns(["task_ids"] if data.tasks else [])
-    if training.eval_strategy != "no" and not evaluated:
-        raise UserError(
-            f"eval_strategy is {training.eval_strategy} and nothing is held out: --eval_items or "
-            "--validation_items N, or data with a test split"
-        )
     training.model_init_kwargs = None
     try:
-        with warnings.catch_warnings(), model.quiet():
+        with warnings.catch_warnings():
             # names that transformers lets go and TRL and peft still use
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
             trainer = Trainer(
-                model=network,
-                args=training,
+                model=model, args=training, processing_class=tokenizer,
                 train_dataset=train if to_train else evaluated["held_out"],
                 eval_dataset=evaluated or None,
-                processing_class=tokenizer,
                 peft_config=trl.get_peft_config(settings.model) if to_train else None,
-                callbacks=callbacks(options),
-                loss=loss,
-                teacher=teacher,
-                teacher_rest=options.teacher_rest,
-                head=options.head,
-                task_weights=coba(options, len(data.tasks), steps or 0, training.device),
+                callbacks=[EarlyStoppingCallback(options.patience)] if options.patience else [],
+                loss=loss, teacher=teacher, teacher_rest=options.teacher_rest, head=options.head,
+                task_weights=coba(options, len(data.tasks), max(steps, 0), training.device),
                 sample_weights=sample_weighting(options),
-            )
+            )  # fmt: skip
     except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
         raise UserError(first_line(error)) from None
-    prepared = trainer.eval_dataset or {}
+    given = {"train": train, **evaluated} if to_train else evaluated
+    prepared = of_data.fitted(trainer, settings, given)
+    trainer.train_dataset = prepared["train"]
     trainer.validation = list(prepared.get("validation", ()))
     trainer.eval_dataset = prepared.get("validation", prepared.get("held_out"))
-    check_lengths(trainer, prepared, settings, data)
-    held_out = evaluation.items_of(list(prepared.get("held_out", ())), data, trainer)
+    held_out = [evaluation.item_of(row, data, trainer) for row in prepared.get("held_out", ())]
     if trainer.is_fsdp_enabled or getattr(trainer, "is_deepspeed_enabled", False):
-        of_data.say("the table is left out: FSDP and DeepSpeed share the weights out")
+        say(
+            "the table is left out, since FSDP and DeepSpeed share the weights out: segloss "
+            f"evaluate {training.output_dir} makes it afterwards"
+        )
         held_out = []
-    description = describe(settings, trainer, data, network)
-    gguf = model.located(name)[1] is not None
     torch.manual_seed(training.seed)
-    return Run(settings, trainer, data, held_out, description, name, gguf)
+    return Run(settings, trainer, data, held_out, describe(settings, trainer, data, model))
 
 
 def teacher_of(settings: Settings, loss: Any, tokenizer: Any) -> Any:
     """The model that the loss learns from, None where none is given."""
-    from . import data as of_data
-    from . import model
-
     name = settings.options.teacher
     if name is None:
         return None
     if loss is None or not loss.reads_teacher:
         raise UserError("--teacher is read by distill alone: give --loss 0.5*ce+0.5*distill")
-    of_data.say(f"loading the teacher {name}")
+    say(f"loading the teacher {name}")
     options = {k: v for k, v in model_options(settings).items() if k != "revision"}
-    teacher, own = model.load(name, **options)
+    teacher, own = of_model.load(name, **options)
     if own.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"the tokenizer of the teacher {name} has other tokens than the model's; distill "
@@ -445,68 +368,52 @@ def teacher_of(settings: Settings, loss: Any, tokenizer: Any) -> Any:
 
 def model_options(settings: Settings) -> dict[str, Any]:
     """What `from_pretrained` is told, as `trl sft` does."""
-    import torch
-    import trl
-
     model, training = settings.model, settings.training
-    found: dict[str, Any] = dict(training.model_init_kwargs or {})
-    found.setdefault("revision", model.model_revision)
-    found.setdefault("trust_remote_code", training.trust_remote_code)
-    dtype = found.pop("dtype", model.dtype) or "float32"
-    found["dtype"] = dtype if dtype == "auto" else getattr(torch, str(dtype))
-    if model.attn_implementation:
-        found.setdefault("attn_implementation", model.attn_implementation)
+    found = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
+    found |= {"dtype": model.dtype or "float32", "attn_implementation": model.attn_implementation}
+    found |= training.model_init_kwargs or {}
+    if isinstance(found["dtype"], str) and found["dtype"] != "auto":
+        found["dtype"] = getattr(torch, found["dtype"])
     if model.load_in_4bit or model.load_in_8bit:
-        from .model import require
-
-        require("bitsandbytes", "--load_in_4bit and --load_in_8bit")
-        found["quantization"] = trl.get_quantization_config(model)
-    return found
+        of_model.require("bitsandbytes", "--load_in_4bit and --load_in_8bit")
+        found["quantization_config"] = trl.get_quantization_config(model)
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def check_columns(settings: Settings, data: Data) -> None:
+def refuse(settings: Settings, data: Data, loss: Any, teacher: Any) -> None:
     """What an option would lose or has nothing to work on is refused by name."""
     options, training = settings.options, settings.training
-    weighs = [f"the column {name}" for name in data.columns]
-    weighs += ["--task_weights coba"] if options.task_weights != "none" else []
-    if training.packing and weighs:
-        raise UserError(f"packing keeps only the tokens, and would lose {' and '.join(weighs)}")
-    if options.task_weights == "coba" and len(data.tasks) < 2:
-        raise UserError("--task_weights coba weighs tasks against each other; there is only 1")
-    if options.task_weights == "coba" and not data.validation:
-        raise UserError("--validation_items is 0; --task_weights coba reads their loss")
-
-
-def check_teacher(settings: Settings, data: Data, loss: Any, teacher: Any) -> None:
-    """A loss with distill has one teacher: a model, or the columns of a stored one."""
-    from .data import STORED, say
-
-    stored = [name for name in data.columns if name in STORED]
+    watched, evaluates = data.validation or data.held_out, training.eval_strategy != "no"
+    coba = options.task_weights == "coba"
+    columns = [n for n in ("sample_weights", *PER_TOKEN) if n in (data.train.column_names or [])]
+    lost = [f"the column {name}" for name in columns] + ["--task_weights coba"] * coba
+    stored = [name for name in columns if name in STORED]
     reads = loss is not None and loss.reads_teacher
+    blind = [row for row in watched if stored and STORED[0] not in row]
     if stored and not reads:
         say(f"note: {' and '.join(stored)} are read by distill alone, which --loss does not have")
-    if stored and teacher is not None:
-        raise UserError(f"--teacher is given, and the data have {stored[0]}; it takes one of them")
-    known = not data.tasks or stored  # what a stream holds is seen when it comes
-    if reads and teacher is None and not known:
-        raise UserError(
-            "--loss has distill, which learns from a teacher: give --teacher MODEL, or data with "
-            "the columns teacher_ids and teacher_log_prob"
-        )
-    watched = data.validation or data.held_out
-    if reads and stored and settings.training.eval_strategy != "no":
-        for row in watched:
-            if STORED[0] not in row:
-                raise UserError(
-                    f"{row['where']}: there is no teacher_ids, which the loss of --eval_strategy "
-                    f"{settings.training.eval_strategy} reads"
-                )
-
-
-def callbacks(options: Any) -> list:
-    from transformers import EarlyStoppingCallback
-
-    return [EarlyStoppingCallback(options.patience)] if options.patience else []
+    refusals = {
+        f"packing keeps only the tokens, and would lose {' and '.join(lost)}":
+            training.packing and lost,
+        "--task_weights coba weighs tasks against each other; there is only 1":
+            coba and len(data.tasks) < 2,
+        "--validation_items is 0; --task_weights coba reads their loss":
+            coba and not data.validation,
+        f"eval_strategy is {training.eval_strategy} and nothing is held out: --eval_items or "
+        "--validation_items N, or data with a test split":
+            evaluates and not watched,
+        f"--teacher is given, and the data have {STORED[0]}; it takes one of them":
+            stored and teacher is not None,
+        "--loss has distill, which learns from a teacher: give --teacher MODEL, or data with the "
+        "columns teacher_ids and teacher_log_prob":  # what a stream holds is seen when it comes
+            reads and teacher is None and data.tasks and not stored,
+        f"{blind[0]['where'] if blind else ''}: there is no teacher_ids, which the loss of "
+        f"--eval_strategy {training.eval_strategy} reads":
+            reads and evaluates and blind,
+    }  # fmt: skip
+    for message, refused in refusals.items():
+        if refused:
+            raise UserError(message)
 
 
 def coba(options: Any, num_tasks: int, steps: int, device: Any) -> Any:
@@ -514,14 +421,9 @@ def coba(options: Any, num_tasks: int, steps: int, device: Any) -> Any:
         return None
     warmup = options.coba_warmup or max(2, steps // 10)
     return segloss.CoBa(
-        num_tasks,
-        warmup=warmup,
-        history=options.coba_history or 4 * warmup,
-        tau=options.coba_tau,
-        mode=options.coba_mode,
-        divergence_window=steps + 1,
-        device=device,
-    )
+        num_tasks, warmup=warmup, history=options.coba_history or 4 * warmup,
+        tau=options.coba_tau, mode=options.coba_mode, divergence_window=steps + 1, device=device,
+    )  # fmt: skip
 
 
 def sample_weighting(options: Any) -> Any:
@@ -534,95 +436,18 @@ def sample_weighting(options: Any) -> Any:
     )
 
 
-def check_tokens(rows: Any, model: Any) -> None:
-    """Tokens that the data give themselves are the model's."""
-    number = model.get_input_embeddings().num_embeddings
-    for name in {"input_ids", "labels"} & set(rows.column_names):
-        for place, ids in enumerate(rows[name]):
-            if max(ids, default=0) >= number:
-                where = rows[place].get("where", "a row")
-                raise UserError(
-                    f"{where}: {name} has the token {max(ids)}; the model has {number}, from 0 up"
-                )
-
-
-def check_lengths(trainer: Trainer, prepared: dict, settings: Settings, data: Data) -> None:
-    """Rows that were cut or left out are counted; columns per token must be as many as tokens."""
-    from .data import PER_TOKEN, STORED, say
-    from .evaluation import SLACK_TOKENS
-
-    limit, parts = settings.training.max_length, {"train": trainer.train_dataset, **prepared}
-    positions = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
-    longest = 0
-    for name, rows in parts.items():
-        if not hasattr(rows, "__len__"):
-            return
-        check_tokens(rows, trainer.model)
-        lengths = [len(ids) for ids in rows["input_ids"]]
-        longest = max([longest, *lengths])
-        cut = sum(length == limit for length in lengths)
-        left_out = sum(count[name] for count in data.counts.values()) - len(lengths)
-        if left_out > 0 and (name != "train" or not settings.training.packing):
-            say(f"{name}: {left_out} rows are left out: no answer fits into --max_length {limit}")
-        if cut and not settings.training.packing:
-            say(f"{name}: {cut} of {len(lengths)} rows reach --max_length {limit} and may be cut")
-        for column in (name for name in PER_TOKEN if name in rows.column_names):
-            found = rows[column]
-            for place, (length, numbers) in enumerate(zip(lengths, found, strict=True)):
-                count = 0 if numbers is None else len(numbers)
-                if numbers is not None and count != length and not length == limit < count:
-                    raise UserError(
-                        f"{rows[place]['where']}: it has {count} {column} for {length} tokens"
-                    )
-    trainer.train_dataset = as_long(trainer.train_dataset, settings)
-    trainer.eval_dataset = as_long(trainer.eval_dataset, settings)
-    if trainer.loss.reads_teacher and STORED[0] in trainer.train_dataset.column_names:
-        check_stored(trainer)
-    if positions is not None and longest + SLACK_TOKENS > positions:
-        raise UserError(
-            f"{settings.model.model_name_or_path} reads at most {positions} tokens, and the "
-            f"longest row with an answer needs {longest + SLACK_TOKENS}; lower --max_length"
-        )
-
-
-def as_long(rows: Any, settings: Settings) -> Any:
-    """A data set whose columns per token are cut as its tokens were."""
-    from .data import PER_TOKEN
-
-    found = getattr(rows, "column_names", None) or ()
-    names = [name for name in PER_TOKEN if name in found]
-    if not names:
-        return rows
-    at_end = settings.training.truncation_mode == "keep_end"
-
-    def cut(row: dict[str, Any]) -> dict[str, Any]:
-        length = len(row["input_ids"])
-        part = slice(-length, None) if at_end else slice(length)
-        return {name: None if row[name] is None else row[name][part] for name in names}
-
-    return rows.map(cut)
-
-
-def check_stored(trainer: Trainer) -> None:
-    """Every label has a class of the stored teacher, and the student has that class."""
-    rows = trainer.train_dataset
-    classes = trainer.model.get_output_embeddings().weight.shape[0]
-    for place, (labels, lists) in enumerate(zip(rows["labels"], rows["teacher_ids"], strict=True)):
-        for label, listed in zip(labels[1:], lists[1:], strict=True):
-            if label != -100 and max(listed, default=-1) < 0:
-                raise UserError(f"{rows[place]['where']}: teacher_ids has no class for some label")
-            if max(listed, default=-1) >= classes:
-                raise UserError(
-                    f"{rows[place]['where']}: teacher_ids has {max(listed)}; the model has "
-                    f"{classes} classes"
-                )
-
-
 def describe(settings: Settings, trainer: Trainer, data: Data, network: Any) -> dict[str, Any]:
-    import torch
-
     names = ("torch", "transformers", "trl", "datasets", "accelerate", "numpy")
     versions = {"python": platform.python_version(), "segloss": segloss.__version__}
+    read = ("input_ids", "labels", "teacher_log_prob")
+    sets = [s for s in (trainer.train_dataset, trainer.eval_dataset) if hasattr(s, "__len__")]
+    rows = (s[i] for s in sets for i in range(0, len(s), max(1, len(s) // 4096)))
+    fingerprints = {
+        "data": digest([row.get(name) for name in read] for row in rows),
+        "model": digest(beginnings(network)),
+    }
+    if trainer.teacher is not None:
+        fingerprints["teacher"] = digest(beginnings(trainer.teacher))
     return {
         "given": settings.given,
         "device": str(trainer.args.device),
@@ -631,65 +456,45 @@ def describe(settings: Settings, trainer: Trainer, data: Data, network: Any) -> 
         "versions": versions | {name: importlib.metadata.version(name) for name in names},
         "data": data.counts,
         "tasks": data.tasks,
-        "fingerprints": {
-            "data": data_hash(trainer),
-            "model": model_hash(network),
-            **({} if trainer.teacher is None else {"teacher": model_hash(trainer.teacher)}),
-        },
+        "fingerprints": fingerprints,
     }
 
 
-def data_hash(trainer: Trainer) -> str:
-    """Of up to some thousand rows' tokens, in order."""
-    digest = hashlib.sha256()
-    for rows in (trainer.train_dataset, trainer.eval_dataset):
-        if hasattr(rows, "__len__"):
-            for place in range(0, len(rows), max(1, len(rows) // 4096)):
-                row = rows[place]
-                read = [row["input_ids"], row.get("labels")]
-                read += [row["teacher_log_prob"]] if "teacher_log_prob" in row else []
-                digest.update(json.dumps(read).encode())
-    return digest.hexdigest()
-
-
-def model_hash(network: Any) -> str:
-    """Of the beginning of every weight: enough to tell models apart, without reading them all."""
-    digest = hashlib.sha256()
+def beginnings(network: Any) -> Iterator[list]:
+    """Of every weight: enough to tell models apart, without reading them all."""
     for name, value in network.state_dict().items():
         if "lora_" not in name:
-            digest.update(str(tuple(value.shape)).encode())
-            digest.update(value.flatten()[:1024].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+            yield [list(value.shape), value.flatten()[:1024].float().tolist()]
+
+
+def digest(values: Iterable[list]) -> str:
+    found = hashlib.sha256()
+    for value in values:
+        found.update(json.dumps(value).encode())
+    return found.hexdigest()
 
 
 # ------------------------------------------------------------------------------------- commands
 
 
 def stored(path: str) -> dict[str, Any]:
-    """The settings that a run's folder says it was given. Raises `UserError` without one."""
-    file = Path(path) / SETTINGS
-    if not os.path.isdir(path):
-        raise UserError(f"{path}: no such folder")
-    if not file.is_file():
-        raise UserError(f"{path}: there is no {SETTINGS} in it, so it is no run's folder")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))["given"] | {"output_dir": path}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is not what a run writes") from None
+    """The settings of a run that trains, from its folder. Raises `UserError` without one."""
+    record = read_record(Path(path), path)
+    if record.selection or "target" in record.given:
+        raise UserError(f"{path} is a run of segloss select, which leaves no model")
+    return record.given | {"output_dir": path}
 
 
-def evaluate(settings: Settings, json_path: str = "") -> None:
+def evaluate(settings: Settings) -> None:
     """Print the table of a model on the held-out rows; nothing is trained."""
-    from . import report
-
-    if json_path and os.path.lexists(json_path):
-        raise UserError(f"--json {json_path} exists already; remove it or give another name")
+    file, name = settings.options.json, settings.model.model_name_or_path
+    if file and Path(file).exists():
+        raise UserError(f"--json {file} exists already; remove it or give another name")
     run = prepare(settings, to_train=False)
-    found = {"tasks": run.evaluate("evaluating", {}), "before": None, "model": run.model_name}
-    record = report.Record.of(Path(run.model_name), run.description, found)
-    print(f"\n{report.markdown([record])}")
-    if json_path:
+    found = {"tasks": run.evaluate("evaluating"), "before": None, "model": name}
+    print(f"\n{summary([Record(name, run.description, results=found)])}")
+    if file:
         try:
-            write(Path(json_path), found)
+            write(Path(file), found)
         except OSError as error:
-            raise UserError(f"cannot write {json_path}: {error.strerror}") from None
+            raise UserError(f"cannot write {file}: {error.strerror}") from None

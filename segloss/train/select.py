@@ -7,23 +7,29 @@ estimates are, by fine-tuning on some subsets after all.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import segloss
+from segloss.integrations.transformers import head_logits
+from segloss.integrations.window import next_tokens
+from segloss.selection import Comparison, GradEx, Sample, Selection
 
 from .config import Options, Settings, doc
 from .errors import UserError
-from .run import Run, prepare, progress, require_new, write
-
-if TYPE_CHECKING:
-    import torch
-
-    from segloss.selection import Comparison, GradEx, Sample, Selection
+from .report import SELECTION, aligned, subsets
+from .run import Run, prepare, require_new
+from .trainer import Recorder, Trainer
 
 
 @dataclass
@@ -52,8 +58,8 @@ class SelectOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("items", 1), ("dim", 1), ("subsets", 1), ("check", 0)):
-            self._require(name, getattr(self, name) >= least, f"a whole number from {least} up")
+        for name, least in {"items": 1, "dim": 1, "subsets": 1, "check": 0}.items():
+            self._require_whole(name, least)
         self._require("validation_items", bool(self.validation_items), "a whole number from 1 up")
         self._require("penalty", (self.penalty or 0) >= 0, "a number from 0 up")
         self.equal_tasks = True  # which the estimates take for granted
@@ -65,8 +71,7 @@ def select(settings: Settings) -> None:
 
     Raises `UserError` for anything the user can put right.
     """
-    output = Path(settings.training.output_dir)
-    require_new(output, settings)
+    require_new(settings)
     settings.training.save_strategy = "no"
     if "use_peft" not in settings.given:
         settings.model.use_peft, settings.model.lora_dropout = True, 0.0
@@ -79,95 +84,76 @@ def select(settings: Settings) -> None:
         raise UserError("there is 1 task; a selection takes at least 2")
     if options.smallest is not None and not 1 <= options.smallest <= len(tasks):
         raise UserError(f"--smallest is {options.smallest}; it takes 1 to {len(tasks)}, the tasks")
-    run.open(resumed=False)
-    Selecting(run, options, list(options.target or tasks), run.trainer.train_dataset).run_all()
+    run.open()
+    Selecting(run, options, run.trainer.train_dataset).run_all()
 
 
-@dataclass
 class Selecting:
     """One selection, from the loaded model to the printed command."""
 
-    run: Run
-    options: Any
-    target: list[str]
-    rows: Any
-    """Tokenised, of every task as many."""
+    def __init__(self, run: Run, options: Any, rows: Any):
+        self.run, self.options, self.rows = run, options, rows
+        self.tasks = run.data.tasks
+        self.target = list(options.target or self.tasks)
+        self.model = run.trainer.model
+        self.seconds: dict[str, float] = {}
 
     def run_all(self) -> None:
-        options, seconds = self.options, {}
-        begin = self._weights()
+        options = self.options
+        named = self.model.named_parameters()
+        begin = {name: p.detach().clone() for name, p in named if p.requires_grad}
         losses = {"before": self._target_loss()}
-        seconds["training on all tasks"] = self._train(self.run.data.tasks)
+        with self._timed("training on all tasks"):
+            self._train(self.tasks)
         losses["all_tasks"] = self._target_loss()
-        start = time.monotonic()
-        gradex = self._gradients()
-        seconds["gradients"] = time.monotonic() - start
-        start = time.monotonic()
-        found = gradex.select(
-            self.target,
-            method=options.method,
-            subsets=options.subsets,
-            smallest=options.smallest,
-            samples=self._target_samples() if options.score == "measured" else None,
-        )
-        seconds[f"{len(found.subsets)} subsets"] = time.monotonic() - start
+        with self._timed("gradients"):
+            gradex = self._gradients()
+        with self._timed("subsets"):
+            samples = self._target_samples() if options.score == "measured" else None
+            found = gradex.select(
+                self.target, method=options.method, subsets=options.subsets,
+                smallest=options.smallest, samples=samples,
+            )  # fmt: skip
         comparison = self._check(found, begin) if options.check else None
-        self._write(found, comparison, losses, seconds)
+        self._write(found, comparison, losses)
 
-    def _weights(self) -> dict[str, torch.Tensor]:
-        named = self.run.trainer.model.named_parameters()
-        return {name: p.detach().clone() for name, p in named if p.requires_grad}
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - start, 1)
 
-    def _train(self, names: Sequence[str], title: str = "") -> float:
-        """All steps on some tasks, from the weights that the model has; the seconds."""
-        from .trainer import Recorder, Trainer
-
-        start, first = time.monotonic(), self.run.trainer
-        kept = {self.run.data.tasks.index(name) for name in names}
+    def _train(self, names: Sequence[str], title: str = "") -> None:
+        """All steps on some tasks, from the weights that the model has."""
+        first, kept = self.run.trainer, {self.tasks.index(name) for name in names}
+        rows = self.rows.filter(lambda i: i in kept, input_columns="task_ids")
         trainer = Trainer(
-            model=first.model,
-            args=first.args,
-            train_dataset=self.rows.filter(lambda i: i in kept, input_columns="task_ids"),
-            processing_class=first.processing_class,
-            loss=first.loss,
-            head=first.head,
-        )
-        trainer.add_callback(Recorder(trainer, self.run.data.tasks, title=title))
+            model=self.model, args=first.args, train_dataset=rows,
+            processing_class=first.processing_class, loss=first.loss, head=first.head,
+        )  # fmt: skip
+        trainer.add_callback(Recorder(trainer, self.tasks, title=title))
         trainer.train()
         gc.collect()  # a Trainer refers to itself, and holds the optimizer's moments
-        return time.monotonic() - start
 
+    @torch.no_grad()
     def _target_loss(self) -> float:
         """Cross-entropy per token of the target's validation items, averaged over its tasks."""
-        losses = [self._loss([r for r in self._validation if r["task"] == n]) for n in self.target]
+        self.model.eval()
+        size, losses = self.run.trainer.args.per_device_eval_batch_size, []
+        for name in self.target:
+            rows = [row for row in self.run.trainer.validation if row["task"] == name]
+            total = count = 0.0
+            for start in range(0, len(rows), size):
+                logits, target = self._outputs(self.model, rows[start : start + size])
+                total += segloss.cross_entropy(logits, target, reduction="sum").item()
+                count += (target != -100).sum().item()
+            losses.append(total / count)
         return sum(losses) / len(losses)
 
-    @property
-    def _validation(self) -> list[dict]:
-        return self.run.trainer.validation
-
-    def _loss(self, items: Sequence[dict]) -> float:
-        import torch
-
-        import segloss
-
-        model, total, count = self.run.trainer.model, 0.0, 0
-        size = self.run.trainer.args.per_device_eval_batch_size
-        model.eval()
-        with torch.no_grad():
-            for start in range(0, len(items), size):
-                logits, target = self._outputs(model, items[start : start + size])
-                total += segloss.cross_entropy(logits, target, reduction="sum").item()
-                count += int((target != -100).sum())
-        return total / count
-
-    def _outputs(self, model: Any, items: Sequence[dict]) -> tuple[Any, torch.Tensor]:
+    def _outputs(self, model: Any, items: Sequence[dict]) -> tuple[Any, Tensor]:
         """In float32 whatever the training's precision: a gradient's small part is what counts."""
-        from segloss.integrations.transformers import head_logits
-        from segloss.integrations.window import next_tokens
-
-        names = ("input_ids", "labels")
-        collated = self.run.trainer.data_collator([{n: row[n] for n in names} for row in items])
+        rows = [{name: row[name] for name in ("input_ids", "labels")} for row in items]
+        collated = self.run.trainer.data_collator(rows)
         batch = {name: value.to(model.device) for name, value in collated.items()}
         target = next_tokens(batch.pop("labels"))
         if self.options.head == "logits":
@@ -175,25 +161,19 @@ class Selecting:
         return head_logits(model, **batch, use_cache=False), target
 
     def _gradients(self) -> GradEx:
-        from segloss.selection import GradEx
-
         options = self.options
         try:
+            # relative: the model has been trained on all tasks for as long, and of each as much
             gradex = GradEx(
-                self.run.trainer.model,
-                dim=options.dim,
-                seed=self.run.trainer.args.seed,
-                penalty=options.penalty,
-                relative=True,  # the model has been trained on all tasks for as long
-                balance=True,  # of every task as much
-                outputs=self._outputs,
+                self.model, dim=options.dim, seed=self.run.trainer.args.seed,
+                penalty=options.penalty, relative=True, balance=True, outputs=self._outputs,
                 store=options.gradients or str(self.run.output / "gradients"),
-            )
-            train = [sample for name in self.run.data.tasks for sample in self._samples(name)]
+            )  # fmt: skip
+            train = [sample for name in self.tasks for sample in self._samples(name)]
             target = self._target_samples()
-            with progress("gradients", len(train) + len(target), True) as report:
-                gradex.collect(train, progress=report)
-                gradex.collect(target, role="target", progress=report)
+            with tqdm(total=len(train + target), desc="gradients", disable=None) as bar:
+                gradex.collect(train, progress=bar.update)
+                gradex.collect(target, role="target", progress=bar.update)
         except (OSError, ValueError) as error:  # what a full disk has left is used by the next call
             raise UserError(f"--gradients: {error}") from None
         return gradex
@@ -202,97 +182,66 @@ class Selecting:
         rows = {json.dumps(row["input_ids"]): row for row in self.rows if row["task"] == name}
         rng = random.Random(f"{self.run.trainer.args.seed} gradients {name}")
         chosen = sorted(rng.sample(range(len(rows)), min(self.options.items, len(rows))))
-        return [sample_of(name, i, list(rows.values())[i]) for i in chosen]
+        return [Sample(f"{name}-{i}", name, [list(rows.values())[i]]) for i in chosen]
 
     def _target_samples(self) -> list[Sample]:
-        rows = [row for row in self._validation if row["task"] in self.target]
-        return [sample_of(row["task"], i, row) for i, row in enumerate(rows)]
+        rows = [row for row in self.run.trainer.validation if row["task"] in self.target]
+        return [Sample(f"{row['task']}-{i}", row["task"], [row]) for i, row in enumerate(rows)]
 
-    def _check(self, found: Selection, begin: dict[str, torch.Tensor]) -> Comparison:
+    def _check(self, found: Selection, begin: dict[str, Tensor]) -> Comparison:
         """Fine-tune on subsets spread evenly over the estimates, from the model as it was."""
-        import torch
-
-        from segloss.selection import Comparison
-
-        count = min(self.options.check, len(found.subsets))
-        places = [round(i * (len(found.subsets) - 1) / max(1, count - 1)) for i in range(count)]
-        estimated = dict(found.subsets)
-        true: dict[tuple[str, ...], float] = {}
+        count, last = min(self.options.check, len(found.subsets)), len(found.subsets) - 1
+        places = [round(i * last / max(1, count - 1)) for i in range(count)]
+        true = []
         for number, place in enumerate(places, start=1):
-            subset = found.subsets[place][0]
-            with torch.no_grad():
-                for name, parameter in self.run.trainer.model.named_parameters():
-                    if name in begin:
-                        parameter.copy_(begin[name])
-            self._train(subset, f"check {number} of {count}, ")
-            true[subset] = self._target_loss()
-        return Comparison(list(true), [estimated[s] for s in true], list(true.values()))
+            self.model.load_state_dict(begin, strict=False)
+            self._train(found.subsets[place][0], f"check {number} of {count}, ")
+            true.append(self._target_loss())
+        chosen = [found.subsets[place] for place in places]
+        return Comparison([tasks for tasks, _ in chosen], [value for _, value in chosen], true)
 
-    def _write(
-        self, found: Selection, comparison: Comparison | None, losses: dict, seconds: dict
-    ) -> None:
+    def _write(self, found: Selection, comparison: Comparison | None, losses: dict) -> None:
         true = dict(zip(comparison.subsets, comparison.true, strict=True)) if comparison else {}
-        output = self.run.output
+        comparison_error = None if comparison is None else comparison.relative_error
         result = {
-            "objective": found.objective,
-            "method": found.method,
-            "score": self.options.score,
-            "chosen": list(found.chosen),
-            "estimated": found.estimated,
+            "objective": found.objective, "method": found.method, "score": self.options.score,
+            "chosen": list(found.chosen), "estimated": found.estimated, "scores": found.scores,
+            "loss": losses, "seconds": self.seconds, "relative_error": comparison_error,
             "subsets": [
                 {"tasks": list(tasks), "estimated": value, "true": true.get(tasks)}
                 for tasks, value in found.subsets
             ],
-            "scores": found.scores,
-            "loss": losses,
-            "seconds": {name: round(value, 1) for name, value in seconds.items()},
-            "relative_error": None if comparison is None else comparison.relative_error,
-        }
-        self.run.save("selection.json", result)
-        self.run.trainer.attempt("chosen.jsonl", lambda: self._write_chosen(found))
-        lines = [
-            f"objective: {found.objective}, on {self.options.validation_items} items of each",
+        }  # fmt: skip
+        run, config = self.run, self.run.output / "chosen.json"
+        run.save(SELECTION, result)
+        every = [*run.data.train, *run.data.held_out, *run.data.validation]
+        rows = {row["where"]: row for row in every}
+        kept = [row_of_user(row) for row in rows.values() if row["task"] in found.chosen]
+        run.save("chosen.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        run.save(config.name, self._settings())
+        checked = f"checked by fine-tuning, from the model as it was:\n{comparison}\n\n"
+        run.finish(
+            f"objective: {found.objective}, on {self.options.validation_items} items of each\n"
             f"before training {losses['before']:.4f}, after training on all tasks "
-            f"{losses['all_tasks']:.4f}",
-            "",
-            f"{self.options.score:<9}  tasks",
-            *(f"{value:9.4f}  {' '.join(tasks)}" for tasks, value in found.subsets[:5]),
-        ]
-        if len(found.subsets) > 5:
-            worst, value = found.subsets[-1]
-            lines += [f"{'...':>9}  {len(found.subsets) - 6} more"]
-            lines += [f"{value:9.4f}  {' '.join(worst)}"]
-        if comparison is not None:
-            lines += ["", "checked by fine-tuning, from the model as it was:", str(comparison)]
-        lines += ["", ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())]
-        lines += ["", f"chosen: {' '.join(found.chosen)}", "train on them with"]
-        lines += [f"    segloss train --config {output / 'chosen.json'}"]
-        text = "\n".join(lines) + "\n"
-        self.run.trainer.attempt("results.md", lambda: (output / "results.md").write_text(text))
-        print(f"\n{text}\n{output}", flush=True)
-        if self.run.trainer.failures:
-            raise UserError(f"could not write to {output}: {'; '.join(self.run.trainer.failures)}")
+            f"{losses['all_tasks']:.4f}\n\n{aligned(*subsets(result), words=(0,))}\n\n"
+            f"{checked if comparison else ''}"
+            f"{', '.join(f'{name} {value} s' for name, value in self.seconds.items())}\n\n"
+            f"chosen: {' '.join(found.chosen)}\ntrain on them with\n"
+            f"    segloss train --config {config}\n"
+        )
 
-    def _write_chosen(self, found: Selection) -> None:
-        """The rows of the chosen tasks, and the settings to train on them with."""
-        data, output = self.run.data, self.run.output
-        own = ("answer", "task_ids", "where")
-        rows = {row["where"]: row for row in [*data.train, *data.held_out, *data.validation]}
-        lines = [
-            json.dumps({k: v for k, v in row.items() if v is not None and k not in own}) + "\n"
-            for row in rows.values()
-            if row["task"] in found.chosen
-        ]
-        (output / "chosen.jsonl").write_text("".join(lines).replace("sample_weights", "weight"))
-        mine = {f.name for f in fields(SelectOptions)} - {f.name for f in fields(Options)}
-        mine |= {"output_dir", "dataset_name", "datasets", "validation_items", "eval_items"}
-        given = {k: v for k, v in self.run.settings.given.items() if k not in mine}
+    def _settings(self) -> dict[str, Any]:
+        """To train on the chosen rows with."""
+        own = {f.name for f in fields(SelectOptions)} - {f.name for f in fields(Options)}
+        own |= {"output_dir", "dataset_name", "datasets", "validation_items", "eval_items"}
+        given = {k: v for k, v in self.run.settings.given.items() if k not in own}
         model = asdict(self.run.settings.model)
         given |= {name: model[name] for name in ("use_peft", "lora_dropout")}
-        write(output / "chosen.json", {**given, "data": [str(output / "chosen.jsonl")]})
+        return given | {"data": [str(self.run.output / "chosen.jsonl")]}
 
 
-def sample_of(task: str, index: int, row: dict) -> Sample:
-    from segloss.selection import Sample
-
-    return Sample(f"{task}-{index}", task, [row])
+def row_of_user(row: dict[str, Any]) -> dict[str, Any]:
+    """As a file has it."""
+    names = {"sample_weights": "weight", "answer": None, "task_ids": None, "where": None}
+    named = {names.get(name, name): value for name, value in row.items() if value is not None}
+    return {name: value for name, value in named.items() if name is not None}

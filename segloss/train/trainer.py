@@ -1,28 +1,28 @@
 """TRL's `SFTTrainer` with checkpoints that can be trusted, and what a run notes while it trains.
 
-A checkpoint is the Trainer's own folder and a manifest.json with the size and SHA-256 of its files,
-written last: a kill, a disk or a copy that damaged it since is seen. Reading it unpickles nothing
-that `torch.load(weights_only=True)` refuses.
+A checkpoint is the Trainer's own folder and a manifest.json with the SHA-256 of its files, written
+last: a kill, a disk or a copy that damaged it since is seen.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import signal
-import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
+from huggingface_hub.utils.sha import sha_fileobj
+from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -30,10 +30,9 @@ from segloss.integrations.trl import SFTTrainer
 
 from .data import say
 from .errors import UserError, first_line
-from .report import METRICS, WEIGHT_EDGES
+from .report import METRICS, read_lines, write
 
 MANIFEST, PREFIX = "manifest.json", "checkpoint-"
-WRITING = (OSError, RuntimeError)
 
 
 class Trainer(SFTTrainer):
@@ -46,10 +45,10 @@ class Trainer(SFTTrainer):
         self.failures: list[str] = []
         super().__init__(*args, **kwargs)
         self.keep, self.args.save_total_limit = self.args.save_total_limit, None
-        self.callback_handler.on_save = self._on_save
+        self.save_callbacks = self.callback_handler.on_save
+        self.callback_handler.on_save = lambda args, state, control: control
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self._written = True
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any) -> Any:
         """TRL ends a text with the end of text, and some tokenizers do so again."""
@@ -65,38 +64,30 @@ class Trainer(SFTTrainer):
         return prepared.map(once)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._written = self.attempt(
-            self._folder().name, lambda: super(Trainer, self)._save_checkpoint(model, trial)
-        )
+        """The Trainer's files, those of the callbacks, then the manifest; then old ones go."""
+        args, state = self.args, self.state
+        folder = Path(args.output_dir) / f"{PREFIX}{state.global_step}"
 
-    def _on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """After the Trainer's files those of the callbacks, then the manifest, then old ones go."""
-        handler, folder = self.callback_handler, self._folder()
-        if self._written:
-            self._written = self.attempt(
-                folder.name, lambda: type(handler).on_save(handler, args, state, control, **kwargs)
-            )
+        def files() -> None:
+            super(Trainer, self)._save_checkpoint(model, trial)
+            self.save_callbacks(args, state, self.control)
+
+        written = self.attempt(folder.name, files)
         self.accelerator.wait_for_everyone()
         if args.should_save:
-            if self._written and self.attempt(folder.name, lambda: seal(folder)):
+            if written and self.attempt(folder.name, lambda: seal(folder)):
                 rotate_checkpoints(args.output_dir, self.keep, state.best_model_checkpoint)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
-        return control
 
-    def _folder(self) -> Path:
-        return Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
-
-    def attempt(self, name: str, write: Any) -> bool:
+    def attempt(self, name: str, write: Callable[[], Any]) -> bool:
         """Call `write`; whether it could."""
         try:
             with warnings.catch_warnings():  # peft's, of an adapter on the head or a GGUF
                 warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
                 warnings.filterwarnings("ignore", message="Could not find a config file")
                 write()
-        except Exception as error:
-            if not isinstance(error, WRITING) and type(error).__name__ != "SafetensorError":
-                raise
+        except (OSError, RuntimeError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
             self.failures.append(f"{name} ({reason})")
             return False
@@ -106,70 +97,43 @@ class Trainer(SFTTrainer):
 # --------------------------------------------------------------------------------- checkpoints
 
 
-class Damaged(Exception):
-    """The checkpoint is not what was written; the text says how that shows."""
-
-
 def seal(folder: Path) -> None:
-    """Write the manifest of a whole checkpoint, and have the disk hold all of it."""
-    entries = {str(p.relative_to(folder)): entry(p) for p in files_of(folder)}
-    partial = folder / f"partial-{MANIFEST}"
-    partial.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-    for path in files_of(folder):
+    """Have the disk hold all of a checkpoint, then write its manifest."""
+    hashes = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    partial.rename(folder / MANIFEST)
+            hashes[str(path.relative_to(folder))] = sha_fileobj(file).hex()
+    write(folder / MANIFEST, hashes)
 
 
-def files_of(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(MANIFEST))
-
-
-def entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def check(folder: Path) -> None:
-    """Raises `Damaged` unless every file is as its manifest says."""
+def damage(folder: Path) -> str:
+    """How a checkpoint is not as its manifest says, "" where it is whole."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, written in manifest.items():
-            found = entry(folder / name)
-            if found["bytes"] != written["bytes"]:
-                raise Damaged(f"{name} has {found['bytes']} bytes of {written['bytes']}")
-            if found != written:
-                raise Damaged(f"{name} differs from what was written (SHA-256)")
+        for name, digest in manifest.items():
+            with (folder / name).open("rb") as file:
+                if sha_fileobj(file).hex() != digest:
+                    return f"{name} differs from what was written (SHA-256)"
     except FileNotFoundError as error:
-        raise Damaged(f"{Path(error.filename).name} is missing") from None
-    except OSError as error:
-        raise Damaged(f"it cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise Damaged(f"{MANIFEST} cannot be read") from None
-
-
-def steps_of(output: Path) -> list[int]:
-    """The steps that have a checkpoint, ascending."""
-    names = [path.name.removeprefix(PREFIX) for path in output.glob(f"{PREFIX}*")]
-    return sorted(int(name) for name in names if name.isdigit())
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"it cannot be read ({first_line(error)})"
+    return ""
 
 
 def last_whole(output: Path, remove: bool) -> Path | None:
     """The newest whole checkpoint; damaged ones are named, and with `remove` make room."""
-    for step in reversed(steps_of(output)):
+    names = [path.name.removeprefix(PREFIX) for path in output.glob(f"{PREFIX}*")]
+    for step in sorted((int(name) for name in names if name.isdigit()), reverse=True):
         folder = output / f"{PREFIX}{step}"
-        try:
-            check(folder)
-        except Damaged as damage:
-            say(f"{folder} is damaged: {damage}; trying the one before")
-            if remove:
-                shutil.rmtree(folder, ignore_errors=True)
-            continue
-        say(f"resuming after step {step}")
-        return folder
+        found = damage(folder)
+        if not found:
+            say(f"resuming after step {step}")
+            return folder
+        say(f"{folder} is damaged: {found}; trying the one before")
+        if remove:
+            shutil.rmtree(folder, ignore_errors=True)
     say("there is no whole checkpoint: starting at the beginning")
     return None
 
@@ -177,48 +141,31 @@ def last_whole(output: Path, remove: bool) -> Path | None:
 # ------------------------------------------------------------------------- while a run trains
 
 
+@dataclass(eq=False)
 class Recorder(TrainerCallback):
-    """Metrics on disk as soon as they exist, progress, Ctrl-C, the time limit, and NaN seen.
+    """Metrics on disk as soon as they exist, progress, Ctrl-C, the time limit, and NaN seen."""
 
-    Args:
-        trainer: whose callback it is.
-        tasks: their names, in the order of `task_ids`.
-        deadline: when training must end, by `time.monotonic`.
-        coba: the `CoBaCallback`, whose losses are noted.
-        title: of the lines of progress; with it nothing is written to disk.
-    """
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        tasks: Sequence[str],
-        deadline: float = math.inf,
-        coba: Any = None,
-        title: str = "",
-    ):
-        self.trainer, self.tasks, self.deadline, self.coba = trainer, tasks, deadline, coba
-        self.title = title
-        self.stopped = ""
-        """What ended training before its last step: "time limit", "interrupt"."""
-        self.counts = torch.zeros(len(WEIGHT_EDGES) + 1, dtype=torch.long)
-        self.samples = 0
-        self._pending = b""
-        self._file: Any = None
-        self._bar: Any = None
-        self._begun = self._step_begun = time.monotonic()
+    trainer: Trainer
+    tasks: Sequence[str]
+    """In the order of `task_ids`."""
+    deadline: float = math.inf
+    """When training must end, by `time.monotonic`."""
+    coba: Any = None
+    """The `CoBaCallback`, whose losses are noted."""
+    title: str = ""
+    """Of the lines of progress; with it nothing is written to disk."""
+    stopped: str = ""
+    """What ended training before its last step: "time limit", "interrupt"."""
+    _pending: bytes = b""
+    _file: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._first, self._begun = state.global_step, time.monotonic()
         for row in state.log_history:  # a resumed run goes on counting, all processes' on the first
             if "num_tokens" in row:
                 self.trainer._num_tokens.fill_(row["num_tokens"] * state.is_world_process_zero)
-        if state.is_world_process_zero:
-            if not self.title:
-                self._file = reopened(Path(args.output_dir) / METRICS, state.global_step)
-            if sys.stderr.isatty() and not args.disable_tqdm:
-                from tqdm.auto import tqdm
-
-                self._bar = tqdm(total=state.max_steps, initial=self._first, dynamic_ncols=True)
+        if state.is_world_process_zero and not self.title:
+            self._file = reopened(Path(args.output_dir) / METRICS, state.global_step)
         try:
             self._previous = signal.signal(signal.SIGINT, self._interrupted)
         except ValueError:  # not in the main thread
@@ -227,8 +174,6 @@ class Recorder(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
-        if self._bar is not None:
-            self._bar.close()
         if self._file is not None:
             self._file.close()
             if self._pending:
@@ -244,12 +189,6 @@ class Recorder(TrainerCallback):
         self._step_begun = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        weights = getattr(self.trainer.sample_weights, "weights", None)
-        if weights is not None:
-            relative = weights.detach().double().cpu() * len(weights)
-            edges = torch.tensor(WEIGHT_EDGES, dtype=torch.float64)
-            self.counts += torch.bucketize(relative, edges).bincount(minlength=len(self.counts))
-            self.samples = len(weights)
         now = time.monotonic()
         if 2 * now - self._step_begun > self.deadline and not self.stopped:
             self.stopped = "time limit"
@@ -259,8 +198,6 @@ class Recorder(TrainerCallback):
             control.should_save = self.stopped == "interrupt" or args.save_strategy != "no"
         # what is summed for the next line of metrics is not in a checkpoint
         control.should_log = control.should_log or control.should_save
-        if self._bar is not None:
-            self._bar.update()
 
     def _any(self, flag: bool) -> bool:
         """Whether it is so on any process: they have to stop at the same step."""
@@ -281,77 +218,51 @@ class Recorder(TrainerCallback):
         if self._file is not None:
             self._write(self._row(logs, state))
         if "loss" in logs:
-            self._progress(logs, state)
+            done = state.global_step - self._first
+            each = (time.monotonic() - self._begun) / max(1, done)
+            left = each * (state.max_steps - state.global_step)
+            say(
+                f"{self.title}step {state.global_step} of {state.max_steps}: loss "
+                f"{logs['loss']:.3f}, {each:.2f} s a step, {left // 60:.0f} min {left % 60:.0f} s "
+                "left"
+            )
 
     def _row(self, logs: dict[str, Any], state: Any) -> dict[str, Any]:
         row: dict[str, Any] = {"step": state.global_step}
         row |= {k: v for k, v in logs.items() if isinstance(v, int | float)}
-        weights = [row.pop(k) for k in list(row) if re.fullmatch(r"task_weight_\d+", k)]
-        if weights:
+        if "task_weight_0" in row:
+            weights = [row.pop(f"task_weight_{i}") for i in range(len(self.tasks))]
             row["task_weight"] = dict(zip(self.tasks, weights, strict=True))
             row["divergence_factor"] = float(self.coba.coba.divergence_factor)
             losses = self.coba.losses.tolist()
             row["validation_loss"] = dict(zip(self.tasks, losses, strict=True))
-        if self.samples and "loss" in logs:
-            row |= {"samples": self.samples, "sample_weight_counts": self.counts.tolist()}
-            self.counts.zero_()
         return row
 
     def _write(self, row: dict[str, Any]) -> None:
         """Lines of a full disk wait in memory until there is room again."""
-        self._pending += json.dumps(finite(row)).encode() + b"\n"
+        self._pending += json.dumps(row).encode() + b"\n"
         try:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError:
             pass
 
-    def _progress(self, logs: dict[str, Any], state: Any) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {logs['loss']:.3f}")
-            return
-        done = state.global_step - self._first
-        each = (time.monotonic() - self._begun) / max(1, done)
-        left = each * (state.max_steps - state.global_step)
-        say(
-            f"{self.title}step {state.global_step} of {state.max_steps}: loss {logs['loss']:.3f}, "
-            f"{each:.2f} s a step, {left // 60:.0f} min {left % 60:.0f} s left"
-        )
-
 
 def reopened(path: Path, step: int) -> Any:
     """metrics.jsonl without the lines after a step, to append to."""
-    file = path.open("ab", buffering=0)
-    kept = b""
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step and step:
-                kept += line
-        except (ValueError, KeyError, TypeError):  # cut off by a kill
-            break
-    file.truncate(len(kept))
-    return file
+    kept = [row for row in read_lines(path) if step and row["step"] <= step]
+    text = "".join(json.dumps(row) + "\n" for row in kept)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        write(path, text)
+    return path.open("ab", buffering=0)
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Have a file to oneself. Raises `UserError` where another process has it."""
-    with path.open("ab") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"the run in {path.parent} is still going on in another process"
-            ) from None
-        except (ImportError, OSError):  # Windows; a file system without locks
-            pass
-        yield
-
-
-def finite(value: Any) -> Any:
-    """None for a number that JSON cannot spell, at any depth of dicts."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    try:
+        with FileLock(f"{path}.lock", timeout=0):
+            yield
+    except Timeout:
+        text = f"the run in {path.parent} is still going on in another process"
+        raise UserError(text) from None

@@ -8,7 +8,7 @@ import pytest
 from train.tiny import examples, write_jsonl
 
 import segloss
-from segloss.train import run
+from segloss.train import command as of_command
 
 
 def fails(result, message):
@@ -40,7 +40,7 @@ def test_version_and_usage(command):
         (["evaluate"], "segloss evaluate takes a run folder or a model, then options"),
         (["report"], "the following arguments are required: RUN"),
         (["report", "a", "--outptu", "b"], "unrecognized arguments: --outptu b"),
-        (["train", "--resume"], "--resume takes a name"),
+        (["train", "--resume"], "argument --resume: expected one argument"),
     ],
 )
 def test_bad_words(command, words, message):
@@ -59,9 +59,9 @@ def test_help_lists_trl_s_options_and_ours(command, capsys):
 
 
 def test_missing_packages(train, monkeypatch):
-    find_spec = run.importlib.util.find_spec
+    find_spec = of_command.importlib.util.find_spec
     monkeypatch.setattr(
-        run.importlib.util,
+        of_command.importlib.util,
         "find_spec",
         lambda n: None if n in ("trl", "yaml") else find_spec(n),
     )
@@ -73,6 +73,10 @@ def test_evaluate_a_run_and_a_model(command, train, tmp_path, model_folder, data
     monkeypatch.chdir(tmp_path / "here")
     assert train("--lr", 0.01)[0] == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
+    settings = tmp_path / "run" / "segloss.json"  # what several processes were told is no matter
+    settings.write_text(
+        settings.read_text().replace('"given": {', '"given": {"fsdp": "full_shard",')
+    )
     code, out, err = command("evaluate", tmp_path / "run", "--json", tmp_path / "again.json")
     assert code == 0, err
     found = json.loads((tmp_path / "again.json").read_text())

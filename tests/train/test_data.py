@@ -158,7 +158,7 @@ def test_texts(model_folder, tokenizer, tmp_path, monkeypatch, name):
     row, options, text, parts = TEXTS[name]
     file = write_jsonl(tmp_path / "mine.jsonl", [row, row | {"task": "x"}])
     if name.startswith("alpaca"):  # the tiny model has few positions
-        monkeypatch.setattr("segloss.train.run.check_lengths", lambda *args: None)
+        monkeypatch.setattr("segloss.train.data.check_positions", lambda *args: None)
     run = prepared(model_folder, [file], "--output", tmp_path / "run", *options)
     assert_trained_on(run, tokenizer, text, parts)
 
@@ -263,29 +263,40 @@ def test_tokens_that_the_model_has_not(model_folder, tmp_path, name):
 GOOD = '{"prompt": "p", "completion": " c"}'
 ODD = {
     "not JSON": ('{"prompt": "p"', "line 2: not JSON (Expecting ',' delimiter at column 15)"),
-    "not an object": ("[1]", "line 2: an object is needed, not a list"),
+    "not an object": ("[1]", "line 2: an object is needed, not [1]"),
     "half a pair": ('{"prompt": "p"}', "line 2: there is 'prompt'; a row has messages, "),
     "number for text": (
         '{"prompt": "p", "completion": 3}',
         'line 2: "prompt" and "completion" must both be strings or both be messages',
     ),
-    "empty": ('{"prompt": "p", "completion": " "}', 'line 2: "completion" is empty'),
-    "surrogate": ('{"prompt": "\\ud800", "completion": "c"}', "half of a surrogate pair"),
+    "empty": (
+        '{"prompt": "p", "completion": " "}',
+        "line 2: \"completion\" has ' ', where it takes text that is not blank",
+    ),
+    "surrogate": (
+        '{"prompt": "\\ud800", "completion": "c"}',
+        "\"prompt\" has '\\ud800', where it takes text",
+    ),
     "options without the answer": (
         '{"prompt": "p", "completion": " c", "options": ["a", "b"]}',
         'line 2: the answer is none of the "options"',
     ),
+    "one option": (
+        '{"prompt": "p", "completion": " c", "options": ["c"]}',
+        'line 2: "options" are two or more',
+    ),
+    "options of a text": ('{"text": "p", "options": ["a", "b"]}', "and go with a completion"),
     "negative weight": (
         '{"prompt": "p", "completion": " c", "weight": -1}',
-        'line 2: "weight" must be a number from 0 up, not -1',
+        'line 2: "weight" has -1, where it takes a number from 0 up',
     ),
     "no role": (
         '{"messages": [{"content": "x"}]}',
-        'line 2: each of "messages" must be an object with "role" and "content"',
+        'line 2: "messages" has {\'content\': \'x\'}, where it takes {"role": ..., "content": ...}',
     ),
     "picture in a message": (
         '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
-        'line 2: the "content" of a message must be a string, not a list',
+        "\"messages\" has {'content': [{'type': 'image'}], 'role': 'user'}, where it takes {",
     ),
     "nested": ("[" * 100_000, "line 2: not JSON that can be read (nested too deeply)"),
     "labels of another length": (
@@ -294,11 +305,11 @@ ODD = {
     ),
     "a label below 0": (
         '{"input_ids": [1, 2], "labels": [-1, 2]}',
-        'line 2: "labels" has -1; it takes tokens, and labels of none are -100',
+        'line 2: "labels" has -1, where it takes tokens, or -100 where there is no label',
     ),
     "a token below 0": (
         '{"input_ids": [1, -100]}',
-        'line 2: "input_ids" has -100; it takes tokens',
+        'line 2: "input_ids" has -100, where it takes whole numbers from 0 up',
     ),
     "another shape": ('{"text": "x"}', "some rows have prompt, some text; a run takes one of them"),
     "weight in some": (
@@ -323,10 +334,14 @@ def test_odd_rows(train, tmp_path, name):
     ("name", "content", "message"),
     [
         ("odd.jsonl", b'{"prompt": "\xff"}', "line 1: not UTF-8 (invalid start byte at byte 13)"),
-        ("odd.json", b'[{"prompt": "p",\n', "odd.json: not JSON (Expecting property name"),
+        ("odd.json", b'[{"prompt": "p",\n', "odd.json, line 2: not JSON (Expecting property name"),
         ("odd.csv", b"prompt,completion\na\n", "line 2: it has fewer cells than the first line"),
         ("odd.csv", b'prompt,completion\n"a,b\n', "line 2: not CSV (unexpected end of data)"),
-        ("odd.csv", b"prompt,completion\na,\xff\n", "line 2: not UTF-8 (invalid start byte)"),
+        (
+            "odd.csv",
+            b"prompt,completion\na,\xff\n",
+            "line 2: not UTF-8 (invalid start byte at byte 3)",
+        ),
         ("odd.csv", b"text,weight\na,b\n", "line 2, weight: not JSON"),
         ("odd.parquet", b"PAR1", "cannot read "),
         ("odd.txt", b"text", "it takes .jsonl, .json, .csv, .tsv and .parquet files"),
@@ -339,6 +354,14 @@ def test_odd_files(train, tmp_path, name, content, message):
     code, out, err = train("--data", path, "--eval-items", 0)
     last = err.strip().splitlines()[-1]
     assert code == 2 and out == "" and message in last and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("weights", [{"weight": 0}, {"token_weight": [0, 0, 0, 0]}])
+def test_rows_that_all_weigh_nothing_are_refused(train, tmp_path, weights):
+    rows = [{"prompt": f"{i}", "completion": " c", **weights} for i in range(4)]
+    path = write_jsonl(tmp_path / "mine.jsonl", rows)
+    code, out, err = train("--data", path, "--eval-items", 1)
+    assert code == 2 and out == "" and "every row to train on weighs 0; at least one needs" in err
 
 
 def test_columns_that_nothing_reads_are_named(train, tmp_path):

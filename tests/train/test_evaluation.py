@@ -30,7 +30,7 @@ def fresh(run):
 def test_sums_answers_and_choices_are_those_of_a_plain_loop(run, tokenizer, head):
     items = fresh(run)
     run.trainer.args.per_device_eval_batch_size = 3
-    Evaluator(run.trainer, head)(items, lambda count: None)
+    Evaluator(run.trainer, head)(items)
     model = run.trainer.model.eval()
     for item in items:
         with torch.no_grad():
@@ -170,11 +170,11 @@ def test_weights_that_are_not_finite(train, model_folder, tmp_path):
 def test_generation_config_of_the_model_does_not_take_part(run, model_folder):
     """num_return_sequences and a penalty would change the answers, or their number."""
     plain, odd = fresh(run), fresh(run)
-    Evaluator(run.trainer)(plain, lambda count: None)
+    Evaluator(run.trainer)(plain)
     config = run.trainer.model.generation_config
     config.num_return_sequences, config.repetition_penalty = 2, 5.0
     try:
-        Evaluator(run.trainer)(odd, lambda count: None)
+        Evaluator(run.trainer)(odd)
         assert run.trainer.model.generation_config is config
     finally:
         config.num_return_sequences, config.repetition_penalty = None, None
@@ -207,9 +207,9 @@ def test_a_model_whose_head_cannot_be_fused_says_what_to_do(run, monkeypatch):
     def refuse(*args, **kwargs):
         raise TypeError("BertLMHeadModel has no decoder below its head")
 
-    monkeypatch.setattr("segloss.train.evaluation.head_logits", refuse)
+    monkeypatch.setattr("segloss.train.evaluation.head_loss", refuse)
     with pytest.raises(UserError, match="below its head; --head logits takes the model's own"):
-        Evaluator(run.trainer)(fresh(run), lambda count: None)
+        Evaluator(run.trainer)(fresh(run))
 
 
 def test_an_answer_of_a_test_split_that_training_has_not():

@@ -7,7 +7,7 @@ import pytest
 
 from segloss.train import report
 from segloss.train.errors import UserError
-from segloss.train.report import Record, entries, markdown, story
+from segloss.train.report import Record, scored, story, summary
 
 
 def row(task, nll, **others):
@@ -41,8 +41,7 @@ def write_run(folder, loss, before=3.0, after=1.0, **given):
         {
             "step": step, "loss": 3 / step, "entropy": 1.0, "mean_token_accuracy": 0.5,
             "task_weight": {"colours": 0.4, "a|b": 0.6}, "divergence_factor": 0.5,
-            "validation_loss": {"colours": 2.0, "a|b": 1.0}, "samples": 4,
-            "sample_weight_counts": [0] * 13 + [4] + [0] * 13, "effective_sample_size": 3.0,
+            "validation_loss": {"colours": 2.0, "a|b": 1.0}, "effective_sample_size": 3.0,
         }
         for step in range(1, 10)
     ]  # fmt: skip
@@ -66,7 +65,7 @@ def write_selection(folder):
 def test_one_table_for_two_runs(tmp_path):
     paths = [write_run(tmp_path / "ce", "ce"), write_run(tmp_path / "mix", "0.6*ce+0.4*dice")]
     records = report.read_records([str(path) for path in paths])
-    lines = markdown(records).splitlines()
+    lines = summary(records).splitlines()
     cells = [[c.strip() for c in line.split(" | ")] for line in lines[:11]]
     assert [c[2] for c in cells[2:10]] == [
         *("before training", "ce", "mix", "majority answer", "chance"),
@@ -82,7 +81,7 @@ def test_one_table_for_two_runs(tmp_path):
 def test_every_run_has_its_own_before(tmp_path):
     paths = [write_run(tmp_path / "a", "ce"), write_run(tmp_path / "b", "ce", before=5.0)]
     records = report.read_records([str(path) for path in paths])
-    labels = [label for label, _ in entries(records, "colours")]
+    labels = [line.label for line in scored(records)[0] if line.task == "colours"]
     assert labels == [
         *("a before training", "b before training", "a", "b", "majority answer", "chance"),
     ]
@@ -95,7 +94,7 @@ def test_stories(tmp_path):
         "a: tiny, loss ce, LoRA of rank 4, task weights by CoBa, sample weights by irdro: 9 steps "
         "of 4 examples (load 1 s, training 2 s, total 3 s)."
     )
-    unfinished = Record("b", record.given, record.description)
+    unfinished = Record("b", record.description)
     assert "It has not finished: segloss train --resume goes on with it." in story(unfinished)
 
 
@@ -107,10 +106,10 @@ def test_page_and_pictures(command, tmp_path):
     code, _out, err = command("report", *runs, "--output", tmp_path / "report")
     assert code == 0, err
     names = {path.name for path in (tmp_path / "report").iterdir()}
-    pictures = ("results", "training", "task-weights", "sample-weights", "selection")
+    pictures = ("results", "training", "selection")
     assert names == {"report.html", *(f"{name}.png" for name in pictures)}
     page = (tmp_path / "report" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5 and "<mix>" not in page
+    assert page.count("data:image/png;base64,") == 3 and "<mix>" not in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "a, b" in page and "0.9000" in page and "0.6*ce+0.4*dice" in page
     for name in pictures:
@@ -128,6 +127,10 @@ def test_pictures_say_what_the_runs_hold(tmp_path):
     drawn = {p.name: p.figure for p in pictures(report.read_records([str(r) for r in runs]))}
     for figure in drawn.values():
         figure.canvas.draw()
+    titles = [axis.get_title() for axis in drawn["training"].axes]
+    assert len(titles) == 6 and titles[-2:] == ["weights of the tasks", titles[-1]]
+    weights = drawn["training"].axes[-2].get_legend_handles_labels()[1]
+    assert weights == ["ce: colours", "ce: a|b", "mix: colours", "mix: a|b"]
     results = drawn["results"].axes
     assert [axis.get_title() for axis in results] == [
         *("loss (nats per token)", "accuracy (%)", "macro-F1"),
@@ -138,10 +141,13 @@ def test_pictures_say_what_the_runs_hold(tmp_path):
     ]
     boxes = [label.get_window_extent() for label in results[0].get_yticklabels()]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
-    ticks = drawn["selection"].axes[0].get_xticks()
-    assert all(tick == int(tick) for tick in ticks)
-    names = list(drawn["selection"].axes[1].texts)
-    boxes = [text.get_window_extent() for text in names]
+    (axis,) = drawn["selection"].axes
+    assert all(tick == int(tick) for tick in axis.get_xticks())
+    # best estimate first, and the true losses at the same places
+    assert axis.lines[0].get_ydata().tolist() == [0.9, 1.0, 1.4]
+    assert axis.lines[1].get_xydata().tolist() == [[1, 0.95], [2, 1.1]]
+    assert [text.get_text() for text in axis.texts] == ["a+b", "a"]
+    boxes = [text.get_window_extent() for text in axis.texts]
     assert len(boxes) == 2 and not boxes[0].overlaps(boxes[1])
 
 

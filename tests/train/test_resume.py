@@ -142,7 +142,11 @@ def flip(path):
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("model.safetensors", truncate, "model.safetensors has "),
+        (
+            "model.safetensors",
+            truncate,
+            "model.safetensors differs from what was written (SHA-256)",
+        ),
         ("model.safetensors", flip, "model.safetensors differs from what was written (SHA-256)"),
         ("optimizer.pt", flip, "optimizer.pt differs"),
         ("coba.pt", Path.unlink, "coba.pt is missing"),
@@ -229,13 +233,13 @@ def fails(result, message):
 
 
 def test_what_cannot_be_resumed(weighted, command, tmp_path, data_file):
-    assert fails(command("train", "--resume", tmp_path / "none"), "no such folder")
+    assert fails(command("train", "--resume", tmp_path / "none"), "no such run folder")
     assert fails(command("train", "--resume", tmp_path), "there is no segloss.json in it")
     assert fails(command("train", "--resume", tmp_path / "whole"), "the run is finished")
     assert fails(
         command("train", "--resume", weighted, "--lr", 1), "only --time-limit goes with it"
     )
-    with (weighted / "metrics.jsonl").open("ab") as file:
+    with (weighted / "metrics.jsonl.lock").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert fails(command("train", "--resume", weighted), "still going on in another process")
     data_file.write_text(data_file.read_text().replace("parity 0", "parity zero"))

@@ -207,7 +207,7 @@ def test_weights_of_tasks_and_samples_are_noted(train, tmp_path):
     for row in metrics:
         assert sum(row["task_weight"].values()) == pytest.approx(1)
         assert set(row["validation_loss"]) == {"parity", "echo"}
-        assert sum(row["sample_weight_counts"]) == row["samples"]
+        assert 1 <= row["effective_sample_size"] <= 4
     assert metrics[-1]["task_weight"] != metrics[0]["task_weight"]
 
 
@@ -327,8 +327,11 @@ def test_two_processes_are_one(tmp_path, model_folder, data_file):
 
 
 def test_two_processes_go_on_to_the_same_bits(tmp_path, model_folder, data_file):
-    """As one does; the state of CoBa and of the sample weights among it."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    """As one does; the state of CoBa and of the sample weights among it. By accelerate.
+
+    With `--cpu` it would start one process whatever `--num_processes` says.
+    """
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
     launch += ["2", "-m", "segloss.train.command", "train"]
     options = [
         *("--model", model_folder, "--data", data_file, "--steps", "4", "--eval-items", "2"),
@@ -345,6 +348,7 @@ def test_two_processes_go_on_to_the_same_bits(tmp_path, model_folder, data_file)
         return done.stderr
 
     run(*options, "--output", tmp_path / "whole")
+    assert json.loads((tmp_path / "whole" / "segloss.json").read_text())["processes"] == 2
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoint-4")
     for name in ("trained.json", "results.json", "model.safetensors"):
@@ -400,6 +404,17 @@ def test_missing_weights_are_not_made_up(train, own_model):
     weights.pop("model.norm.weight")
     save_file(weights, own_model / "model.safetensors", metadata={"format": "pt"})
     assert fails(train("--model", own_model), "lacks 1 of the model's weights, model.norm.weight")
+
+
+def test_a_masked_model_is_refused(train, tmp_path, tokenizer):
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"vocab_size": 258, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32}
+    folder = tmp_path / "bert"
+    BertForMaskedLM(BertConfig(num_attention_heads=2, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    message = "is a masked model (BertForMaskedLM), which reads on both sides of a token"
+    assert fails(train("--model", folder), message)
 
 
 def test_tokenizer_larger_than_the_model(train, own_model):
