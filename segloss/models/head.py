@@ -129,9 +129,11 @@ def loss_at_head(
         if target is None:
             return criterion(source, target), call.last_logits(hidden)
         if target.shape != source.leading_shape:
+            given = tuple(source.leading_shape)
+            more = ", or give the loss model(...).logits" if len(given) > target.dim() else ""
             raise ValueError(
                 f"target is {describe(target)}, but the head of {type(inner).__name__} gives "
-                f"logits for {tuple(source.leading_shape)} places; it takes a target of that shape"
+                f"logits for {given} places; it takes a target of that shape{more}"
             )
         return criterion(source, target.to(hidden.device)), call.last_logits(hidden)
 
@@ -507,6 +509,7 @@ class Call:
                 f"{type(self.inner).__name__} returned a {type(outputs).__name__}; head_loss takes "
                 "a model whose outputs have logits (return_dict=True)"
             )
+        check_no_loss(self.inner, outputs)
         if torch.is_grad_enabled() and logits.requires_grad:
             raise TypeError(
                 f"{type(self.inner).__name__} trains parameters behind its head, which head_loss "
@@ -526,6 +529,16 @@ class Call:
         outputs["loss"] = first if isinstance(first, Tensor) else None
         if hasattr(outputs, "move_to_end"):
             outputs.move_to_end("loss", last=False)
+
+
+def check_no_loss(model: Any, outputs: Any) -> None:
+    """Refuse what a model made a loss of though it was given no labels: it would be left out."""
+    loss = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
+    if isinstance(loss, Tensor):
+        raise TypeError(
+            f"{type(innermost(model)).__name__} returned a loss of its own without labels, of "
+            "another of its inputs, which would be left out; leave out that input, or keep its loss"
+        )
 
 
 def forward_name(module: Any) -> str:
