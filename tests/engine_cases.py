@@ -221,6 +221,15 @@ def refusal(wrap: Callable) -> str:
     return "nothing"
 
 
+def refusal_of_weight(model) -> str:
+    """What `LinearLogits` says of the head's weight while the model does not run."""
+    try:
+        segloss.LinearLogits(torch.randn(3, 16, dtype=torch.float64), model.lm_head.weight)
+    except TypeError as error:
+        return str(error)
+    return "nothing"
+
+
 def assert_same(found: list, case: Case, tolerance: float = 1e-12) -> None:
     for (value, grads), (true_value, true_grads) in zip(found, case.truth(), strict=True):
         assert abs(value - true_value) <= max(tolerance, 1e-13) * abs(true_value)

@@ -354,6 +354,12 @@ def gradients(
                 torch.autocast(hidden.device.type, autocast[1], enabled=autocast[0]),
             ):
                 z = torch.func.functional_call(repeated, given, (chunk,))
+            if not z.requires_grad:
+                raise TypeError(
+                    f"the forward of the head, a {type(repeated.head).__name__}, gives no gradient "
+                    "to its input, as one for inference alone; take a head that can be trained "
+                    "through"
+                )
             raw = z.detach()[..., :width]
             raw = raw.contiguous() if bias is None else raw + bias.to(raw.device, raw.dtype)
             dz = torch.zeros_like(z)

@@ -24,6 +24,7 @@ from engine_cases import (
     assert_same,
     errors_of,
     loss_of,
+    refusal_of_weight,
 )
 from ranks import spawn
 
@@ -107,6 +108,7 @@ def ranks_results(rank, group):
         for stage, case in (*PAIRS, *SINGLE)
     }
     found["head_logits"] = refused(lambda model, ids: head_logits(model, input_ids=ids), WHOLE[0])
+    found["weight"] = refusal_of_weight(engine_of(WHOLE[0].make(), 3).module)
     for case in OWN:
         found[str(case)] = refused(
             lambda model, ids: head_loss(model, loss_of("ce"), ids, input_ids=ids), case
@@ -146,6 +148,12 @@ def test_float32_loses_no_more_than_on_one_process(found, stage, case):
 def test_head_logits_name_the_call_that_serves(found):
     for rank in found:
         assert "sharded by ZeRO-3" in rank["head_logits"] and "head_loss" in rank["head_logits"]
+
+
+def test_a_placeholder_names_the_call_that_serves(found):
+    for rank in found:
+        assert "weight is an empty ZeRO-3 placeholder" in rank["weight"]
+        assert "head_loss(model, loss, target, **inputs)" in rank["weight"]
 
 
 @pytest.mark.parametrize("case", OWN, ids=str)

@@ -306,6 +306,19 @@ def test_a_head_whose_weight_is_no_float_tensor(loss):
     assert_same(model, LOSSES[loss])
 
 
+def test_a_head_for_inference_alone():
+    class Rounding(nn.Linear):
+        def forward(self, hidden):
+            with torch.no_grad():
+                return super().forward(hidden)
+
+    model = llama()
+    model.lm_head = Rounding(D, V).double()
+    loss, _ = head_loss(model, CE, TARGET, input_ids=TOKENS)
+    with pytest.raises(TypeError, match="of the head, a Rounding, gives no gradient to its input"):
+        loss.backward()
+
+
 def test_such_a_head_scaled_capped_masked_and_padded():
     def more(z):
         z = 3.0 * torch.tanh(z[..., : V - 1] * 0.4 / 3.0)
