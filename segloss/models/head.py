@@ -628,6 +628,7 @@ class State:
     """What was learnt of a model."""
 
     head: ref
+    rows: int | None  # of its weight
     transform: Transform
     calls: int = 0
 
@@ -637,10 +638,19 @@ STATES: WeakKeyDictionary = WeakKeyDictionary()  # of unwrapped models
 
 def learnt_state(model: Any, inner: Any, head: nn.Module, inputs: dict) -> State:
     """Learn, on the model's first call and when it has another head, what it does to logits."""
-    state = STATES.get(inner)
-    if state is None or state.head() is not core_of(head):
-        state = STATES[inner] = State(ref(core_of(head)), learn(model, inner, head, inputs))
+    state, core = STATES.get(inner), core_of(head)
+    rows = rows_of(core)
+    resized = state is not None and None not in (rows, state.rows) and rows != state.rows
+    if state is None or resized or state.head() is not core:
+        state = STATES[inner] = State(ref(core), rows, learn(model, inner, head, inputs))
     return state
+
+
+def rows_of(core: Any) -> int | None:
+    """Of the head's weight, which may be resized in its place; None where an engine hides it."""
+    weight = getattr(core, "weight", None)
+    shape = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
+    return shape[0] if len(shape) == 2 else None
 
 
 @torch.no_grad()

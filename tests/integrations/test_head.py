@@ -181,6 +181,22 @@ def test_another_head_is_learnt():
     assert STATES[model].transform.num_classes == V + 3
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_is_resized_in_its_place(tied):
+    """On a call that compares nothing: the head of a tied model stays the same module."""
+    model = llama(tie_word_embeddings=tied)
+    for _ in range(4):
+        head_loss(model, CE, TARGET, input_ids=TOKENS)
+    if tied:
+        model.resize_token_embeddings(V + 3)
+    else:
+        weight = model.lm_head.weight.data
+        model.lm_head.weight = nn.Parameter(torch.cat([weight, weight[:3]]))
+    target = TARGET.clone()
+    target[1, 2] = V + 2
+    assert_same(model.double(), target=target)
+
+
 def test_learning_leaves_no_trace():
     """Neither in the random numbers of dropout nor in a cache that is given."""
     model = llama(attention_dropout=0.5).train()
