@@ -61,9 +61,9 @@ def fuse_loss(model: nn.Module, criterion: Callable, *, shift: bool | None = Non
     Under torch.compile the pass with labels is not compiled; that of `LossMixin`, and of
     `head_loss` on the compiled model, is.
 
-    A `Trainer` with `label_smoothing_factor` does not ask the model for its loss: give the
-    criterion its `label_smoothing`. TRL's trainers form theirs from log-probabilities and never
-    read the model's: there a fused model raises, and segloss.integrations.trl has trainers to use.
+    A `Trainer` with `label_smoothing_factor` does not ask the model for its loss and is refused:
+    give the criterion its `label_smoothing`. TRL's trainers form theirs from log-probabilities and
+    never read the model's: there a fused model raises, and segloss.integrations.trl has trainers.
 
     Args:
         criterion: a segloss loss, or a callable of (logits source, target (B, T)) that returns a
@@ -190,6 +190,7 @@ class Fused(InPlace):
                 raise TypeError(FUSED_LM_HEAD)
             batch = self.named(arguments, keywords)
             if batch.get("labels") is None and batch.get("shift_labels") is None:
+                check_labels_kept(batch)
                 return self.original(*arguments, **keywords)
             if batch.get("sample_weights") is not None:
                 raise TypeError(
@@ -245,6 +246,17 @@ class Fused(InPlace):
         devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(devices):
             return self.original(**batch)
+
+
+def check_labels_kept(batch: Mapping[str, Any]) -> None:
+    """Refuse the call of a Trainer that makes a loss of its own of logits and labels."""
+    labels = any(batch.get(name) is not None for name in ("labels", "shift_labels"))
+    if batch.get("num_items_in_batch") is not None and not labels:
+        raise ValueError(
+            "the model was given num_items_in_batch and no labels: its trainer makes the loss "
+            "itself (label_smoothing_factor, compute_loss_func) and would not read the model's; "
+            "set label_smoothing_factor to 0 and give the loss its label_smoothing"
+        )
 
 
 FUSED_LM_HEAD = (
@@ -470,6 +482,7 @@ class Columns:
     def __call__(self, module, arguments, keywords) -> None:
         named = inspect.signature(module.forward).bind_partial(*arguments).arguments
         given = {**named, **keywords}
+        check_labels_kept(given)
         names = ("position_ids", "attention_mask")
         self.function.columns = {name: given[name] for name in names if name in given}
 

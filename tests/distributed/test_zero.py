@@ -7,6 +7,7 @@ one process's to float32's last bit, later ones are of weights that were rounded
 
 import dataclasses
 import os
+import tempfile
 
 import pytest
 import torch
@@ -44,9 +45,7 @@ SINGLE = [
 ]
 
 
-def engine_of(model, stage: int):
-    import deepspeed
-
+def config_of(stage: int, **options) -> dict:
     zero = {
         "stage": stage,
         "stage3_param_persistence_threshold": 0,  # shards the smallest weights too
@@ -54,13 +53,19 @@ def engine_of(model, stage: int):
         "reduce_bucket_size": 100_000,
         "contiguous_gradients": False,
     }
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": 1,
+    return {
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,  # 1.0 unless one says so
         "zero_optimization": zero,
+        **options,
     }
+
+
+def engine_of(model, stage: int):
+    import deepspeed
+
+    sizes = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1}
+    config = config_of(stage, **sizes)
     if stage == 3:  # which cuts a float64 model that is given so, and refuses to do it itself
         deepspeed.zero.Init(module=model, config_dict_or_path=config)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -91,6 +96,25 @@ def train(case, stage: int, rank: int, group) -> list:
     return steps
 
 
+# (stage, micro-batches of a step, loss): a region loss is one of each micro-batch
+LOGGED = [(stage, count, "focal") for stage in (2, 3) for count in (1, 2)]
+LOGGED += [(stage, 1, "0.6 ce + 0.4 lovasz") for stage in (2, 3)]
+
+
+def logged_by_a_trainer(stage: int, accumulation: int, name: str, folder: str) -> list:
+    """[(loss, nll)] of two steps of `LossMixin`."""
+    from integration_helpers import PAIRS, in_order, tiny_model, tiny_rows, training_arguments
+    from integrations.test_trainer import LossTrainer
+
+    sizes = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+    arguments = training_arguments(folder, accumulation, deepspeed=config_of(stage, **sizes))
+    rows = [{key: row[key] for key in ("input_ids", "labels")} for row in tiny_rows()]
+    model = tiny_model().float() if stage == 3 else tiny_model()
+    trainer = in_order(LossTrainer(model, arguments, train_dataset=rows, loss=PAIRS[name][0]))
+    trainer.train()
+    return [(line["loss"], line["nll"]) for line in trainer.state.log_history if "loss" in line]
+
+
 def refused(call, case) -> str:
     with pytest.raises(TypeError) as error:
         call(engine_of(case.make(), 3), case.data(0)[0])
@@ -108,6 +132,8 @@ def ranks_results(rank, group):
         for stage, case in (*PAIRS, *SINGLE)
     }
     found["head_logits"] = refused(lambda model, ids: head_logits(model, input_ids=ids), WHOLE[0])
+    with tempfile.TemporaryDirectory() as folder:
+        found |= {key: logged_by_a_trainer(*key, folder) for key in LOGGED}
     found["weight"] = refusal_of_weight(engine_of(WHOLE[0].make(), 3).module)
     for case in OWN:
         found[str(case)] = refused(
@@ -143,6 +169,31 @@ def test_float32_loses_no_more_than_on_one_process(found, stage, case):
             allowed = errors_of(own[1], true[1])
             for name, error in errors_of(ours[1], true[1]).items():
                 assert error <= 2 * allowed[name] + 1e-6, name
+
+
+@pytest.mark.parametrize("key", LOGGED, ids=str)
+def test_what_loss_mixin_logs_is_one_process_s(found, key):
+    """The second step's too, of weights that the first has trained."""
+    from integration_helpers import (
+        PAIRS,
+        plain_cross_entropy,
+        plain_training,
+        tiny_model,
+        tiny_rows,
+    )
+
+    plain = PAIRS[key[2]][1]
+    true = plain_training(tiny_model(), tiny_rows(), plain)
+    nll: list = []
+
+    def and_nll(logits, target):
+        nll.append(plain_cross_entropy(logits, target).item())
+        return plain(logits, target)
+
+    plain_training(tiny_model(), tiny_rows(), and_nll)
+    for rank in found:
+        assert [loss for loss, _ in rank[key]] == pytest.approx([v for v, _ in true], rel=1e-6)
+        assert [value for _, value in rank[key]] == pytest.approx(nll, rel=1e-6)
 
 
 def test_head_logits_name_the_call_that_serves(found):
