@@ -29,16 +29,14 @@ def test_weights(kind):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("modules", [["lm_head"], ["lm_head", "q_proj"]], ids=str)
-def test_lora_on_such_a_head(kind, modules):
+def test_lora_on_such_a_head(kind):
     """As QLoRA has it."""
     import peft
 
-    config = peft.LoraConfig(r=4, target_modules=modules)
+    # of the head alone bitsandbytes takes other kernels, since its input has no gradient
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
     model = peft.get_peft_model(quantised(kind), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would leave A without a gradient
             torch.nn.init.normal_(parameter, std=0.1)
-    with torch.no_grad():  # where bitsandbytes packs a weight of 4 bits for CPUs, once
-        model(model.dummy_inputs["input_ids"])
     assert_losses_are_of_its_logits(model)
