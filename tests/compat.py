@@ -47,6 +47,8 @@ TRANSFORMERS = tuple(
 TRL = ("tests/integrations/test_trl.py",)
 PREFERENCES = ("tests/integrations/test_preferences.py",)  # they ask for TRL 1.16
 AXOLOTL = ("tests/integrations/test_axolotl.py",)
+TORCHAO = ("tests/integrations/test_torchao.py",)
+BITSANDBYTES = ("tests/integrations/test_bitsandbytes.py",)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ ROWS = (
     Row("trl", (*TRL, *PREFERENCES)),
     Row("axolotl==0.18.0", AXOLOTL, deps=False),
     Row("axolotl", AXOLOTL, deps=False),
+    Row("torchao", TORCHAO, deps=False),
+    Row("bitsandbytes", BITSANDBYTES, deps=False),
 )
 
 
@@ -137,6 +141,7 @@ def pytest(python: Path, tests: Sequence[str]) -> list[tuple[str, str]]:
         file = Path(folder) / "results.xml"
         # other releases warn of other things: not what is asked here
         options = ["-q", "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
+        options += ["-m", "not gpu and not deepspeed and not models"]  # those of `quantised` too
         command = [str(python), "-m", "pytest", *options, f"--junitxml={file}", *tests]
         subprocess.run(command, cwd=ROOT, env=environment)
         cases = ET.parse(file).iter("testcase")

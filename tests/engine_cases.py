@@ -150,8 +150,8 @@ class Case:
 
     @functools.cache  # noqa: B019  (cases are few and live as long as the tests)
     def truth(self) -> list:
-        """[(loss, {parameter: gradient})] of three steps of SGD on one process, in float64."""
-        model, steps = self.make().double(), []
+        """[(loss, {parameter: gradient})] of three steps of SGD on one process."""
+        model, steps = self.make(), []
         for step in range(STEPS):
             ids, target = self.data(step)
             logits = model(input_ids=ids).logits
@@ -221,14 +221,34 @@ def refusal(wrap: Callable) -> str:
     return "nothing"
 
 
+def refusal_of_weight(model) -> str:
+    """What `LinearLogits` says of the head's weight while the model does not run."""
+    try:
+        segloss.LinearLogits(torch.randn(3, 16, dtype=torch.float64), model.lm_head.weight)
+    except TypeError as error:
+        return str(error)
+    return "nothing"
+
+
 def assert_same(found: list, case: Case, tolerance: float = 1e-12) -> None:
     for (value, grads), (true_value, true_grads) in zip(found, case.truth(), strict=True):
         assert abs(value - true_value) <= max(tolerance, 1e-13) * abs(true_value)
-        grads = {plain_name(name): grad for name, grad in grads.items()}
-        assert grads.keys() == true_grads.keys()
-        for name, true in true_grads.items():
-            error = (grads[name].double() - true).norm() / true.norm().clamp(min=1e-30)
-            assert error <= tolerance, f"{name}: {error:.1e}"
+        assert_close(grads, true_grads, tolerance)
+
+
+def assert_close(grads: dict, true_grads: dict, tolerance: float) -> None:
+    for name, error in errors_of(grads, true_grads).items():
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+def errors_of(grads: dict, true_grads: dict) -> dict[str, float]:
+    """The norm of each parameter's error, relative to that of its gradient."""
+    grads = {plain_name(name): grad.double() for name, grad in grads.items()}
+    assert grads.keys() == true_grads.keys()
+    return {
+        name: float((grads[name] - true).norm() / true.norm().clamp(min=1e-30))
+        for name, true in true_grads.items()
+    }
 
 
 def plain_name(name: str) -> str:

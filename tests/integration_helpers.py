@@ -76,6 +76,43 @@ PAIRS = {
 }
 
 
+def quantisable(dtype=torch.float32):
+    """A Llama whose head is as wide as the blocks that quantised weights are cut into."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 24}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, **heads, pad_token_id=0, tie_word_embeddings=False)
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def assert_losses_are_of_its_logits(model) -> None:
+    """`head_loss` and `fuse_loss` of a head of any kind, values and gradients."""
+    from segloss.integrations.transformers import fuse_loss, head_loss, next_tokens
+
+    ids = torch.randint(1, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+    for loss in (segloss.CrossEntropyLoss(), segloss.LovaszSoftmaxLoss()):
+        true = loss(model(input_ids=ids).logits, next_tokens(ids))
+        expected = gradients_of(model, true)
+        ours = head_loss(model, loss, next_tokens(ids), input_ids=ids)[0]
+        found = gradients_of(model, ours)
+        fused = fuse_loss(model, loss)
+        again = model(input_ids=ids, labels=ids).loss
+        fused.remove()
+        assert ours.item() == pytest.approx(true.item(), rel=1e-6)
+        assert again.item() == pytest.approx(true.item(), rel=1e-6)
+        assert found.keys() == expected.keys()
+        for name, grad in expected.items():
+            assert (found[name] - grad).norm() <= 2e-6 * grad.norm(), name
+
+
+def gradients_of(model, loss) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone().float() for n, p in model.named_parameters() if p.grad is not None}
+
+
 def gradients(model) -> torch.Tensor:
     parts = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
     return torch.cat(parts).clone()

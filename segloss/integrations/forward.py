@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segloss.integrations.window import LOSS_COLUMNS
-from segloss.models.head import head_loss, prompt_length
+from segloss.models.head import check_no_loss, head_loss, prompt_length
 
 # of the model's class or its config, the factor of the router loss of a mixture of experts
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_aux_loss_coef")
@@ -34,6 +35,7 @@ def loss_of(
     if fused:
         return head_loss(model, criterion, target, teacher=teacher, **inputs)
     outputs = model(**inputs)
+    check_no_loss(model, outputs)
     logits = logits_of(model, outputs, target, inputs)
     given = {}
     if teacher is not None:
@@ -50,6 +52,19 @@ def logits_of(model: Any, outputs: Any, target: Tensor, inputs: Mapping[str, Any
     if prompt is not None and target.shape[1] == prompt:
         logits = logits[:, logits.shape[1] - prompt :]
     return logits
+
+
+def virtual_tokens(model: Any) -> int:
+    """Places that a peft model puts before those of its input."""
+    config: Any = getattr(model, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False) or config.peft_type == "PREFIX_TUNING":
+        return 0
+    return config.num_virtual_tokens
+
+
+def before(column: Tensor, count: int, fill: float) -> Tensor:
+    """A column (B, T, ...) with `count` places more in front."""
+    return F.pad(column, (*(0, 0) * (column.dim() - 2), count, 0), value=fill)
 
 
 def has_head(model: Any) -> bool:
@@ -77,6 +92,7 @@ def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 
     An encoder-decoder reads its labels, one place on, in the decoder. `model` is the innermost.
     """
+    check_own_loss(model)
     not_for_it = (*LOSS_COLUMNS, "labels", "shift_labels", "num_items_in_batch")
     inputs = {name: value for name, value in batch.items() if name not in not_for_it}
     labels = batch.get("labels")
@@ -113,15 +129,32 @@ def shifted_right(model: Any, labels: Tensor) -> Tensor:
 # ------------------------------------------------------------- what a model adds to its own loss
 
 
+def check_own_loss(model: Any) -> None:
+    """Refuse a model whose own loss is more than one of its logits and a router's."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if getattr(model, "z_loss_coefficient", 0.0):
+        raise ValueError(
+            f"{name} adds a z-loss of all its logits (z_loss_coefficient is "
+            f"{model.z_loss_coefficient}); set that to 0 and give CrossEntropyLoss(z_loss=...)"
+        )
+    streams = getattr(config, "ngram", 1)
+    if streams > 1 and not getattr(model, "disable_ngram_loss", True):
+        raise ValueError(
+            f"{name} is trained on {streams} streams of logits, of which the loss would see one; "
+            "set model.disable_ngram_loss = True to train that one alone, or keep its own loss"
+        )
+
+
 def auxiliary_loss(model: Any, outputs: Any) -> Tensor | None:
     """The router loss that a mixture of experts adds to its loss, None if there is none.
 
     Errors: ValueError for one whose factor is not found, and for other terms a model would add.
     """
-    if getattr(model, "z_loss_coefficient", 0.0):
+    check_own_loss(model)
+    if isinstance(read(outputs, "depth_loss"), Tensor):
         raise ValueError(
-            f"{type(model).__name__} adds a z-loss of all its logits (z_loss_coefficient is "
-            f"{model.z_loss_coefficient}); set that to 0 and give CrossEntropyLoss(z_loss=...)"
+            f"{type(model).__name__} returned depth_loss, of a second decoder, which would be left "
+            "out; leave out its labels, or keep the model's own loss"
         )
     terms = []
     for names, factor_names in (

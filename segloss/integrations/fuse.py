@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from segloss.integrations.forward import (
     auxiliary_loss,
+    before,
     has_head,
     loss_of,
     model_inputs,
     read,
+    reads_labels,
+    virtual_tokens,
 )
 from segloss.integrations.labels import Shift, calls_loss_function, shifts_labels, standard_loss
 from segloss.integrations.window import (
@@ -30,7 +33,7 @@ from segloss.integrations.window import (
     target_of,
 )
 from segloss.losses import Loss
-from segloss.models.head import innermost, replaced
+from segloss.models.head import check_no_loss, innermost, replaced
 
 # of the loss, among the arguments of a model's forward
 OPTIONS = ("num_items_in_batch", "token_weight", "sample_ids")
@@ -58,9 +61,9 @@ def fuse_loss(model: nn.Module, criterion: Callable, *, shift: bool | None = Non
     Under torch.compile the pass with labels is not compiled; that of `LossMixin`, and of
     `head_loss` on the compiled model, is.
 
-    A `Trainer` with `label_smoothing_factor` does not ask the model for its loss: give the
-    criterion its `label_smoothing`. TRL's trainers form theirs from log-probabilities and never
-    read the model's: there a fused model raises, and segloss.integrations.trl has trainers to use.
+    A `Trainer` with `label_smoothing_factor` does not ask the model for its loss and is refused:
+    give the criterion its `label_smoothing`. TRL's trainers form theirs from log-probabilities and
+    never read the model's: there a fused model raises, and segloss.integrations.trl has trainers.
 
     Args:
         criterion: a segloss loss, or a callable of (logits source, target (B, T)) that returns a
@@ -187,6 +190,7 @@ class Fused(InPlace):
                 raise TypeError(FUSED_LM_HEAD)
             batch = self.named(arguments, keywords)
             if batch.get("labels") is None and batch.get("shift_labels") is None:
+                check_labels_kept(batch)
                 return self.original(*arguments, **keywords)
             if batch.get("sample_weights") is not None:
                 raise TypeError(
@@ -244,6 +248,17 @@ class Fused(InPlace):
             return self.original(**batch)
 
 
+def check_labels_kept(batch: Mapping[str, Any]) -> None:
+    """Refuse the call of a Trainer that makes a loss of its own of logits and labels."""
+    labels = any(batch.get(name) is not None for name in ("labels", "shift_labels"))
+    if batch.get("num_items_in_batch") is not None and not labels:
+        raise ValueError(
+            "the model was given num_items_in_batch and no labels: its trainer makes the loss "
+            "itself (label_smoothing_factor, compute_loss_func) and would not read the model's; "
+            "set label_smoothing_factor to 0 and give the loss its label_smoothing"
+        )
+
+
 FUSED_LM_HEAD = (
     "a model with fuse_loss was called with fused_lm_head=True: TRL's trainers make their loss of "
     "log-probabilities and never read the model's; take segloss.integrations.trl.SFTTrainer(..., "
@@ -274,16 +289,18 @@ def compute_loss_func(
 
         loss(outputs.logits, next_tokens(labels), normalizer=num_items_in_batch)
 
-    or at the labels themselves, for masked models and for classifiers of tokens and of rows. The
-    mean runs over the tokens of the whole accumulated batch, as the Trainer counts them.
-    `LossMixin` does without logits.
+    or at the labels themselves, for masked models and for classifiers of tokens and of rows; and
+    the router loss of a mixture of experts, as the model adds it. The mean runs over the tokens of
+    the whole accumulated batch, as the Trainer counts them. `LossMixin` does without logits.
+
+    A Trainer hands on its model's outputs alone: the model and its inputs are read where it calls.
 
     Args:
-        shift: whether labels are the next tokens'. Default: what the class of the outputs says;
-            those of an encoder-decoder need False, and a collator that gives decoder_input_ids.
-        model: says where its labels stand, which some outputs do not (GPT-2's, of the class of
-            BART's decoder); needed for a mixture of experts, whose router loss is then added as
-            the model does.
+        shift: whether labels are the next tokens'. Default: what the model's class says.
+        model: where a Trainer calls by way of another function.
+
+    Errors: ValueError where nothing says where labels stand, and for an encoder-decoder whose batch
+    has no decoder_input_ids, which its collator makes (DataCollatorForSeq2Seq(model=model)).
     """
     check_mean(loss)
     return ComputeLoss(loss, shift, model)
@@ -295,6 +312,9 @@ class ComputeLoss:
         self.shift = Shift(shift).known
 
     def __call__(self, outputs, labels, num_items_in_batch=None) -> Tensor:
+        outer, inputs = held(sys._getframe(1).f_locals)
+        outer = outer if self.model is None else self.model
+        model = innermost(outer)
         logits = read(outputs, "logits")
         if not isinstance(labels, Tensor) or not isinstance(logits, Tensor):
             raise TypeError(
@@ -303,13 +323,23 @@ class ComputeLoss:
             )
         check_classes(labels)
         labels = labels.to(logits.device)
+        if labels.dim() > 1:
+            labels = before(labels, virtual_tokens(outer), self.loss.ignore_index)
         self.loss.to(logits.device)
-        target = labels
-        if labels.dim() > 1 and self.shifts(outputs):
-            target = next_tokens(labels, self.loss.ignore_index)
-        value = self.loss(logits, target, normalizer=num_items_in_batch)
-        if self.model is not None:
-            auxiliary = auxiliary_loss(innermost(self.model), outputs)
+        of_labels = {"labels": labels}
+        if not decodes(model, inputs, labels):  # where positions are not those of the labels
+            of_labels = {**inputs, **of_labels}
+        shift = labels.dim() > 1 and self.shifts(model, outputs)
+        target = target_of(of_labels, shift, self.loss.ignore_index)
+        value = self.loss(
+            logits,
+            target,
+            sample_ids=packed_index(of_labels, target.shape),
+            normalizer=num_items_in_batch,
+        )
+        check_no_loss(model, outputs)
+        if model is not None:
+            auxiliary = auxiliary_loss(model, outputs)
             return value if auxiliary is None else value + auxiliary.to(value.device)
         if any(isinstance(read(outputs, name), Tensor) for name in ("aux_loss", "encoder_z_loss")):
             raise ValueError(
@@ -319,25 +349,46 @@ class ComputeLoss:
             )
         return value
 
-    def shifts(self, outputs: Any) -> bool:
+    def shifts(self, model: Any, outputs: Any) -> bool:
         if self.shift is not None:
             return self.shift
-        if self.model is not None:
-            found = shifts_labels(innermost(self.model))
-            if found is not None:
-                return found
+        found = None if model is None else shifts_labels(model)
+        if found is not None:
+            return found
         name = type(outputs).__name__
-        # what GPT-2 returns, and decoders of BART's kind, whose labels stand at their places
-        either = "CausalLMOutputWithCrossAttentions"
-        if "CausalLM" in name and name != either:
-            return True
         if any(part in name for part in ("MaskedLM", "TokenClassifier", "SequenceClassifier")):
             return False
+        if model is None:
+            raise ValueError(
+                f"a {name} does not say whether labels are the next tokens'; give "
+                "compute_loss_func model=model, or shift: True, or False (labels at their places)"
+            )
         raise ValueError(
-            f"a {name} does not say whether labels are the next tokens'; give compute_loss_func "
-            "model=model, or shift: True, or False for labels at their places (an encoder-decoder, "
-            "whose collator then gives decoder_input_ids; LossMixin makes them itself)"
+            f"{type(model).__name__} does not say whether labels are the next tokens'; give "
+            "compute_loss_func shift=True, or False (labels at their places); LossMixin finds out"
         )
+
+
+def held(local: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """The model and its inputs among the names of `Trainer.compute_loss`."""
+    model, inputs = local.get("model"), local.get("inputs")
+    return (
+        model if isinstance(model, nn.Module) else None,
+        inputs if isinstance(inputs, Mapping) else {},
+    )
+
+
+def decodes(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> bool:
+    """Whether the logits are a decoder's, which then has to have read the labels."""
+    if model is None or labels.dim() < 2 or not reads_labels(model):
+        return False
+    names = ("decoder_input_ids", "decoder_inputs_embeds")
+    if inputs and all(inputs.get(name) is None for name in names):
+        raise ValueError(
+            f"{type(model).__name__} was given no decoder_input_ids, so its decoder does not read "
+            "the labels; take DataCollatorForSeq2Seq(tokenizer, model=model), or LossMixin"
+        )
+    return True
 
 
 def set_loss_function(model: nn.Module, loss: Loss) -> None:
@@ -431,6 +482,7 @@ class Columns:
     def __call__(self, module, arguments, keywords) -> None:
         named = inspect.signature(module.forward).bind_partial(*arguments).arguments
         given = {**named, **keywords}
+        check_labels_kept(given)
         names = ("position_ids", "attention_mask")
         self.function.columns = {name: given[name] for name in names if name in given}
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segloss.integrations.forward import read
+from segloss.integrations.forward import check_own_loss, read
 from segloss.integrations.window import IGNORE, next_tokens
 
 ALIGNED = ("ForMaskedLM", "ForTokenClassification", "Classification", "ForMultipleChoice")
@@ -74,6 +74,7 @@ class Shift:
             reduce: sums a tensor over the processes, which have to agree.
         """
         if self.known is None:
+            check_own_loss(model)
             self.known = shifts_labels(model)
         labels = batch.get("labels")
         if self.known is not None or labels is None or labels.dim() < 2:

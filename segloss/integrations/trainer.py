@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -22,7 +21,14 @@ from segloss.checks import check_choice, describe
 from segloss.distributed import sum_over
 from segloss.integrations.callbacks import SavedState
 from segloss.integrations.columns import KeepColumns, columns_of
-from segloss.integrations.forward import auxiliary_loss, has_head, loss_of, model_inputs
+from segloss.integrations.forward import (
+    auxiliary_loss,
+    before,
+    has_head,
+    loss_of,
+    model_inputs,
+    virtual_tokens,
+)
 from segloss.integrations.fuse import check_mean
 from segloss.integrations.labels import Shift
 from segloss.integrations.window import (
@@ -543,19 +549,6 @@ def check_task_weights(weights: Any) -> None:
         raise TypeError(f"task_weights is {describe(weights)}; it takes a CoBa or a tensor (K,)")
     if not bool((weights >= 0).all() & weights.isfinite().all()):
         raise ValueError(f"task_weights is {weights.tolist()}; it takes numbers >= 0")
-
-
-def virtual_tokens(model: Any) -> int:
-    """Places that a peft model puts before those of its input."""
-    config: Any = getattr(model, "active_peft_config", None)
-    if not getattr(config, "is_prompt_learning", False) or config.peft_type == "PREFIX_TUNING":
-        return 0
-    return config.num_virtual_tokens
-
-
-def before(column: Tensor, count: int, fill: float) -> Tensor:
-    """A column (B, T, ...) with `count` places more in front."""
-    return F.pad(column, (*(0, 0) * (column.dim() - 2), count, 0), value=fill)
 
 
 def given_columns(init: Any, args: tuple, kwargs: Mapping[str, Any]) -> list[str] | None:

@@ -129,9 +129,11 @@ def loss_at_head(
         if target is None:
             return criterion(source, target), call.last_logits(hidden)
         if target.shape != source.leading_shape:
+            given = tuple(source.leading_shape)
+            more = ", or give the loss model(...).logits" if len(given) > target.dim() else ""
             raise ValueError(
                 f"target is {describe(target)}, but the head of {type(inner).__name__} gives "
-                f"logits for {tuple(source.leading_shape)} places; it takes a target of that shape"
+                f"logits for {given} places; it takes a target of that shape{more}"
             )
         return criterion(source, target.to(hidden.device)), call.last_logits(hidden)
 
@@ -507,6 +509,7 @@ class Call:
                 f"{type(self.inner).__name__} returned a {type(outputs).__name__}; head_loss takes "
                 "a model whose outputs have logits (return_dict=True)"
             )
+        check_no_loss(self.inner, outputs)
         if torch.is_grad_enabled() and logits.requires_grad:
             raise TypeError(
                 f"{type(self.inner).__name__} trains parameters behind its head, which head_loss "
@@ -526,6 +529,16 @@ class Call:
         outputs["loss"] = first if isinstance(first, Tensor) else None
         if hasattr(outputs, "move_to_end"):
             outputs.move_to_end("loss", last=False)
+
+
+def check_no_loss(model: Any, outputs: Any) -> None:
+    """Refuse what a model made a loss of though it was given no labels: it would be left out."""
+    loss = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
+    if isinstance(loss, Tensor):
+        raise TypeError(
+            f"{type(innermost(model)).__name__} returned a loss of its own without labels, of "
+            "another of its inputs, which would be left out; leave out that input, or keep its loss"
+        )
 
 
 def forward_name(module: Any) -> str:
@@ -615,6 +628,7 @@ class State:
     """What was learnt of a model."""
 
     head: ref
+    rows: int | None  # of its weight
     transform: Transform
     calls: int = 0
 
@@ -624,10 +638,19 @@ STATES: WeakKeyDictionary = WeakKeyDictionary()  # of unwrapped models
 
 def learnt_state(model: Any, inner: Any, head: nn.Module, inputs: dict) -> State:
     """Learn, on the model's first call and when it has another head, what it does to logits."""
-    state = STATES.get(inner)
-    if state is None or state.head() is not core_of(head):
-        state = STATES[inner] = State(ref(core_of(head)), learn(model, inner, head, inputs))
+    state, core = STATES.get(inner), core_of(head)
+    rows = rows_of(core)
+    resized = state is not None and None not in (rows, state.rows) and rows != state.rows
+    if state is None or resized or state.head() is not core:
+        state = STATES[inner] = State(ref(core), rows, learn(model, inner, head, inputs))
     return state
+
+
+def rows_of(core: Any) -> int | None:
+    """Of the head's weight, which may be resized in its place; None where an engine hides it."""
+    weight = getattr(core, "weight", None)
+    shape = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
+    return shape[0] if len(shape) == 2 else None
 
 
 @torch.no_grad()

@@ -140,21 +140,26 @@ def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
     for prefix, part in module.named_modules():
         for name, tensor in {**vars(part), **part._parameters}.items():
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                if not tensor.numel():  # a ZeRO-3 placeholder
-                    raise in_parts(module)
                 found[f"{prefix}.{name}".lstrip(".")] = tensor
     return found
 
 
 def check_one_unit(module: nn.Module) -> None:
-    if any(hasattr(part, "_fsdp_wrapped_module") for part in module.modules()):
+    from torch.distributed.fsdp import FSDPModule
+
+    within = [part for part in module.modules() if part is not module]
+    by_fsdp1 = any(hasattr(part, "_fsdp_wrapped_module") for part in (module, *within))
+    by_fsdp2 = any(isinstance(part, FSDPModule) for part in within)
+    by_zero = any(hasattr(t, "ds_id") for part in within for t in part._parameters.values())
+    if by_fsdp1 or by_fsdp2 or by_zero:
         raise in_parts(module)
 
 
 def in_parts(module: nn.Module) -> TypeError:
     return TypeError(
         f"the head is a {type(module).__name__}, and its engine gathers the parts one by one; make "
-        "the head one unit (FSDP), or leave it out of the adapter (ZeRO-3)"
+        "the head one unit (FSDP), or give the loss model(...).logits (ZeRO-3; LossMixin: "
+        'head="logits")'
     )
 
 
@@ -349,6 +354,12 @@ def gradients(
                 torch.autocast(hidden.device.type, autocast[1], enabled=autocast[0]),
             ):
                 z = torch.func.functional_call(repeated, given, (chunk,))
+            if not z.requires_grad:
+                raise TypeError(
+                    f"the forward of the head, a {type(repeated.head).__name__}, gives no gradient "
+                    "to its input, as one for inference alone; take a head that can be trained "
+                    "through"
+                )
             raw = z.detach()[..., :width]
             raw = raw.contiguous() if bias is None else raw + bias.to(raw.device, raw.dtype)
             dz = torch.zeros_like(z)

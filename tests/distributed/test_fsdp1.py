@@ -8,7 +8,17 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 pytest.importorskip("transformers")
-from engine_cases import CASES, EMPTY, OWN, assert_same, gradients, refusal, results, train
+from engine_cases import (
+    CASES,
+    EMPTY,
+    OWN,
+    assert_same,
+    gradients,
+    refusal,
+    refusal_of_weight,
+    results,
+    train,
+)
 from ranks import spawn
 
 CHOSEN = [*CASES, *OWN, *EMPTY]
@@ -48,7 +58,8 @@ def ranks_results(rank, group):
     found: dict = results(PAIRS, ENGINES, read=whole)
     with pytest.raises(TypeError) as error:
         train(OWN[0], ENGINES["every linear layer"])
-    return found | {"head_logits": refusal(sharded), "in parts": str(error.value)}
+    weight = refusal_of_weight(sharded(CASES[0].make()))
+    return found | {"head_logits": refusal(sharded), "in parts": str(error.value), "weight": weight}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +76,12 @@ def test_gradients_are_those_of_one_process(found, engine, case):
 def test_head_logits_name_the_call_that_serves(found):
     for rank in found:
         assert "sharded by FSDP" in rank["head_logits"] and "head_loss" in rank["head_logits"]
+
+
+def test_a_part_of_the_weight_names_the_call_that_serves(found):
+    for rank in found:
+        assert "weight is a part of a flat parameter of FSDP1" in rank["weight"]
+        assert "head_loss(model, loss, target, **inputs)" in rank["weight"]
 
 
 def test_a_head_in_parts_is_refused(found):

@@ -5,7 +5,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 pytest.importorskip("transformers")
-from engine_cases import CASES, EMPTY, OWN, assert_same, decoder, refusal, results
+from engine_cases import CASES, EMPTY, OWN, Case, assert_same, decoder, refusal, results, train
 from ranks import spawn
 
 CHOSEN = [*CASES, *OWN, *EMPTY]
@@ -45,8 +45,16 @@ PAIRS = [
 ]
 
 
+def in_parts(model):
+    fully_shard(model.lm_head[1], mesh=init_device_mesh("cpu", (2,)))
+    return sharded()(model)
+
+
 def ranks_results(rank, group):
-    return results(PAIRS, ENGINES) | {"head_logits": refusal(sharded())}
+    with pytest.raises(TypeError) as error:
+        train(Case("own head", "ce"), in_parts)
+    found: dict = results(PAIRS, ENGINES)
+    return found | {"head_logits": refusal(sharded()), "in parts": str(error.value)}
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +71,8 @@ def test_gradients_are_those_of_one_process(found, engine, case):
 def test_head_logits_name_the_call_that_serves(found):
     for rank in found:
         assert "sharded by FSDP" in rank["head_logits"] and "head_loss" in rank["head_logits"]
+
+
+def test_a_head_in_parts_is_refused(found):
+    for rank in found:
+        assert "gathers the parts one by one; make the head one unit" in rank["in parts"]

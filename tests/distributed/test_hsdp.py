@@ -14,7 +14,7 @@ from ranks import spawn
 
 CHOSEN = [
     *(Case("trainable", loss) for loss in ("ce", "dice", "lovasz", "sum")),
-    *(Case(model, "sum") for model in ("frozen", "lora", "head alone", "soft-capped")),
+    *(Case(model, "sum") for model in ("frozen", "lora", "head alone", "tied", "soft-capped")),
     Case("trainable", "sum", True),
 ]
 
@@ -43,10 +43,13 @@ def by_transformers(model, **sizes):
             shared[0], distributed_config=sharding, **options
         )
         dist.barrier()
+    trains = model.lm_head.weight.requires_grad
+    loaded.lm_head.requires_grad_(trains)
     return loaded.train()
 
 
-LOADED = [case for case in CHOSEN if case.model == "trainable"]
+# what a folder of weights and a switch can say; a tied head is untied by transformers
+LOADED = [case for case in CHOSEN if case.model in ("trainable", "frozen")]
 
 
 def hybrid_results(rank, group):

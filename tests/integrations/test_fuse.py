@@ -477,3 +477,16 @@ def test_a_hook_that_changes_the_logits_of_the_head():
         TypeError, match=r"a forward hook on the head of Llama.*model\(...\).logits"
     ):
         model(**batch())
+
+
+@pytest.mark.parametrize("put", [fuse_loss, set_loss_function])
+def test_a_trainer_that_smooths_labels_itself_is_refused(put, tmp_path):
+    """It takes the labels out and would never read the loss."""
+    model = tiny_model()
+    put(model, segloss.FocalLoss())
+    made = trainer(
+        tmp_path, model=model, rows=without_tasks(), trainer_class=transformers.Trainer,
+        label_smoothing_factor=0.1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="set label_smoothing_factor to 0 and give the loss its"):
+        made.train()

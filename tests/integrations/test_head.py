@@ -181,6 +181,22 @@ def test_another_head_is_learnt():
     assert STATES[model].transform.num_classes == V + 3
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_is_resized_in_its_place(tied):
+    """On a call that compares nothing: the head of a tied model stays the same module."""
+    model = llama(tie_word_embeddings=tied)
+    for _ in range(4):
+        head_loss(model, CE, TARGET, input_ids=TOKENS)
+    if tied:
+        model.resize_token_embeddings(V + 3)
+    else:
+        weight = model.lm_head.weight.data
+        model.lm_head.weight = nn.Parameter(torch.cat([weight, weight[:3]]))
+    target = TARGET.clone()
+    target[1, 2] = V + 2
+    assert_same(model.double(), target=target)
+
+
 def test_learning_leaves_no_trace():
     """Neither in the random numbers of dropout nor in a cache that is given."""
     model = llama(attention_dropout=0.5).train()
@@ -304,6 +320,19 @@ def test_a_head_whose_weight_is_no_float_tensor(loss):
     model = llama()
     model.lm_head = Int8Head(model.lm_head.weight.detach())
     assert_same(model, LOSSES[loss])
+
+
+def test_a_head_for_inference_alone():
+    class Rounding(nn.Linear):
+        def forward(self, hidden):
+            with torch.no_grad():
+                return super().forward(hidden)
+
+    model = llama()
+    model.lm_head = Rounding(D, V).double()
+    loss, _ = head_loss(model, CE, TARGET, input_ids=TOKENS)
+    with pytest.raises(TypeError, match="of the head, a Rounding, gives no gradient to its input"):
+        loss.backward()
 
 
 def test_such_a_head_scaled_capped_masked_and_padded():

@@ -1,5 +1,6 @@
 """Where labels stand: for causal models one place on, for all others where they are."""
 
+import functools
 import pickle
 from types import SimpleNamespace
 
@@ -23,7 +24,10 @@ from segloss.integrations.transformers import (  # noqa: E402
     set_loss_function,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:'pin_memory' argument is set as true:UserWarning",
+    "ignore:`is_gradient_checkpointing`:FutureWarning",  # of peft
+)
 BERT = {
     "vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_labels": 5, "hidden_dropout_prob": 0.0,
@@ -290,19 +294,97 @@ def test_compute_loss_func_says_what_it_needs():
     )
 
 
-def test_router_loss_of_compute_loss_func(tmp_path):
-    model = model_of("MixtralForCausalLM")
+@pytest.mark.parametrize(
+    "name",
+    ["Llama", "GPT2LMHeadModel", "MixtralForCausalLM", "BertForMaskedLM", "prompt"],
+)
+def test_compute_loss_func_knows_the_model_of_its_trainer(name, tmp_path):
+    """Where its labels stand, what its router adds, and how many places are put before them."""
+    model = llama() if name in ("Llama", "prompt") else model_of(name)
+    if name == "prompt":
+        peft = pytest.importorskip("peft")
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        model = peft.get_peft_model(model, config)
     ids = torch.randint(3, 60, (2, 9))
     batch = {"input_ids": ids, "labels": ids}
-
-    def trainer(call):
-        return transformers.Trainer(model, training_arguments(tmp_path), compute_loss_func=call)
-
-    loss = segloss.CrossEntropyLoss()
-    found = trainer(compute_loss_func(loss, model=model)).compute_loss(model, dict(batch))
+    found = of_trainer(model, tmp_path)(dict(batch))
     torch.testing.assert_close(found, model(**batch).loss, rtol=1e-5, atol=1e-6)
+
+
+def llama():
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+
+
+def of_trainer(model, folder, call=None):
+    """`compute_loss` of a plain `Trainer` with our cross-entropy."""
+    call = call or compute_loss_func(segloss.CrossEntropyLoss())
+    trainer = transformers.Trainer(model, training_arguments(folder), compute_loss_func=call)
+    model.eval()
+    return lambda batch: trainer.compute_loss(model, batch)
+
+
+@pytest.mark.parametrize("name", ["CpmAntForCausalLM", "BartForCausalLM"])
+def test_compute_loss_func_of_a_model_that_does_not_say(name, tmp_path):
+    """CPM-Ant's outputs are Llama's, and its labels stand at their places."""
+    if name == "BartForCausalLM":
+        model = model_of(name)
+    else:
+        sizes = {"vocab_size": 60, "hidden_size": 16, "dim_ff": 16, "num_hidden_layers": 1}
+        config = transformers.CpmAntConfig(num_attention_heads=2, dim_head=8, **sizes)
+        model = transformers.CpmAntForCausalLM(config)
+    ids = torch.randint(3, 60, (2, 9))
+    batch = {"input_ids": ids, "labels": ids}
+    with pytest.raises(ValueError, match=f"{name} does not say .* give compute_loss_func shift=Tr"):
+        of_trainer(model, tmp_path)(dict(batch))
+    loss = segloss.CrossEntropyLoss()
+    with pytest.raises(ValueError, match=f"{name} does not say"):
+        of_trainer(model, tmp_path, compute_loss_func(loss, model=model))(dict(batch))
+    found = of_trainer(model, tmp_path, compute_loss_func(loss, shift=False))(dict(batch))
+    torch.testing.assert_close(found, model(**batch).loss, rtol=1e-5, atol=1e-6)
+    trainer = LossTrainer(model, training_arguments(tmp_path))
+    model.eval()
+    torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), found)
+
+
+def test_compute_loss_func_of_an_encoder_decoder(tmp_path):
+    """BART's decoder reads the encoder's input where it is given none of its own."""
+    model = model_of("BartForConditionalGeneration")
+    ids, labels = torch.randint(3, 60, (2, 9)), torch.randint(3, 60, (2, 9))
+    batch = {"input_ids": ids, "labels": labels}
+    for options in ({}, {"shift": False}, {"model": model}):
+        call = compute_loss_func(segloss.CrossEntropyLoss(), **options)
+        call = of_trainer(model, tmp_path, call)
+        with pytest.raises(ValueError, match="was given no decoder_input_ids, so its decoder does"):
+            call(dict(batch))
+        decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        found = call({**batch, "decoder_input_ids": decoder_input_ids})
+        torch.testing.assert_close(found, model(**batch).loss)
+
+
+def test_compute_loss_func_of_packed_rows(tmp_path):
+    model = llama()
+    ids = torch.randint(3, 60, (1, 9))
+    places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    found = of_trainer(model, tmp_path)({"input_ids": ids, "labels": ids, "position_ids": places})
+    logits = model(input_ids=ids, position_ids=places).logits
+    kept = [0, 1, 2, 4, 5, 6, 7]
+    expected = F.cross_entropy(logits[0, kept], ids[0, [place + 1 for place in kept]])
+    torch.testing.assert_close(found, expected)
+
+
+def test_compute_loss_func_outside_of_a_trainer():
+    def call(outputs, **options):
+        return compute_loss_func(segloss.CrossEntropyLoss(), **options)(outputs, ids)
+
+    model, ids = model_of("MixtralForCausalLM"), torch.randint(3, 60, (2, 9))
+    outputs = model(input_ids=ids)
+    with pytest.raises(ValueError, match=r"does not say .* give compute_loss_func model=model, or"):
+        call(outputs)
     with pytest.raises(ValueError, match=r"give compute_loss_func\(loss, model=model\)"):
-        trainer(compute_loss_func(loss)).compute_loss(model, dict(batch))
+        call(outputs, shift=True)
+    expected = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(call(outputs, model=model), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_auxiliary_loss_without_a_factor():
@@ -385,24 +467,6 @@ def test_kinds_of_labels_that_are_no_classes():
         set_loss_function(questions, segloss.FocalLoss())
 
 
-@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "BartForCausalLM"])
-def test_outputs_of_two_kinds_of_models(name):
-    """GPT-2 and BART's decoder return one class, and their labels stand at different places."""
-    sizes = {"vocab_size": 60, "decoder_layers": 1, "encoder_layers": 1, "decoder_ffn_dim": 16}
-    config = transformers.BartConfig(d_model=16, decoder_attention_heads=2, **sizes)
-    if name == "GPT2LMHeadModel":
-        config = transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2)
-    torch.manual_seed(0)
-    model = getattr(transformers, name)(config).eval()
-    ids = torch.randint(3, 60, (2, 9))
-    outputs = model(input_ids=ids)
-    with pytest.raises(ValueError, match=r"does not say .*; give compute_loss_func model="):
-        compute_loss_func(segloss.CrossEntropyLoss())(outputs, ids)
-    call = compute_loss_func(segloss.CrossEntropyLoss(), shift=name.startswith("GPT2"))
-    expected = model(input_ids=ids, labels=ids).loss
-    torch.testing.assert_close(call(outputs, ids), expected)
-
-
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
 def test_labels_that_are_no_classes(kind, tmp_path):
     sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -453,3 +517,70 @@ def test_a_router_loss_that_is_made_with_labels_alone(tmp_path):
         trainer.compute_loss(model, dict(batch))
     model.config.output_router_logits = False
     torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), model(**batch).loss)
+
+
+# ------------------------------------------------------- losses that a model makes beside its own
+
+
+@pytest.mark.parametrize("head", ["fused", "logits"])
+@pytest.mark.parametrize("name", ["ProphetNetForConditionalGeneration", "ProphetNetForCausalLM"])
+def test_several_streams_of_logits(name, head, tmp_path):
+    """ProphetNet is trained on the tokens after the next as well."""
+    model = prophetnet(name)
+    ids = torch.randint(3, 60, (2, 9))
+    batch = {"input_ids": ids, "labels": ids}
+    trainer = LossTrainer(model, training_arguments(tmp_path), head=head)
+    model.eval()
+    with pytest.raises(ValueError, match="trained on 2 streams of logits, of which the loss would"):
+        trainer.compute_loss(model, dict(batch))
+    model.disable_ngram_loss = True
+    if head == "fused":
+        with pytest.raises(
+            ValueError, match=r"\(2, 2, 9\) places; .* or give the loss model\(...\)"
+        ):
+            trainer.compute_loss(model, dict(batch))
+    else:
+        torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), model(**batch).loss)
+
+
+def prophetnet(name):
+    sizes = {"vocab_size": 60, "hidden_size": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    layers = {"num_encoder_layers": 1, "num_decoder_layers": 1, "num_buckets": 8}
+    heads = {"num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2}
+    config = transformers.ProphetNetConfig(**sizes, **layers, **heads, decoder_start_token_id=1)
+    torch.manual_seed(0)
+    return getattr(transformers, name)(config)
+
+
+class WithAnother(transformers.LlamaForCausalLM):
+    """As some models of pictures: another input has a loss of its own."""
+
+    def forward(self, input_ids, labels=None, score=None, **keywords):
+        outputs = super().forward(input_ids=input_ids, labels=labels, **keywords)
+        if score is not None:
+            outputs.loss = score.square().mean() + (outputs.loss or 0)
+        return outputs
+
+
+@pytest.mark.parametrize("way", ["fused", "logits", "compute_loss_func"])
+def test_a_loss_of_another_input_is_not_left_out(way, tmp_path):
+    torch.manual_seed(0)
+    model = WithAnother(transformers.LlamaConfig(**SIZES))
+    ids = torch.randint(3, 60, (2, 9))
+    if way == "compute_loss_func":
+        call = compute_loss_func(segloss.CrossEntropyLoss(), shift=True)
+        call = of_trainer(model, tmp_path, call)
+    else:
+        call = LossTrainer(model, training_arguments(tmp_path), head=way, shift=True).compute_loss
+        call = functools.partial(call, model)
+    with pytest.raises(TypeError, match="WithAnother returned a loss of its own without labels"):
+        call({"input_ids": ids, "labels": ids, "score": torch.ones(2)})
+    expected = model(input_ids=ids, labels=ids).loss
+    found = call({"input_ids": ids, "labels": ids})
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_of_a_second_decoder():
+    outputs = SimpleNamespace(depth_loss=torch.tensor(2.0))
+    with pytest.raises(ValueError, match="returned depth_loss, of a second decoder"):
+        auxiliary_loss(Own(transformers.LlamaConfig(**SIZES)), outputs)

@@ -78,6 +78,43 @@ def test_fields(family, temperature):
     assert model(input_ids=ids).logits.shape == (3, 7, V if family == "Llama" else 97)
 
 
+def test_router_loss():
+    """Of a mixture of experts, beside the numbers per token and within the loss."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, router_aux_loss_coef=0.5))
+    ids, labels = batch()
+    asked = {"input_ids": ids, "labels": labels, "output_router_logits": True}
+    own = model(**asked)
+    ours.add_fused_lm_head(model)
+    found = model(**asked, fused_lm_head=True)
+    torch.testing.assert_close(found.aux_loss, own.aux_loss)
+    torch.testing.assert_close(found.loss, own.loss, rtol=1e-6, atol=0)
+    expected = plain_fields(own.logits, labels, 1.0)["log_probs"].float()
+    torch.testing.assert_close(found.log_probs, expected, rtol=1e-6, atol=1e-6)
+    assert model(input_ids=ids, labels=labels, fused_lm_head=True).aux_loss is None
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_prompt_tuning():
+    """peft pads the labels; the last virtual token predicts the first of them."""
+    import peft
+
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(tiny_model(), config).double()
+    ids, labels = batch()
+    expected = plain_fields(
+        model(input_ids=ids).logits, torch.nn.functional.pad(labels, (4, 0), value=-100), 1.0
+    )
+    ours.add_fused_lm_head(model.get_base_model(), outputs=FIELDS)
+    found = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(found, name), value, rtol=1e-9, atol=1e-9)
+
+
 def test_only_what_is_asked_for():
     model, (ids, labels) = tiny_model(), batch()
     ours.add_fused_lm_head(model)
@@ -133,7 +170,7 @@ CASES = {
     "wpo": ("DPO", {"use_weighting": True}, PAIRS),
     "dpo, reference beforehand": ("DPO", {"precompute_ref_log_probs": True}, PAIRS),
     "kto": ("KTO", {}, SINGLE),
-    "grpo": ("GRPO", {"temperature": 0.8, "beta": 0.1, "entropy_coef": 0.0}, PAIRS),
+    "grpo": ("GRPO", {"temperature": 0.8, "beta": 0.1, "entropy_coef": 0.1}, PAIRS),
     "rloo": ("RLOO", {"temperature": 1.2, "beta": 0.1}, PAIRS),
 }  # fmt: skip
 

@@ -48,7 +48,7 @@ class LossTrainer(LossMixin, transformers.Trainer):
 
 def trainer(tmp_path, model=None, accumulation=1, trainer_class=LossTrainer, rows=None, **options):
     names = {"remove_unused_columns", "save_strategy", "save_steps", "max_steps", "bf16"}
-    names |= {"metric_for_best_model", "eval_strategy", "eval_steps"}
+    names |= {"metric_for_best_model", "eval_strategy", "eval_steps", "label_smoothing_factor"}
     arguments = {key: options.pop(key) for key in names & options.keys()}
     made = trainer_class(
         model=tiny_model() if model is None else model,

@@ -15,7 +15,7 @@ from tiny import tiny_model
 from transformers.models.auto import modeling_auto
 
 import segloss
-from segloss.integrations.transformers import head_loss, next_tokens
+from segloss.integrations.transformers import compute_loss_func, fuse_loss, next_tokens
 
 TOLERANCE = 2e-5  # of float32 sums of a few dozen terms
 
@@ -67,11 +67,12 @@ CRITERION = segloss.CrossEntropyLoss()
 
 
 def verdict_of(name: str, kind: str) -> Verdict:
+    generative = kind in GENERATIVE
     try:
-        model = tiny_model(name, **({} if kind in GENERATIVE else {"num_labels": 5}))
+        model = tiny_model(name, **({} if generative else {"num_labels": 5}))
         inputs = inputs_of(model, kind)
         labels = torch.tensor([1, 3]) if kind == "sequence" else LABELS.remainder(5)
-        labels = LABELS if kind in GENERATIVE else labels
+        labels = LABELS if generative else labels
         with torch.no_grad():
             logits = model(**inputs).logits
     except Exception as error:
@@ -79,40 +80,75 @@ def verdict_of(name: str, kind: str) -> Verdict:
     if logits.shape[:-1] != labels.shape or int(labels.max()) >= logits.shape[-1]:
         return Verdict(name, kind, "refused", f"its logits have shape {tuple(logits.shape)}")
     sharpen(model)
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    target, reason = target_of(model, inputs, logits, labels, kind)
-    if kind in GENERATIVE:
-        return fused_verdict(name, kind, model, inputs, target, reason)
-    if reason or not close(CRITERION(logits, target), cross_entropy(logits, target)):
-        return Verdict(name, kind, "WRONG", reason or "from its logits")
-    return Verdict(name, kind, "logits", "")
-
-
-def fused_verdict(name: str, kind: str, model, inputs: dict, target, reason: str) -> Verdict:
     try:
-        expected = cross_entropy(model(**inputs).logits, target)
-        true = gradients(model, expected)
+        own, remark = own_loss(model, inputs, labels)
+        shift = None if own is not None else kind in ("causal", "conditional")
+        if own is None:
+            target = next_tokens(labels) if shift else labels
+            own = cross_entropy(model(**inputs).logits, target)
+        true = gradients(model, own)
     except Exception as error:
         return Verdict(name, kind, "not built", "it cannot be trained: " + one_line(error))
+    if not generative:
+        wrong = difference(model, from_logits(model, inputs, labels, shift), own, true)
+        return Verdict(name, kind, "WRONG" if wrong else "logits", wrong or remark)
+    fused = None
     try:
-        loss, _ = head_loss(model, CRITERION, target, **inputs)
+        fused = fuse_loss(model, CRITERION, shift=shift)
+        loss = model(**inputs, labels=labels).loss
+    except (TypeError, ValueError) as error:
+        if fused is not None:
+            fused.remove()
+        return logits_verdict(name, kind, model, inputs, labels, one_line(error))
     except Exception as error:
-        if not isinstance(error, (TypeError, ValueError)):
-            return Verdict(name, kind, "WRONG", one_line(error))
-        if not close(CRITERION(model(**inputs).logits, target), expected):
-            return Verdict(name, kind, "WRONG", "from its logits")
-        return Verdict(name, kind, "logits", one_line(error))
-    if not close(loss, expected):
-        return Verdict(name, kind, "WRONG", f"fused: {loss.item()} for {expected.item()}")
+        return Verdict(name, kind, "WRONG", one_line(error))
+    fused.remove()
+    wrong = difference(model, loss, own, true)
+    if wrong:
+        return Verdict(name, kind, "WRONG", "fused: " + wrong)
+    if kind == "encoder-decoder" and fused.shift.known:
+        remark = remark or "its labels are next tokens"
+    if kind != "encoder-decoder" and not fused.shift.known:
+        remark = remark or "its labels are aligned with its logits"
+    return Verdict(name, kind, "fused", remark)
+
+
+def logits_verdict(name: str, kind: str, model, inputs: dict, labels, reason: str) -> Verdict:
+    """Of a model that refuses: cross-entropy at the places that the user names."""
+    shift = kind in ("causal", "conditional")
+    target = next_tokens(labels) if shift else labels
+    expected = cross_entropy(model(**inputs).logits, target)
+    found = CRITERION(model(**inputs).logits, target)
+    if not close(found, expected):
+        return Verdict(name, kind, "WRONG", f"from its logits: {found} for {expected}")
+    return Verdict(name, kind, "logits", reason)
+
+
+def own_loss(model, inputs: dict, labels) -> tuple[torch.Tensor | None, str]:
+    """(what the model itself makes of the labels, a remark): None where it makes nothing."""
+    try:
+        own = model(**inputs, labels=labels).loss
+    except Exception as error:
+        return None, "its own loss raises: " + one_line(error)
+    return own, "it has no loss of its own" if own is None else ""
+
+
+def from_logits(model, inputs: dict, labels, shift: bool | None) -> torch.Tensor:
+    return compute_loss_func(CRITERION, shift=shift, model=model)(model(**inputs), labels)
+
+
+def difference(model, loss, own, true: dict) -> str:
+    """What is not the model's own, "" where all is."""
+    if not close(loss, own.double()):
+        return f"{loss.item()} for {own.item()}"
     found = gradients(model, loss)
     for parameter in true.keys() | found.keys():
         if parameter not in true or parameter not in found:
-            return Verdict(name, kind, "WRONG", f"one gradient of {parameter}")
+            return f"one gradient of {parameter}"
         error = (found[parameter] - true[parameter]).norm()
         if not error <= 100 * TOLERANCE * true[parameter].norm() + 1e-6:
-            return Verdict(name, kind, "WRONG", f"gradient of {parameter}: {error}")
-    return Verdict(name, kind, "fused", reason)
+            return f"gradient of {parameter}: {error}"
+    return ""
 
 
 @torch.no_grad()
@@ -138,28 +174,6 @@ def inputs_of(model, kind: str) -> dict:
     if "use_cache" in takes:
         inputs["use_cache"] = False
     return inputs
-
-
-@torch.no_grad()
-def target_of(model, inputs: dict, logits, labels, kind: str) -> tuple[torch.Tensor, str]:
-    """(the target that the model's own loss is of, a remark): next tokens, or the labels' own."""
-    ways = {"": next_tokens(labels), "its labels are aligned with its logits": labels}
-    if kind == "encoder-decoder":
-        ways = {"": labels, "its labels are next tokens": next_tokens(labels)}
-    elif kind not in GENERATIVE:
-        ways = {"": labels}
-    try:
-        own = model(**inputs, labels=labels).loss
-        remark = (
-            "it has no loss of its own" if own is None else f"its own loss is another: {own:.4f}"
-        )
-    except Exception as error:
-        own, remark = None, "its own loss raises: " + one_line(error)
-    for reason, target in ways.items():
-        in_range = int(target.max()) < logits.shape[-1]
-        if own is not None and in_range and close(own, cross_entropy(logits, target)):
-            return target, reason
-    return ways[""], remark
 
 
 def cross_entropy(logits, target):
@@ -191,9 +205,10 @@ What segloss does with every causal, conditional, encoder-decoder, token and seq
 class of transformers {version}, tried on a tiny random model of it ({counts}).
 Written by `python tests/models/sweep.py > docs/models.md`; `make test-models` compares.
 
-- **fused**: `head_loss` gives the value and the gradients of the cross-entropy of the model's own
-  logits, which are never made. That is the model's own loss, but where the remark says otherwise.
-- **logits**: a loss takes `model(...).logits`; the value is that of the model's own loss.
+- **fused**: with `fuse_loss(model, CrossEntropyLoss())` the model's loss and each of its gradients
+  are those of its own loss, the logits never made; where its labels stand is found out.
+- **logits**: by `compute_loss_func(CrossEntropyLoss())` a classifier's loss and gradients are those
+  of its own loss; or, with the reason that `fuse_loss` gives, a loss takes `model(...).logits`.
 - **refused**: not a matrix of logits per place.
 - **not built**: no tiny model of it runs on token ids alone here; nothing is said of the class.
 

@@ -55,6 +55,21 @@ OVERRIDES: dict[str, dict] = {
     "BambaConfig": MAMBA,
     "CodeGenConfig": {"rotary_dim": 4},
     "DeepseekV2Config": {"num_key_value_heads": HEADS, "num_experts_per_tok": 2},
+    "DbrxConfig": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {
+            "hidden_size": WIDTH,
+            "ffn_hidden_size": 16,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+        },
+    },
+    "DoryConfig": {
+        "num_hidden_layers": 3,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+    },
     "EsmConfig": {"vocab_size": V},
     "EsmcConfig": {"num_key_value_heads": HEADS},
     "GPTJConfig": {"rotary_dim": 4},
@@ -108,6 +123,9 @@ CLASS_OVERRIDES: dict[str, dict] = {
     },
 }
 
+# with parameters that transformers leaves as they lay in memory
+NEVER_SET = ("DbrxForCausalLM", "JetMoeForCausalLM")
+
 
 def small(name: str, value: Any) -> Any:
     """An option's tiny value, the value itself where it stays."""
@@ -125,7 +143,7 @@ def tiny_options(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     specials = iter(range(FIRST_SPECIAL, V))
     for name, value in default.to_dict().items():
-        inner = getattr(default, name, None)
+        inner = vars(default).get(name)  # asked by name, some configs refuse what differs by layer
         if isinstance(inner, PreTrainedConfig):
             options[name] = tiny_options(type(inner)) | {"model_type": inner.model_type}
             options[name] |= OVERRIDES.get(type(inner).__name__, {})
@@ -160,4 +178,8 @@ def tiny_model(name: str, **options: Any):
             part.pad_token_id = 0
     if hasattr(config, "_attn_implementation"):
         config._attn_implementation = "eager"
-    return model_class(config).float().eval()
+    model = model_class(config).float().eval()
+    if name in NEVER_SET:
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
