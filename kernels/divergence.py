@@ -15,6 +15,8 @@ N rows, V columns, R rows of a block.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -356,23 +358,31 @@ def divergence_grad_kernel(
 
 @launcher
 def divergence_triton(student: Rows, pair: Pair) -> None:
+    """Of "jsd" both normalisers alone."""
     teacher = pair.teacher or student
-    valid = pair.valid.view(torch.uint8)
-    grid = (student.num_rows,)
-    divergence_kernel[grid](
+    divergence_kernel[(student.num_rows,)](
         *pair.matrices(),
         pair.column_weight,
-        valid,
+        pair.valid.view(torch.uint8),
         pair.numbers,
         KIND=pair.kind,
         ALIGNED=student.aligned and teacher.aligned,
         GROUP=16 // max(student.data.element_size(), teacher.data.element_size()),
         **row_tile(student),
     )
-    if pair.kind == "jsd":
-        jsd_kernel[grid](*pair.matrices(), valid, pair.numbers, pair.beta, **row_tile(student))
-    elif pair.kind == "reverse":
+    if pair.kind == "reverse":
         pair.numbers.center.copy_(pair.numbers.value)
+
+
+@launcher
+def mixture_triton(student: Rows, pair: Pair) -> None:
+    jsd_kernel[(student.num_rows,)](
+        *pair.matrices(),
+        pair.valid.view(torch.uint8),
+        pair.numbers,
+        pair.beta,
+        **row_tile(student),
+    )
 
 
 @launcher
@@ -450,10 +460,40 @@ def log_mixture_torch(log_p: Tensor, log_q: Tensor, beta: float, out: Tensor) ->
     return out.add_(exp_(log_p.clone()), alpha=1 - beta).log_()
 
 
-def block_divergence(
-    pair: Pair, raw: Tensor, here: slice, known: bool, buffers: list[Tensor]
+def mixed(
+    pair: Pair, log_p: Tensor, log_q: Tensor, t: Tensor, value: Tensor, center: Tensor
 ) -> None:
-    """All numbers of one block of rows; `known`: whether the student's normaliser is there."""
+    """The two numbers of "jsd", of one block of rows; all three matrices are spent."""
+    log_m = log_mixture_torch(log_p, log_q, pair.beta, t)
+    p = exp_(log_p.clone())
+    center.copy_(row_dot(p, log_p.sub_(log_m)))
+    q = exp_(p.copy_(log_q))
+    value.copy_(pair.beta * row_dot(q, log_q.sub_(log_m)) + (1 - pair.beta) * center)
+
+
+def block_mixture(pair: Pair, raw: Tensor, here: slice, buffers: list[Tensor]) -> None:
+    """`mixed` of one block of rows, given both normalisers."""
+    value, student_max, student_sum, teacher_max, teacher_sum, center = (
+        v[here] for v in pair.numbers
+    )
+    u, w, t = (buffer[: raw.shape[0]] for buffer in buffers)
+    loaded(pair.student, raw, u)
+    loaded(pair.teacher, raw_rows(pair.teacher, here), w)
+    log_p = u.sub_(student_max[:, None]).sub_(student_sum[:, None])
+    log_q = w.sub_(teacher_max[:, None]).sub_(teacher_sum[:, None])
+    mixed(pair, log_p, log_q, t, value, center)
+
+
+def block_divergence(
+    pair: Pair,
+    raw: Tensor,
+    here: slice,
+    buffers: list[Tensor],
+    known: bool = False,
+    both: bool = True,
+) -> None:
+    """All numbers of one block of rows; `known`: whether the student's normaliser is there,
+    `both`: whether "jsd" goes on to its second pass."""
     value, student_max, student_sum, teacher_max, teacher_sum, center = (
         v[here] for v in pair.numbers
     )
@@ -482,12 +522,9 @@ def block_divergence(
     elif pair.kind == "jsd":
         sum_of_exp(t.copy_(u), student_sum)
         sum_of_exp(t.copy_(w), teacher_sum)
-        log_p, log_q = u.sub_(student_sum[:, None]), w.sub_(teacher_sum[:, None])
-        log_m = log_mixture_torch(log_p, log_q, pair.beta, t)
-        p = exp_(log_p.clone())
-        center.copy_(row_dot(p, log_p.sub_(log_m)))
-        q = exp_(p.copy_(log_q))
-        value.copy_(pair.beta * row_dot(q, log_q.sub_(log_m)) + (1 - pair.beta) * center)
+        if both:
+            log_p, log_q = u.sub_(student_sum[:, None]), w.sub_(teacher_sum[:, None])
+            mixed(pair, log_p, log_q, t, value, center)
     elif pair.kind == "targets":
         w.copy_(raw_rows(pair.teacher, here))
         if pair.column_weight is not None:
@@ -503,7 +540,8 @@ def block_divergence(
         torch.add(student_max, student_sum, out=value)
 
 
-def divergence_torch(pair: Pair, known: bool) -> None:
+def over_blocks(pair: Pair, block: Callable) -> None:
+    """Fill the pair's numbers by `block(pair, raw rows, their slice, three buffers)`."""
     student = pair.student
 
     def work(group: list[Block]) -> None:
@@ -511,7 +549,7 @@ def divergence_torch(pair: Pair, known: bool) -> None:
         buffers = [student.new(size, pair.width) for _ in range(3)]
         for first, last, raw in group:
             if pair.valid[first:last].any():
-                block_divergence(pair, raw, slice(first, last), known, buffers)
+                block(pair, raw, slice(first, last), buffers)
 
     parallel(work, student.blocks(matrices=2))
     for vector in pair.numbers:
@@ -599,18 +637,55 @@ def divergence(pair: Pair, known: tuple[Tensor, Tensor] | None = None) -> Pair:
     an exponential. Numbers have the student's compute dtype.
     """
     student = pair.student
-    n = student.num_rows
-    pair.numbers = PairNumbers(*(student.new(n).zero_() for _ in PairNumbers._fields))
-    if n == 0:
+    if not fresh(pair):
         return pair
     if use_triton(student.data):
         divergence_triton(student, pair)
+        if pair.kind == "jsd":
+            mixture_triton(student, pair)
         return pair
     known = known if pair.kind in ("forward", "targets", "lse") else None
     if known is not None:
         pair.numbers.student_max.copy_(known[0])
         pair.numbers.student_sum.copy_(known[1])
-    divergence_torch(pair, known is not None)
+    over_blocks(pair, functools.partial(block_divergence, known=known is not None))
+    return pair
+
+
+def fresh(pair: Pair) -> bool:
+    """Numbers to be filled, as they are where there is no column; whether there is anything."""
+    student = pair.student
+    pair.numbers = PairNumbers(*(student.new(student.num_rows).zero_() for _ in range(6)))
+    if student.num_classes == 0:
+        pair.numbers.student_sum.fill_(-torch.inf)
+        pair.numbers.teacher_sum.fill_(0 if pair.kind == "targets" else -torch.inf)
+    return student.num_rows > 0 and student.num_classes > 0
+
+
+# Where more columns lie elsewhere, the two passes of "jsd" are apart: between them the normalisers
+# become those of all columns.
+
+
+def normalisers(pair: Pair) -> Pair:
+    """Fills both normalisers of the numbers of "jsd"."""
+    if not fresh(pair):
+        return pair
+    if use_triton(pair.student.data):
+        divergence_triton(pair.student, pair)
+    else:
+        over_blocks(pair, functools.partial(block_divergence, both=False))
+    return pair
+
+
+def mixture(pair: Pair) -> Pair:
+    """Fills value and center of the numbers of "jsd" with these columns' part, given normalisers;
+    both must be 0."""
+    if pair.student.num_rows == 0 or pair.student.num_classes == 0:
+        return pair
+    if use_triton(pair.student.data):
+        mixture_triton(pair.student, pair)
+    else:
+        over_blocks(pair, block_mixture)
     return pair
 
 
@@ -625,8 +700,11 @@ def divergence_grad(
     `plain`: terms of the student's own statistics, which are added. dlogits may be the memory of
     the logits; on a GPU, several terms then cost a copy of them.
     """
-    if student.num_rows == 0:
+    if student.num_rows == 0 or student.num_classes == 0:
         return dlogits
+    pairs = [pair for pair in pairs if pair.width]
+    if not pairs:  # all of the teacher's columns are elsewhere
+        return dlogits.zero_() if plain is None else logit_grad(student, plain, dlogits)
     if not use_triton(student.data):
         divergence_grad_torch(student, pairs, dlogits, plain)
         return dlogits

@@ -26,7 +26,6 @@ from segloss.sweep.beside import DIVERGENCES, Reading, has_plain, logits_gradien
 from segloss.sweep.request import RowSum, TokenStats
 from segloss.sweep.row_sum import chunk_gradients, finished
 from segloss.sweep.rows import request_stats
-from segloss.sweep.terms import own_terms
 
 
 def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenStats]:
@@ -75,11 +74,11 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
             sharding,
             exp_out=z.data[0] if factored else None,
         )
-        reading = Reading.of(z, inner.beside.take(here), valid, request.divergences, stats)
+        at = inner.beside.take(here), valid, request.divergences, sharding
+        reading = Reading.of(z, *at, stats)
         value, lse, named, terms = chunk_gradients(
-            plan, stats, reading, target, weights[here], batch.num_classes, scale
+            plan, stats, reading, target, weights[here], scale
         )
-        terms = own_terms(terms, sharding)
         loss += value
         log_prob = stats.log_prob.detach()
         if factored:

@@ -24,8 +24,8 @@ from segloss.sources import (
     TopK,
     as_source,
     is_local,
-    is_probabilities,
     make_beside,
+    own_probabilities,
     public_statistics,
 )
 from segloss.sweep.batch import Batch, make_batch
@@ -181,10 +181,9 @@ class Loss(nn.Module):
             called = compiled_loss if self.compiles and is_local(logits) else eager_loss
             return called(self, logits, target, keywords)
         source = as_source(logits)
-        probabilities = None
-        if self.takes_probabilities and is_probabilities(target, source):
-            probabilities = target
-            target = self.stand_in(target)
+        probabilities = own_probabilities(target, source) if self.takes_probabilities else None
+        if probabilities is not None:
+            target = self.stand_in(probabilities)
         self.check_teacher(teacher)
         beside = make_beside(source, columns=columns, teacher=teacher, probabilities=probabilities)
         batch = make_batch(

@@ -83,6 +83,13 @@ class DenseLogits(Source):
     def like_target(self, name: str, x) -> Any:
         return self.layout.like_target(name, x)
 
+    def like_logits(self, name: str, x) -> Any:
+        return self.layout.like_logits(name, x)
+
+    @property
+    def shared_tokens(self) -> Any:
+        return self.layout.shared_tokens
+
     @property
     def device(self) -> torch.device:
         return self.logits.device
@@ -99,6 +106,12 @@ class DenseLogits(Source):
     def here(self) -> Tensor:
         """The columns of this rank, without padding."""
         return self.layout.columns(self.logits, self.sharding, -1)
+
+    def settled(self, sharding: Sharding) -> DenseLogits:
+        with torch.no_grad():
+            logits, sharding = self.here(), sharding.cut(self.num_classes)
+            logits = sharding.part(logits) if self.sharding.is_whole else logits
+        return DenseLogits(logits.detach(), self.softcap, self.scale, VocabShard.of(sharding))
 
     def rows(self, index: Tensor) -> Tensor:
         refuse_rows(self.layout)
@@ -135,7 +148,8 @@ class DenseLogits(Source):
         return Spread(batch.target.numel(), trained, self.layout.vocabulary)
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {"logits": self.logits}, {"softcap": self.softcap, "scale": self.scale}
+        options = {name: getattr(self, name) for name in ("softcap", "scale", "vocab")}
+        return {"logits": self.logits}, options
 
     @classmethod
     def unpacked(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> DenseLogits:

@@ -24,7 +24,9 @@ from segloss.sweep.batch import Batch
 from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
 from segloss.sweep.source import Source, Spread
 
-PLAIN_OPTIONS = ("softcap", "scale", "compact", "chunk_bytes", "memory_budget", "grad_filter")
+PLAIN_OPTIONS = (
+    *("softcap", "scale", "compact", "chunk_bytes", "memory_budget", "grad_filter", "vocab"),
+)
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,13 @@ class LinearLogits(Source):
     def like_target(self, name: str, x) -> Any:
         return self.layout.like_target(name, x)
 
+    def like_logits(self, name: str, x) -> Any:
+        return self.layout.like_logits(name, x)
+
+    @property
+    def shared_tokens(self) -> Any:
+        return self.layout.shared_tokens
+
     @property
     def device(self) -> torch.device:
         return self.hidden.device
@@ -251,12 +260,22 @@ class LinearLogits(Source):
             inputs = replace(inputs, tensors=inputs.tensors | {"hidden": hidden})
             return Head.of(inputs, None).columns(classes).logits()
 
-    def settled(self) -> LinearLogits:
-        """The same without gradient, its tensors in the products' dtype: outside autocast too."""
-        tensors, options = self.packed()
-        made = {name: t.detach().to(self.product_dtype) for name, t in tensors.items()}
+    def settled(self, sharding: Sharding) -> LinearLogits:
+        """Its tensors are in the products' dtype: outside autocast too."""
+        with torch.no_grad():
+            tensors, options = self.packed()
+            sharding = sharding.cut(self.num_classes)
+            if self.sharding.is_whole and not sharding.is_whole:
+                own = slice(sharding.first, sharding.first + sharding.width)
+                heads = [name for name in tensors if name not in ("hidden", "lora_a")]
+                tensors |= {name: tensors[name][own] for name in heads}
+            made = {name: t.detach().to(self.product_dtype) for name, t in tensors.items()}
         with torch.autocast(self.device.type, enabled=False):
-            return self.unpacked(made, options)
+            return self.unpacked(made, options | {"vocab": VocabShard.of(sharding)})
+
+    @property
+    def made_classes(self) -> int:
+        return self.layout.assumed.widest  # so that all ranks cut the same chunks
 
     def block_rows(self, num_rows: int) -> int:
         return self.inputs().chunk_rows(num_rows, trained=False) if num_rows else 1

@@ -225,7 +225,7 @@ def sweep_module(source: ModuleLogits, batch: Batch, request: Request) -> Sweep:
         flat = source.hidden.reshape(-1, source.hidden.shape[-1])
         hidden = flat if rows is None else flat[rows]
         slices = slices_of(source, len(hidden))
-        readings = Readings(inner.beside, inner.valid, request.divergences)
+        readings = Readings(inner.beside, inner.valid, request.divergences, batch.sharding)
         collected, panels = [], []
         for here in slices:
             with torch.autocast(device, autocast[1], enabled=autocast[0]):
@@ -288,6 +288,7 @@ def sweep_module(source: ModuleLogits, batch: Batch, request: Request) -> Sweep:
         random=random,
         step=chunk_rows(source, len(hidden)),
         divergences=request.divergences,
+        sharding=batch.sharding,
         seconds=seconds,
     )
     tensors = (source.hidden, *source.tensors.values())
@@ -320,6 +321,7 @@ def gradients(
     random,
     step,
     divergences,
+    sharding,
     seconds,
 ) -> tuple:
     """Gradients of hidden and of the head's tensors, from those of the statistics."""
@@ -329,11 +331,11 @@ def gradients(
     if rows is not None:
         grads = {name: grad[rows] if name in ROW_OUTPUTS else grad for name, grad in grads.items()}
         saved = kept_rows_only(saved, rows)
-    terms = grad_terms(saved, grads)
+    terms = grad_terms(saved, grads, sharding)
     upstream = grads.get(DIVERGENCES)
     power = rescale(terms, *(() if upstream is None else (upstream,)))
     upstream = None if upstream is None else upstream / power
-    back = Backward.of(saved, upstream, divergences, seconds)
+    back = Backward.of(saved, upstream, divergences, sharding, seconds)
     flat = hidden.reshape(-1, hidden.shape[-1])
     kept = flat if rows is None else flat[rows]
     leaves = [w.detach().requires_grad_() for w in weights]

@@ -82,6 +82,26 @@ class Source(ABC):
         """A tensor that goes with the target, as it is here."""
         return x
 
+    def like_logits(self, name: str, x) -> Any:
+        """A tensor (..., V) that goes with the logits, as it is here; plain ones may be whole."""
+        return x
+
+    @property
+    def shared_tokens(self) -> Any:
+        """What two sources have in common whose ranks share out the tokens alike; None where
+        nobody says so."""
+        return None
+
+    def settled(self, sharding: Sharding) -> Source:
+        """The same without gradient, as it is read beside logits of which `sharding` has the
+        columns here; its own must be those or all."""
+        if not sharding.is_whole:
+            raise TypeError(
+                f"teacher is {type(self).__name__}, the student's classes are sharded over ranks; "
+                "it takes logits (..., V), DenseLogits, LinearLogits or TopK"
+            )
+        return self
+
     @abstractmethod
     def sweep(self, batch: Batch, request: Request) -> Sweep:
         """The statistics that `request` names, differentiable."""
