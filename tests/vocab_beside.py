@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from vocab_cases import (
-    SAMPLE,
     Case,
     Counts,
     Mesh,
@@ -29,9 +28,6 @@ from vocab_cases import (
 
 import segloss
 from segloss import DistillationLoss, TopK
-from segloss.losses.crossing import crossings
-from segloss.sources import as_source, make_beside, own_probabilities
-from segloss.sweep.batch import make_batch
 
 K, D_TEACHER = 3, 5
 CHOSEN = (

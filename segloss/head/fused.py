@@ -81,16 +81,17 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
         )
         loss += value
         log_prob = stats.log_prob.detach()
+        listed = None if reading.listed is None else reading.listed.detach()
+        collected.append((log_prob, lse, stats.entropy, stats.argmax, listed))
         if factored:
             block = factored_block(z, terms, log_prob, stats.exp_scale)
         else:
             pairs = reading.upstream(named.get(DIVERGENCES))
             dlogits = logits_gradient(z, terms, pairs, z.data[0], has_plain(named))
             block = GradBlock(dlogits)
-        total.block(block, here, whole)
-        listed = None if reading.listed is None else reading.listed.detach()
-        collected.append((log_prob, lse, stats.entropy, stats.argmax, listed))
+            del pairs
         del reading  # the teacher's logits
+        total.block(block, here, whole)
     del z, block, out  # the logits
     grads = total.result(rows)
     num_tokens = batch.target.numel()

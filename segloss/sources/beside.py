@@ -13,10 +13,10 @@ from torch import Tensor
 
 from segloss.checks import INTEGERS, check_choice, check_plain, describe
 from segloss.kernels.common import Rows
+from segloss.sharding import Sharding, VocabShard
 from segloss.sources.dense import DenseLogits
 from segloss.sources.given import as_source
-from segloss.sharding import Sharding, VocabShard
-from segloss.sweep.beside import Beside, Second, Top
+from segloss.sweep.beside import Beside, Made, Second, Top
 from segloss.sweep.source import Source
 
 RESTS = ("renormalise", "uniform", "ignore")
@@ -96,6 +96,9 @@ class TopLogits:
     def block_rows(self, num_rows: int) -> int:
         return min(num_rows, max(1, (16 << 20) // self.sharding.widest))
 
+    def made(self, num_classes: int, picked: bool) -> Made:
+        return Made((num_classes + 1) * self.log_prob.element_size())
+
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {"ids": self.ids, "log_prob": self.log_prob}, {"sharding": self.sharding}
 
@@ -110,11 +113,14 @@ def make_beside(
     columns: Tensor | None = None,
     teacher: Tensor | Source | TopK | None = None,
     probabilities: Tensor | None = None,
+    crossing: bool = True,
 ) -> Beside:
     """Everything checked against the source it is read beside.
 
-    `probabilities` are those of the classes here, as `own_probabilities` gives them.
+    `probabilities` are those of the classes here, as `own_probabilities` gives them. Without
+    `crossing` no other rank is asked, nothing is copied, and a plan can be made of it, no more.
     """
+    sharding = source.sharding if crossing else source.assumed
     found: dict[str, Any] = {}
     if columns is not None:
         columns = source.like_target("columns", columns)
@@ -125,13 +131,14 @@ def make_beside(
         log_prob = teacher.log_prob.detach().reshape(ids.shape).to(source.dtype)
         found["top"] = Top(ids, log_prob, teacher.rest)
         if teacher.rest == "uniform":
-            found["teacher"] = Second(TopLogits(ids, log_prob, source.sharding))
+            found["teacher"] = Second(TopLogits(ids, log_prob, sharding))
     elif teacher is not None:
         given = as_teacher(teacher, source)
-        check_shards(given, source)
-        found["teacher"] = Second(given.settled(source.sharding))
+        if crossing:
+            check_shards(given, source)
+        found["teacher"] = Second(given.settled(sharding, crossing))
     if probabilities is not None:
-        vocab = VocabShard.of(source.sharding)
+        vocab = VocabShard.of(sharding)
         found["probabilities"] = Second(DenseLogits(probabilities.detach(), vocab=vocab))
     return Beside(**found)
 
@@ -203,7 +210,7 @@ def check_shards(teacher: Source, source: Source) -> None:
         )
 
 
-def own_probabilities(target: Any, source: Source) -> Tensor | None:
+def own_probabilities(target: Any, source: Source, crossing: bool = True) -> Tensor | None:
     """Of a target that holds probabilities (..., V), as `F.cross_entropy` takes them too, those of
     the classes here; None of any other target.
 
@@ -214,7 +221,7 @@ def own_probabilities(target: Any, source: Source) -> Tensor | None:
     x = source.like_logits("target", target)
     if x.dim() == 0 or x.shape[:-1] != source.leading_shape:
         return None
-    sharding = source.sharding
+    sharding = source.sharding if crossing else source.assumed
     if x.shape[-1] == sharding.width:
         return x
     return sharding.part(x) if x.shape[-1] == source.num_classes else None

@@ -33,6 +33,7 @@ from segloss.sweep.beside import (
     pack,
 )
 from segloss.sweep.classes import class_ids, class_index, thresholds
+from segloss.sweep.cost import Asked
 from segloss.sweep.request import Request, Sweep
 from segloss.sweep.source import Source
 from segloss.sweep.terms import grad_terms, rescale, row_slices
@@ -109,7 +110,7 @@ class ModuleLogits(Source):
     def sweep(self, batch: Batch, request: Request) -> Sweep:
         return sweep_module(self, batch, request)
 
-    def plan(self, batch: Batch, row_sum: bool, all_classes: bool = False) -> str:
+    def plan(self, batch: Batch, asked: Asked) -> str:
         rows = int(batch.valid.sum())
         return (
             f"tokens     {rows} of {batch.target.numel()} (ignored ones left out)\n"
@@ -362,6 +363,7 @@ def gradients(
                 part.prob_coef = part.prob_coef - dots * weight
             pairs, out = back.pairs(block, here), torch.empty_like(raw)
             dz[..., :width] = logits_gradient(block, part, pairs, out, has_plain(grads))
+            del pairs  # the teacher's logits
             found = torch.autograd.grad(z, [chunk, *leaves], dz, allow_unused=True)
             kept_grad[here] = 0 if found[0] is None else found[0]
             for i, grad in enumerate(found[1:]):

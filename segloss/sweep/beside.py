@@ -43,6 +43,15 @@ class Divergence:
         return hash(self.key())
 
 
+@dataclass(frozen=True)
+class Made:
+    """What reading a matrix beside logits takes."""
+
+    row_bytes: int = 0  # of a row of a block
+    row_flop: int = 0
+    copied: int = 0  # bytes, once
+
+
 class Matrix(Protocol):
     """Logits or probabilities (N, V) that can be read a block at a time, without gradient."""
 
@@ -53,6 +62,9 @@ class Matrix(Protocol):
     @property
     def made_classes(self) -> int:
         """Columns of a block, if it does not lie in memory as it is."""
+
+    def made(self, num_classes: int, picked: bool) -> Made:
+        """What blocks of so many classes take; `picked`: whether of some rows alone."""
 
     @property
     def packs(self) -> bool:

@@ -52,8 +52,8 @@ def joined_divergences(pairs: list[Pair], sharding: Sharding) -> None:
         pair.numbers = joined(pair, {name: next(every) for name in SENT[pair.kind]})
     mixed = [mixture(pair).numbers for pair in pairs if pair.kind == "jsd"]
     if mixed:
-        parts = torch.stack([x for n in mixed for x in (n.value, n.center)])
-        for whole, part in zip(sharding.sum(parts), [x for n in mixed for x in (n.value, n.center)]):
+        parts = [x for numbers in mixed for x in (numbers.value, numbers.center)]
+        for part, whole in zip(parts, sharding.sum(torch.stack(parts)), strict=True):
             part.copy_(whole)
 
 

@@ -15,9 +15,7 @@ from segloss.sharding import Sharding
 from segloss.sweep.classes import group_sum
 
 
-def grad_terms(
-    saved: dict[str, Tensor], grads: dict[str, Tensor], sharding: Sharding
-) -> GradTerms:
+def grad_terms(saved: dict[str, Tensor], grads: dict[str, Tensor], sharding: Sharding) -> GradTerms:
     """The terms of `kernels/logit_grad.py`, but for the class sums' part of `s_i`.
 
     Their classes are those of all ranks, their entries the ones whose class is here.
