@@ -28,6 +28,17 @@ OPTIONAL = ("entropy", "argmax", "logit_sum", "weight_sum", "num_finite")
 
 
 @dataclass(frozen=True)
+class Crossing:
+    """Collectives of one kind."""
+
+    phase: str  # "forward" or "backward"
+    ranks: str  # "vocabulary" or "tokens"
+    kind: str  # "all-reduce", "all-gather", "reduce-scatter"
+    count: int
+    size: int | None  # bytes that a rank gives, all `count` together; None if logits decide
+
+
+@dataclass(frozen=True)
 class Sharding:
     """Which columns are here, `first` to `first + width`, and what that makes cross ranks.
 

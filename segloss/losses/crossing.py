@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 
 from segloss.losses import registry
+from segloss.sharding import Crossing
 from segloss.sweep.batch import Batch
 from segloss.sweep.cost import Asked
 from segloss.sweep.request import Request
 from segloss.sweep.shards import SENT
-from segloss.sweep.source import Crossing, Source
+from segloss.sweep.source import Source
 
 VOCABULARY, TOKENS = "vocabulary", "tokens"
 FORWARD, BACKWARD = "forward", "backward"
@@ -43,7 +44,8 @@ def crossings(
     group = source.token_group(loss.group)
     fused = loss.is_row_sum and source.forms_gradients
     spread = source.spread(batch, Asked(request, loss.is_row_sum))
-    every = list(spread.crossings)
+    teacher = batch.beside.teacher
+    every = [*spread.crossings, *(() if teacher is None else teacher.gathered)]
     sizes = {}
     if spread.vocabulary > 1:
         sizes[VOCABULARY] = spread.vocabulary

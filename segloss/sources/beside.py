@@ -136,7 +136,8 @@ def make_beside(
         given = as_teacher(teacher, source)
         if crossing:
             check_shards(given, source)
-        found["teacher"] = Second(given.settled(sharding, crossing))
+        settled = given.settled(sharding, crossing)
+        found["teacher"] = Second(settled, gathered=tuple(given.gathers()))
     if probabilities is not None:
         vocab = VocabShard.of(sharding)
         found["probabilities"] = Second(DenseLogits(probabilities.detach(), vocab=vocab))

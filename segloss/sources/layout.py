@@ -15,13 +15,13 @@ from torch import Tensor
 
 from segloss.checks import describe, is_dtensor
 from segloss.sharding import (
+    Crossing,
     Sharding,
     VocabShard,
     gathered_tokens,
     sharding_of,
     sum_of_gradients,
 )
-from segloss.sweep.source import Crossing
 
 
 class Layout(ABC):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segloss.checks import FLOATS, check_data, check_transform, describe
+from segloss.checks import FLOATS, check_data, check_transform, describe, is_dtensor
 from segloss.head.explain import explain
 from segloss.head.fused import row_sum
 from segloss.head.inputs import Inputs, Options
@@ -18,7 +18,7 @@ from segloss.head.matrices import Head
 from segloss.head.rows import beside_others, chunk_slices, kept_rows
 from segloss.head.sweep import sweep
 from segloss.kernels.common import Rows
-from segloss.sharding import Sharding, VocabShard
+from segloss.sharding import Crossing, Sharding, VocabShard
 from segloss.sources.layout import Layout, linear_layout, refuse_rows
 from segloss.sweep.batch import Batch
 from segloss.sweep.beside import Made
@@ -266,11 +266,16 @@ class LinearLogits(Source):
     def assumed(self) -> Sharding:
         return self.layout.assumed
 
+    def gathers(self) -> list[Crossing]:
+        return self.layout.crossings(self.hidden, {}, self.leading_shape.numel())
+
     def settled(self, sharding: Sharding, crossing: bool = True) -> LinearLogits:
         """Its tensors are in the products' dtype: outside autocast too."""
         own, sharding = self.sharding if crossing else self.assumed, sharding.cut(self.num_classes)
         with torch.no_grad():
             tensors, options = self.packed(crossing)
+            if not crossing and is_dtensor(tensors["hidden"]):
+                tensors["hidden"] = tensors["hidden"].to_local()  # type: ignore[attr-defined]
             tensors = {name: tensor.detach() for name, tensor in tensors.items()}
             if own.is_whole and not sharding.is_whole:
                 here = slice(sharding.first, sharding.last)

@@ -15,7 +15,7 @@ from segloss.kernels.common import Rows
 from segloss.kernels.divergence import Pair, PairNumbers, divergence, divergence_grad
 from segloss.kernels.logit_grad import GradTerms, logit_grad
 from segloss.kernels.row_stats import RowStats
-from segloss.sharding import Sharding
+from segloss.sharding import Crossing, Sharding
 from segloss.sweep.shards import joined_divergences, logits_at
 
 LISTED, DIVERGENCES = "listed", "divergences"  # a sweep's outputs
@@ -82,6 +82,7 @@ class Second:
 
     matrix: Matrix
     index: Tensor | slice = field(default_factory=lambda: slice(None))
+    gathered: tuple[Crossing, ...] = ()  # how it came here
 
     def take(self, rows: Tensor | slice) -> Second:
         index = self.index

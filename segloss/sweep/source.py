@@ -10,22 +10,11 @@ import torch
 from torch import Tensor
 
 from segloss.kernels.common import Rows
-from segloss.sharding import Sharding
+from segloss.sharding import Crossing, Sharding
 from segloss.sweep.batch import Batch
 from segloss.sweep.beside import Made
 from segloss.sweep.cost import Asked
 from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
-
-
-@dataclass(frozen=True)
-class Crossing:
-    """Collectives of one kind."""
-
-    phase: str  # "forward" or "backward"
-    ranks: str  # "vocabulary" or "tokens"
-    kind: str  # "all-reduce", "all-gather", "reduce-scatter"
-    count: int
-    size: int | None  # bytes that a rank gives, all `count` together; None if logits decide
 
 
 @dataclass(frozen=True)
@@ -99,6 +88,10 @@ class Source(ABC):
         """What two sources have in common whose ranks share out the tokens alike; None where
         nobody says so."""
         return None
+
+    def gathers(self) -> list[Crossing]:
+        """What `settled` asks of other ranks."""
+        return []
 
     def settled(self, sharding: Sharding, crossing: bool = True) -> Source:
         """The same without gradient, as it is read beside logits of which `sharding` has the
