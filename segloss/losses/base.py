@@ -24,6 +24,7 @@ from segloss.sources import (
     TopK,
     as_source,
     is_local,
+    is_packable,
     make_beside,
     own_probabilities,
     public_statistics,
@@ -174,12 +175,12 @@ class Loss(nn.Module):
                 "token_weight": token_weight,
                 "sample_ids": sample_ids,
                 "normalizer": normalizer,
+                "teacher": teacher,
+                "columns": columns,
                 "return_statistics": return_statistics,
             }
-            if teacher is not None or columns is not None or target.is_floating_point():
-                keywords |= {"teacher": teacher, "columns": columns}
-                return eager_loss(self, logits, target, keywords)
-            called = compiled_loss if self.compiles and is_local(logits) else eager_loss
+            plain = is_local(logits) and (teacher is None or is_packable(teacher))
+            called = compiled_loss if self.compiles and plain else eager_loss
             return called(self, logits, target, keywords)
         source = as_source(logits)
         probabilities = own_probabilities(target, source) if self.takes_probabilities else None

@@ -15,7 +15,7 @@ from segloss.checks import INTEGERS, check_choice, check_plain, describe
 from segloss.kernels.common import Rows
 from segloss.sharding import Sharding, VocabShard
 from segloss.sources.dense import DenseLogits
-from segloss.sources.given import as_source
+from segloss.sources.given import as_source, is_local
 from segloss.sweep.beside import Beside, Made, Second, Top
 from segloss.sweep.source import Source
 
@@ -65,6 +65,13 @@ class TopK:
     @property
     def leading_shape(self) -> torch.Size:
         return self.ids.shape[:-1]
+
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {"ids": self.ids, "log_prob": self.log_prob}, {"rest": self.rest}
+
+    @classmethod
+    def unpacked(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> TopK:
+        return cls(tensors["ids"], tensors["log_prob"], options["rest"])
 
 
 @dataclass(frozen=True)
@@ -193,6 +200,13 @@ def as_teacher(teacher: Any, source: Source) -> Source:
             "a head's weight[:n])"
         )
     return given
+
+
+def is_packable(teacher: Any) -> bool:
+    """Whether tensors of this rank alone and plain options say all of a teacher."""
+    if isinstance(teacher, Source):
+        return teacher.is_plain and teacher.packs
+    return isinstance(teacher, TopK) or (isinstance(teacher, Tensor) and is_local(teacher))
 
 
 def check_shards(teacher: Source, source: Source) -> None:
