@@ -42,6 +42,8 @@ from .common import (
 from .logit_grad import GradTerms, RowVectors, block_grad, logit_grad
 from .row_stats import LOWEST
 
+# what a block of rows is worked through with, as `Rows.blocks` counts it (measured: bench/NOTES.md)
+MATRICES = 2
 KINDS = ("forward", "reverse", "jsd", "targets", "lse")
 # below any logit, and finite: a difference of two of them is a number
 FLOOR = -1e30 if tl is None else tl.constexpr(-1e30)
@@ -454,20 +456,18 @@ def sum_of_exp(shifted: Tensor, into: Tensor) -> Tensor:
     return total
 
 
-def log_mixture_torch(log_p: Tensor, log_q: Tensor, beta: float, out: Tensor) -> Tensor:
-    """`log(beta q + (1 - beta) p)` (R, V) in `out`."""
-    exp_(out.copy_(log_q)).mul_(beta)
-    return out.add_(exp_(log_p.clone()), alpha=1 - beta).log_()
-
-
 def mixed(
-    pair: Pair, log_p: Tensor, log_q: Tensor, t: Tensor, value: Tensor, center: Tensor
+    pair: Pair,
+    log_p: Tensor,
+    log_q: Tensor,
+    p: Tensor,
+    q: Tensor,
+    value: Tensor,
+    center: Tensor,
 ) -> None:
-    """The two numbers of "jsd", of one block of rows; all three matrices are spent."""
-    log_m = log_mixture_torch(log_p, log_q, pair.beta, t)
-    p = exp_(log_p.clone())
+    """The two numbers of "jsd", of one block of rows; the logarithms are spent."""
+    log_m = torch.mul(q, pair.beta).add_(p, alpha=1 - pair.beta).log_()
     center.copy_(row_dot(p, log_p.sub_(log_m)))
-    q = exp_(p.copy_(log_q))
     value.copy_(pair.beta * row_dot(q, log_q.sub_(log_m)) + (1 - pair.beta) * center)
 
 
@@ -481,7 +481,8 @@ def block_mixture(pair: Pair, raw: Tensor, here: slice, buffers: list[Tensor]) -
     loaded(pair.teacher, raw_rows(pair.teacher, here), w)
     log_p = u.sub_(student_max[:, None]).sub_(student_sum[:, None])
     log_q = w.sub_(teacher_max[:, None]).sub_(teacher_sum[:, None])
-    mixed(pair, log_p, log_q, t, value, center)
+    p, q = exp_(t.copy_(log_p)), exp_(log_q.clone())
+    mixed(pair, log_p, log_q, p, q, value, center)
 
 
 def block_divergence(
@@ -520,11 +521,12 @@ def block_divergence(
         torch.add(row_dot(u, t) / total, teacher_sum - student_sum, out=value)
         center.copy_(value)
     elif pair.kind == "jsd":
-        sum_of_exp(t.copy_(u), student_sum)
-        sum_of_exp(t.copy_(w), teacher_sum)
+        p, q = t.copy_(u), w.clone()
+        p.mul_(sum_of_exp(p, student_sum).reciprocal_()[:, None])
+        q.mul_(sum_of_exp(q, teacher_sum).reciprocal_()[:, None])
         if both:
             log_p, log_q = u.sub_(student_sum[:, None]), w.sub_(teacher_sum[:, None])
-            mixed(pair, log_p, log_q, t, value, center)
+            mixed(pair, log_p, log_q, p, q, value, center)
     elif pair.kind == "targets":
         w.copy_(raw_rows(pair.teacher, here))
         if pair.column_weight is not None:
@@ -551,7 +553,7 @@ def over_blocks(pair: Pair, block: Callable) -> None:
             if pair.valid[first:last].any():
                 block(pair, raw, slice(first, last), buffers)
 
-    parallel(work, student.blocks(matrices=2))
+    parallel(work, student.blocks(matrices=MATRICES))
     for vector in pair.numbers:
         vector.masked_fill_(~pair.valid, 0)
 
@@ -578,10 +580,10 @@ def block_divergence_grad(pair: Pair, raw: Tensor, here: slice, buffers: list[Te
         t.add_(teacher_sum - student_sum - center).mul_(of_p)
         exp_(u).mul_(t)
     elif pair.kind == "jsd":
-        log_p = u.clamp_(min=-1e30).sub_(student_sum)
-        log_m = log_mixture_torch(log_p, w.sub_(teacher_sum), pair.beta, t).clamp_(min=-1e30)
-        torch.sub(log_p, log_m, out=w).sub_(center).mul_(upstream * (1 - pair.beta))
-        exp_(log_p).mul_(w)
+        log_p, q = u.clamp_(min=-1e30).sub_(student_sum), exp_(w.sub_(teacher_sum))
+        p = exp_(t.copy_(log_p))
+        log_m = q.mul_(pair.beta).add_(p, alpha=1 - pair.beta).log_().clamp_(min=-1e30)
+        log_p.sub_(log_m).sub_(center).mul_(upstream * (1 - pair.beta)).mul_(p)
     elif pair.kind == "targets":
         w.copy_(raw_rows(pair.teacher, here))
         w.mul_(upstream if pair.column_weight is None else upstream * pair.column_weight)
@@ -595,7 +597,7 @@ def divergence_grad_torch(
     student: Rows, pairs: list[Pair], dlogits: Tensor, plain: GradTerms | None
 ) -> None:
     """The twin adds all terms of a row block up before it rounds them, once."""
-    groups, valid = student.blocks(matrices=2), pairs[0].valid
+    groups, valid = student.blocks(matrices=MATRICES), pairs[0].valid
     vectors = None if plain is None else RowVectors.of(student, plain, groups)
     num_classes = student.num_classes
     alone = plain is None and len(pairs) == 1

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from segloss.kernels.common import BLOCK_BYTES
+from segloss.kernels.divergence import MATRICES
 from segloss.sweep.beside import Beside
 from segloss.sweep.request import Request
 
@@ -80,7 +81,7 @@ def seconds_of(
         sum(m.row_flop for m in made),
         sum(m.copied for m in made),
         tile_bytes,
-        max(1, BLOCK_BYTES // (4 * max(1, num_classes) * 2)),
+        max(1, BLOCK_BYTES // (4 * max(1, num_classes) * MATRICES)),
         len(divergences),
         on_gpu and (asked.plain or len(divergences) > 1),
     )
