@@ -457,16 +457,12 @@ def sum_of_exp(shifted: Tensor, into: Tensor) -> Tensor:
 
 
 def mixed(
-    pair: Pair,
-    log_p: Tensor,
-    log_q: Tensor,
-    p: Tensor,
-    q: Tensor,
-    value: Tensor,
-    center: Tensor,
+    pair: Pair, log_p: Tensor, log_q: Tensor, rest: list[Tensor], value: Tensor, center: Tensor
 ) -> None:
-    """The two numbers of "jsd", of one block of rows; the logarithms are spent."""
-    log_m = torch.mul(q, pair.beta).add_(p, alpha=1 - pair.beta).log_()
+    """The two numbers of "jsd", of one block of rows; the logarithms are spent, of the rest are p,
+    q and room for log m."""
+    p, q, log_m = rest
+    torch.mul(q, pair.beta, out=log_m).add_(p, alpha=1 - pair.beta).log_()
     center.copy_(row_dot(p, log_p.sub_(log_m)))
     value.copy_(pair.beta * row_dot(q, log_q.sub_(log_m)) + (1 - pair.beta) * center)
 
@@ -476,13 +472,14 @@ def block_mixture(pair: Pair, raw: Tensor, here: slice, buffers: list[Tensor]) -
     value, student_max, student_sum, teacher_max, teacher_sum, center = (
         v[here] for v in pair.numbers
     )
-    u, w, t = (buffer[: raw.shape[0]] for buffer in buffers)
+    u, w, *rest = (buffer[: raw.shape[0]] for buffer in buffers)
     loaded(pair.student, raw, u)
     loaded(pair.teacher, raw_rows(pair.teacher, here), w)
     log_p = u.sub_(student_max[:, None]).sub_(student_sum[:, None])
     log_q = w.sub_(teacher_max[:, None]).sub_(teacher_sum[:, None])
-    p, q = exp_(t.copy_(log_p)), exp_(log_q.clone())
-    mixed(pair, log_p, log_q, p, q, value, center)
+    exp_(rest[0].copy_(log_p))
+    exp_(rest[1].copy_(log_q))
+    mixed(pair, log_p, log_q, rest, value, center)
 
 
 def block_divergence(
@@ -498,7 +495,7 @@ def block_divergence(
     value, student_max, student_sum, teacher_max, teacher_sum, center = (
         v[here] for v in pair.numbers
     )
-    u, w, t = (buffer[: raw.shape[0]] for buffer in buffers)
+    u, w, t, *rest = (buffer[: raw.shape[0]] for buffer in buffers)
     loaded(pair.student, raw, u)
     if known:
         u.sub_(student_max[:, None])
@@ -521,12 +518,12 @@ def block_divergence(
         torch.add(row_dot(u, t) / total, teacher_sum - student_sum, out=value)
         center.copy_(value)
     elif pair.kind == "jsd":
-        p, q = t.copy_(u), w.clone()
+        p, q = t.copy_(u), rest[0].copy_(w)
         p.mul_(sum_of_exp(p, student_sum).reciprocal_()[:, None])
         q.mul_(sum_of_exp(q, teacher_sum).reciprocal_()[:, None])
         if both:
             log_p, log_q = u.sub_(student_sum[:, None]), w.sub_(teacher_sum[:, None])
-            mixed(pair, log_p, log_q, p, q, value, center)
+            mixed(pair, log_p, log_q, [p, q, rest[1]], value, center)
     elif pair.kind == "targets":
         w.copy_(raw_rows(pair.teacher, here))
         if pair.column_weight is not None:
@@ -543,12 +540,12 @@ def block_divergence(
 
 
 def over_blocks(pair: Pair, block: Callable) -> None:
-    """Fill the pair's numbers by `block(pair, raw rows, their slice, three buffers)`."""
-    student = pair.student
+    """Fill the pair's numbers by `block(pair, raw rows, their slice, buffers)`."""
+    student, count = pair.student, 5 if pair.kind == "jsd" else 3
 
     def work(group: list[Block]) -> None:
         size = max(last - first for first, last, _ in group)
-        buffers = [student.new(size, pair.width) for _ in range(3)]
+        buffers = [student.new(size, pair.width) for _ in range(count)]
         for first, last, raw in group:
             if pair.valid[first:last].any():
                 block(pair, raw, slice(first, last), buffers)
