@@ -208,6 +208,8 @@ def gradients(
     total.threshold = inputs.filter_limit
     at_scale = None if upstream is None else upstream / scale
     back = Backward.of(saved, at_scale, divergences, inputs.sharding, seconds)
+    # as in forward, a teacher's logits are made beside each block of these
+    inputs = replace(inputs, other_classes=back.beside.made_classes)
     recompute.add_gradients(inputs, head, terms, total, kept, back, has_plain(grads))
     return total.result(rows)
 
