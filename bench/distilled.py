@@ -5,14 +5,16 @@
 The teacher is SmolLM2 after 24 steps of 16 questions (`segloss train`, in OUTPUT/teacher, made
 once). Its 16 likeliest classes at each label of 1000 training rows are written down; a Llama of 2
 layers x 128 with the same tokenizer is trained on these rows from the labels alone, and from labels
-and stored teacher. Prints the table of both on the teacher's 300 held-out questions, and the paired
-differences with 95 % bootstrap intervals over the questions. Needs the wheels of `make demo`.
+and stored teacher. Prints the table of all three on the teacher's 300 held-out questions, and the
+paired differences with 95 % bootstrap intervals over the questions. Needs the wheels of `make
+demo`; what a call has done the next one finds again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -158,4 +160,8 @@ if __name__ == "__main__":
     teacher = teach(output, file)
     stored, model = store(output, file, teacher), student(output, teacher)
     found = [learn(output, name, arguments.steps, model, stored) for name in LOSSES]
+    command("report", teacher, *(output / f"{name}-{arguments.steps}" for name in LOSSES))
     print(*compare(*found), sep="\n")
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    minutes = sum(each.ru_utime + each.ru_stime for each in used) / 60
+    print(f"{minutes:.1f} minutes of one core's time in this call")

@@ -15,6 +15,8 @@ N rows, V columns, R rows of a block.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -40,6 +42,8 @@ from .common import (
 from .logit_grad import GradTerms, RowVectors, block_grad, logit_grad
 from .row_stats import LOWEST
 
+# what a block of rows is worked through with, as `Rows.blocks` counts it (measured: bench/NOTES.md)
+MATRICES = 2
 KINDS = ("forward", "reverse", "jsd", "targets", "lse")
 # below any logit, and finite: a difference of two of them is a number
 FLOOR = -1e30 if tl is None else tl.constexpr(-1e30)
@@ -356,23 +360,31 @@ def divergence_grad_kernel(
 
 @launcher
 def divergence_triton(student: Rows, pair: Pair) -> None:
+    """Of "jsd" both normalisers alone."""
     teacher = pair.teacher or student
-    valid = pair.valid.view(torch.uint8)
-    grid = (student.num_rows,)
-    divergence_kernel[grid](
+    divergence_kernel[(student.num_rows,)](
         *pair.matrices(),
         pair.column_weight,
-        valid,
+        pair.valid.view(torch.uint8),
         pair.numbers,
         KIND=pair.kind,
         ALIGNED=student.aligned and teacher.aligned,
         GROUP=16 // max(student.data.element_size(), teacher.data.element_size()),
         **row_tile(student),
     )
-    if pair.kind == "jsd":
-        jsd_kernel[grid](*pair.matrices(), valid, pair.numbers, pair.beta, **row_tile(student))
-    elif pair.kind == "reverse":
+    if pair.kind == "reverse":
         pair.numbers.center.copy_(pair.numbers.value)
+
+
+@launcher
+def mixture_triton(student: Rows, pair: Pair) -> None:
+    jsd_kernel[(student.num_rows,)](
+        *pair.matrices(),
+        pair.valid.view(torch.uint8),
+        pair.numbers,
+        pair.beta,
+        **row_tile(student),
+    )
 
 
 @launcher
@@ -444,20 +456,46 @@ def sum_of_exp(shifted: Tensor, into: Tensor) -> Tensor:
     return total
 
 
-def log_mixture_torch(log_p: Tensor, log_q: Tensor, beta: float, out: Tensor) -> Tensor:
-    """`log(beta q + (1 - beta) p)` (R, V) in `out`."""
-    exp_(out.copy_(log_q)).mul_(beta)
-    return out.add_(exp_(log_p.clone()), alpha=1 - beta).log_()
-
-
-def block_divergence(
-    pair: Pair, raw: Tensor, here: slice, known: bool, buffers: list[Tensor]
+def mixed(
+    pair: Pair, log_p: Tensor, log_q: Tensor, rest: list[Tensor], value: Tensor, center: Tensor
 ) -> None:
-    """All numbers of one block of rows; `known`: whether the student's normaliser is there."""
+    """The two numbers of "jsd", of one block of rows; the logarithms are spent, of the rest are p,
+    q and room for log m."""
+    p, q, log_m = rest
+    torch.mul(q, pair.beta, out=log_m).add_(p, alpha=1 - pair.beta).log_()
+    center.copy_(row_dot(p, log_p.sub_(log_m)))
+    value.copy_(pair.beta * row_dot(q, log_q.sub_(log_m)) + (1 - pair.beta) * center)
+
+
+def block_mixture(pair: Pair, raw: Tensor, here: slice, buffers: list[Tensor]) -> None:
+    """`mixed` of one block of rows, given both normalisers."""
     value, student_max, student_sum, teacher_max, teacher_sum, center = (
         v[here] for v in pair.numbers
     )
-    u, w, t = (buffer[: raw.shape[0]] for buffer in buffers)
+    u, w, *rest = (buffer[: raw.shape[0]] for buffer in buffers)
+    loaded(pair.student, raw, u)
+    loaded(pair.teacher, raw_rows(pair.teacher, here), w)
+    log_p = u.sub_(student_max[:, None]).sub_(student_sum[:, None])
+    log_q = w.sub_(teacher_max[:, None]).sub_(teacher_sum[:, None])
+    exp_(rest[0].copy_(log_p))
+    exp_(rest[1].copy_(log_q))
+    mixed(pair, log_p, log_q, rest, value, center)
+
+
+def block_divergence(
+    pair: Pair,
+    raw: Tensor,
+    here: slice,
+    buffers: list[Tensor],
+    known: bool = False,
+    both: bool = True,
+) -> None:
+    """All numbers of one block of rows; `known`: whether the student's normaliser is there,
+    `both`: whether "jsd" goes on to its second pass."""
+    value, student_max, student_sum, teacher_max, teacher_sum, center = (
+        v[here] for v in pair.numbers
+    )
+    u, w, t, *rest = (buffer[: raw.shape[0]] for buffer in buffers)
     loaded(pair.student, raw, u)
     if known:
         u.sub_(student_max[:, None])
@@ -480,14 +518,12 @@ def block_divergence(
         torch.add(row_dot(u, t) / total, teacher_sum - student_sum, out=value)
         center.copy_(value)
     elif pair.kind == "jsd":
-        sum_of_exp(t.copy_(u), student_sum)
-        sum_of_exp(t.copy_(w), teacher_sum)
-        log_p, log_q = u.sub_(student_sum[:, None]), w.sub_(teacher_sum[:, None])
-        log_m = log_mixture_torch(log_p, log_q, pair.beta, t)
-        p = exp_(log_p.clone())
-        center.copy_(row_dot(p, log_p.sub_(log_m)))
-        q = exp_(p.copy_(log_q))
-        value.copy_(pair.beta * row_dot(q, log_q.sub_(log_m)) + (1 - pair.beta) * center)
+        p, q = t.copy_(u), rest[0].copy_(w)
+        p.mul_(sum_of_exp(p, student_sum).reciprocal_()[:, None])
+        q.mul_(sum_of_exp(q, teacher_sum).reciprocal_()[:, None])
+        if both:
+            log_p, log_q = u.sub_(student_sum[:, None]), w.sub_(teacher_sum[:, None])
+            mixed(pair, log_p, log_q, [p, q, rest[1]], value, center)
     elif pair.kind == "targets":
         w.copy_(raw_rows(pair.teacher, here))
         if pair.column_weight is not None:
@@ -503,17 +539,18 @@ def block_divergence(
         torch.add(student_max, student_sum, out=value)
 
 
-def divergence_torch(pair: Pair, known: bool) -> None:
-    student = pair.student
+def over_blocks(pair: Pair, block: Callable) -> None:
+    """Fill the pair's numbers by `block(pair, raw rows, their slice, buffers)`."""
+    student, count = pair.student, 5 if pair.kind == "jsd" else 3
 
     def work(group: list[Block]) -> None:
         size = max(last - first for first, last, _ in group)
-        buffers = [student.new(size, pair.width) for _ in range(3)]
+        buffers = [student.new(size, pair.width) for _ in range(count)]
         for first, last, raw in group:
             if pair.valid[first:last].any():
-                block_divergence(pair, raw, slice(first, last), known, buffers)
+                block(pair, raw, slice(first, last), buffers)
 
-    parallel(work, student.blocks(matrices=2))
+    parallel(work, student.blocks(matrices=MATRICES))
     for vector in pair.numbers:
         vector.masked_fill_(~pair.valid, 0)
 
@@ -540,10 +577,10 @@ def block_divergence_grad(pair: Pair, raw: Tensor, here: slice, buffers: list[Te
         t.add_(teacher_sum - student_sum - center).mul_(of_p)
         exp_(u).mul_(t)
     elif pair.kind == "jsd":
-        log_p = u.clamp_(min=-1e30).sub_(student_sum)
-        log_m = log_mixture_torch(log_p, w.sub_(teacher_sum), pair.beta, t).clamp_(min=-1e30)
-        torch.sub(log_p, log_m, out=w).sub_(center).mul_(upstream * (1 - pair.beta))
-        exp_(log_p).mul_(w)
+        log_p, q = u.clamp_(min=-1e30).sub_(student_sum), exp_(w.sub_(teacher_sum))
+        p = exp_(t.copy_(log_p))
+        log_m = q.mul_(pair.beta).add_(p, alpha=1 - pair.beta).log_().clamp_(min=-1e30)
+        log_p.sub_(log_m).sub_(center).mul_(upstream * (1 - pair.beta)).mul_(p)
     elif pair.kind == "targets":
         w.copy_(raw_rows(pair.teacher, here))
         w.mul_(upstream if pair.column_weight is None else upstream * pair.column_weight)
@@ -557,7 +594,7 @@ def divergence_grad_torch(
     student: Rows, pairs: list[Pair], dlogits: Tensor, plain: GradTerms | None
 ) -> None:
     """The twin adds all terms of a row block up before it rounds them, once."""
-    groups, valid = student.blocks(matrices=2), pairs[0].valid
+    groups, valid = student.blocks(matrices=MATRICES), pairs[0].valid
     vectors = None if plain is None else RowVectors.of(student, plain, groups)
     num_classes = student.num_classes
     alone = plain is None and len(pairs) == 1
@@ -599,18 +636,55 @@ def divergence(pair: Pair, known: tuple[Tensor, Tensor] | None = None) -> Pair:
     an exponential. Numbers have the student's compute dtype.
     """
     student = pair.student
-    n = student.num_rows
-    pair.numbers = PairNumbers(*(student.new(n).zero_() for _ in PairNumbers._fields))
-    if n == 0:
+    if not fresh(pair):
         return pair
     if use_triton(student.data):
         divergence_triton(student, pair)
+        if pair.kind == "jsd":
+            mixture_triton(student, pair)
         return pair
     known = known if pair.kind in ("forward", "targets", "lse") else None
     if known is not None:
         pair.numbers.student_max.copy_(known[0])
         pair.numbers.student_sum.copy_(known[1])
-    divergence_torch(pair, known is not None)
+    over_blocks(pair, functools.partial(block_divergence, known=known is not None))
+    return pair
+
+
+def fresh(pair: Pair) -> bool:
+    """Numbers to be filled, as they are where there is no column; whether there is anything."""
+    student = pair.student
+    pair.numbers = PairNumbers(*(student.new(student.num_rows).zero_() for _ in range(6)))
+    if student.num_classes == 0:
+        pair.numbers.student_sum.fill_(-torch.inf)
+        pair.numbers.teacher_sum.fill_(0 if pair.kind == "targets" else -torch.inf)
+    return student.num_rows > 0 and student.num_classes > 0
+
+
+# Where more columns lie elsewhere, the two passes of "jsd" are apart: between them the normalisers
+# become those of all columns.
+
+
+def normalisers(pair: Pair) -> Pair:
+    """Fills both normalisers of the numbers of "jsd"."""
+    if not fresh(pair):
+        return pair
+    if use_triton(pair.student.data):
+        divergence_triton(pair.student, pair)
+    else:
+        over_blocks(pair, functools.partial(block_divergence, both=False))
+    return pair
+
+
+def mixture(pair: Pair) -> Pair:
+    """Fills value and center of the numbers of "jsd" with these columns' part, given normalisers;
+    both must be 0."""
+    if pair.student.num_rows == 0 or pair.student.num_classes == 0:
+        return pair
+    if use_triton(pair.student.data):
+        mixture_triton(pair.student, pair)
+    else:
+        over_blocks(pair, block_mixture)
     return pair
 
 
@@ -625,8 +699,11 @@ def divergence_grad(
     `plain`: terms of the student's own statistics, which are added. dlogits may be the memory of
     the logits; on a GPU, several terms then cost a copy of them.
     """
-    if student.num_rows == 0:
+    if student.num_rows == 0 or student.num_classes == 0:
         return dlogits
+    pairs = [pair for pair in pairs if pair.width]
+    if not pairs:  # all of the teacher's columns are elsewhere
+        return dlogits.zero_() if plain is None else logit_grad(student, plain, dlogits)
     if not use_triton(student.data):
         divergence_grad_torch(student, pairs, dlogits, plain)
         return dlogits

@@ -11,7 +11,7 @@ B samples.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,17 @@ OPTIONAL = ("entropy", "argmax", "logit_sum", "weight_sum", "num_finite")
 
 
 @dataclass(frozen=True)
+class Crossing:
+    """Collectives of one kind."""
+
+    phase: str  # "forward" or "backward"
+    ranks: str  # "vocabulary" or "tokens"
+    kind: str  # "all-reduce", "all-gather", "reduce-scatter"
+    count: int
+    size: int | None  # bytes that a rank gives, all `count` together; None if logits decide
+
+
+@dataclass(frozen=True)
 class Sharding:
     """Which columns are here, `first` to `first + width`, and what that makes cross ranks.
 
@@ -39,6 +50,7 @@ class Sharding:
     width: int = 0  # 0 is allowed
     widest: int = 0  # of all ranks: the chunks follow it, so that all cut the same ones
     group: Any = None
+    spans: tuple[tuple[int, int], ...] = ()  # (first, width) of every rank, where they are known
 
     @classmethod
     def whole(cls, num_classes: int) -> Sharding:
@@ -51,6 +63,20 @@ class Sharding:
     @property
     def last(self) -> int:
         return self.first + self.width
+
+    def is_like(self, other: Sharding) -> bool:
+        """Whether the same ranks have the same columns, on which all of them agree."""
+        if self.is_whole or other.is_whole:
+            return self.is_whole and other.is_whole
+        ranks = [dist.get_process_group_ranks(each.group) for each in (self, other)]
+        return self.spans == other.spans and ranks[0] == ranks[1]
+
+    def cut(self, num_classes: int) -> Sharding:
+        """The same columns of a vocabulary that is padded to another size."""
+        if self.is_whole:
+            return Sharding.whole(num_classes)
+        width = max(0, min(self.width, num_classes - self.first))
+        return replace(self, num_classes=num_classes, width=width)
 
     # ----------------------------------------------------------------- global to own numbers
 
@@ -100,6 +126,10 @@ class Sharding:
 
     # ----------------------------------------------------------------------- what crosses
 
+    def every(self, x: Tensor) -> Tensor:
+        """x of every rank, stacked (P, ...), in the dtype that ranks' numbers are combined in."""
+        return gathered(x, self.group).to(widest(x.device))
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the ranks, without a gradient."""
         if self.is_whole:
@@ -143,12 +173,9 @@ class Sharding:
         own = dist.get_rank(self.group)
         every = self.numbers(stats, target_logit)
         row_max, log_sum = every["row_max"], every["log_sum"]
-        empty = log_sum == -torch.inf  # no finite logit among that rank's columns
-        top = torch.where(empty, -torch.inf, row_max).amax(0)
-        base = torch.where(top == -torch.inf, 0, top)
-        share = torch.where(empty, 0, torch.exp(row_max - base + log_sum))
-        total = share.sum(0)
-        log_total = total.log()
+        base, log_total, part = normaliser(row_max, log_sum)
+        empty = part == -torch.inf  # no finite logit among that rank's columns
+        share, total = part.exp(), part.exp().sum(0)
         log_prob = every["target_logit"].sum(0) - base - log_total
         known = (target >= 0) & (target < self.num_classes)
         found = {
@@ -163,6 +190,7 @@ class Sharding:
             found["entropy"] = torch.where(total == 0, torch.nan, parts.sum(0))
         if "argmax" in every:
             best = torch.where(empty, -torch.inf, row_max)
+            top = best.amax(0)
             best = torch.where((best == top) | best.isnan(), every["argmax"], self.num_classes)
             found["argmax"] = best.amin(0).clamp(max=self.num_classes - 1)
         for name in ("logit_sum", "weight_sum", "num_finite"):
@@ -196,6 +224,16 @@ class Sharding:
             name: every[:, i].long() if name == "argmax" else every[:, i].view(dtype).to(wide)
             for i, name in enumerate(named)
         }
+
+
+def normaliser(maxima: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(maximum (R,), log of the sum of exponentials relative to it (R,), each rank's part of that
+    (P, R) as a logarithm, -inf without a finite logit), of what the ranks have (P, R) of both."""
+    empty = log_sums == -torch.inf
+    top = torch.where(empty, -torch.inf, maxima).amax(0)
+    base = torch.where(top == -torch.inf, 0, top)
+    part = torch.where(empty, -torch.inf, maxima - base + log_sums)
+    return base, part.exp().sum(0).log(), part
 
 
 class _Joined(torch.autograd.Function):
@@ -265,6 +303,15 @@ class VocabShard:
     sequence_dim: int | None = None
     known: dict[int, Sharding] = field(init=False, repr=False, default_factory=dict)
 
+    @classmethod
+    def of(cls, sharding: Sharding) -> VocabShard | None:
+        """Of a slice without padding, whose columns are known already; None for all of them."""
+        if sharding.is_whole:
+            return None
+        made = cls(sharding.group, sharding.num_classes, sharding.first, sharding.width)
+        made.known[sharding.width] = sharding
+        return made
+
     def __post_init__(self):
         if self.group is None:
             raise TypeError("group is None; VocabShard takes the process group of the vocabulary")
@@ -297,10 +344,7 @@ class VocabShard:
         given = [-1 if n is None else n for n in (self.first, self.width)]
         own = torch.tensor([rows, self.num_classes, *given], device=device)
         spans = columns_of(gathered(own, self.group).tolist())
-        first, width = spans[dist.get_rank(self.group)]
-        return Sharding(
-            self.num_classes, first, width, max(width for _, width in spans), self.group
-        )
+        return sharding_of(self.num_classes, spans, dist.get_rank(self.group), self.group)
 
     def assumed(self, rows: int) -> Sharding:
         """As `sharding`, without asking: equal slices, unless it is known."""
@@ -309,6 +353,13 @@ class VocabShard:
         first = dist.get_rank(self.group) * rows if self.first is None else self.first
         width = max(0, min(rows, self.num_classes - first)) if self.width is None else self.width
         return Sharding(self.num_classes, first, width, max(1, width), self.group)
+
+
+def sharding_of(num_classes: int, spans: list[tuple[int, int]], rank: int, group) -> Sharding:
+    """From (first, width) of every rank."""
+    first, width = spans[rank]
+    most = max(width for _, width in spans)
+    return Sharding(num_classes, first, width, most, group, tuple(spans))
 
 
 def columns_of(every: list[list[int]]) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from own_losses import MarginLoss
 
 import segloss
 
@@ -80,6 +81,70 @@ def test_statistics():
         return value, statistics.entropy, statistics.argmax, statistics.valid
 
     assert_same_compiled(function, torch.randn(2, 6, D), torch.randn(V, D))
+
+
+ASKED = {
+    "a tensor": ("jsd", "none", lambda z, h, w: z),
+    "another cap": ("reverse", "mean", lambda z, h, w: segloss.DenseLogits(z, softcap=3.0)),
+    "a head": ("forward", "mean", lambda z, h, w: segloss.LinearLogits(h, w, softcap=4.0)),
+    "stored": ("forward", "mean", lambda z, h, w: stored(z, "renormalise")),
+    "stored, written out": ("jsd", "none", lambda z, h, w: stored(z, "uniform")),
+}
+
+
+def stored(logits, rest):
+    log_prob, ids = logits.log_softmax(-1).topk(4)
+    return segloss.TopK(ids, log_prob, rest)
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("name", ASKED)
+def test_teachers(name, head):
+    kind, reduction, make = ASKED[name]
+    loss = 0.5 * segloss.DistillationLoss(kind, temperature=2, reduction=reduction)
+    loss = loss + 0.5 * segloss.CrossEntropyLoss(reduction=reduction)
+    parts = torch.randn(2, 6, V), torch.randn(2, 6, D), torch.randn(V, D)
+
+    def function(hidden, weight):
+        logits = segloss.LinearLogits(hidden, weight) if head else hidden @ weight.T
+        return loss(logits, TARGET, teacher=make(*parts))
+
+    assert_same_compiled(function, torch.randn(2, 6, D), torch.randn(V, D))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_listed_classes(reduction):
+    loss = segloss.CrossEntropyLoss(reduction=reduction)
+    loss = loss + MarginLoss(reduction=reduction)
+    columns = torch.randint(-1, V, (2, 6, 3))
+
+    def function(hidden, weight):
+        source = segloss.LinearLogits(hidden, weight)
+        value, stats = loss(source, TARGET, columns=columns, return_statistics=True)
+        return value, stats.column_log_prob, stats.argmax
+
+    assert_same_compiled(function, torch.randn(2, 6, D), torch.randn(V, D))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_probabilities(reduction):
+    y = torch.randn(2, 6, V).softmax(-1)
+    loss = segloss.CrossEntropyLoss(reduction=reduction, label_smoothing=0.1)
+
+    def function(hidden, weight):
+        source = segloss.LinearLogits(hidden, weight)
+        value, stats = loss(source, y, return_statistics=True)
+        return value, stats.lse, stats.valid
+
+    assert_same_compiled(function, torch.randn(2, 6, D), torch.randn(V, D))
+
+
+def test_a_wrong_teacher_under_compile():
+    torch._dynamo.reset()
+    loss = segloss.DistillationLoss()
+    compiled = torch.compile(lambda z: loss(z, TARGET, teacher="gpt"), backend="aot_eager")
+    with pytest.raises(Exception, match="teacher is 'gpt'; it takes logits"):
+        compiled(torch.randn(2, 6, V))
 
 
 def test_without_gradient():

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import torch
 
 from segloss.head.inputs import Inputs, is_frozen
-from segloss.head.rows import chunk_slices, kept_rows, rows_to_keep
+from segloss.head.rows import beside_others, chunk_slices, kept_rows, rows_to_keep
 from segloss.kernels.class_stats import PARTIAL_SUMS
 from segloss.kernels.common import BLOCK_BYTES, cdiv
 from segloss.sweep.batch import Batch
+from segloss.sweep.cost import Asked, Seconds, megabytes, seconds_of
+
+NOTHING = Seconds()
 
 
 @dataclass
@@ -27,19 +30,21 @@ class Plan:
     chunks: int
     held: dict[str, int]
     peak: int  # above inputs and gradients
+    readings: int = 1  # of the matrices beside, whose heads' products are made as often
 
     def __str__(self) -> str:
         """For a list of alternatives."""
         return f"{self.chunks} of {self.rows} rows, peak {megabytes(self.peak)}"
 
 
-def explain(inputs: Inputs, batch: Batch, row_sum: bool, all_classes: bool = False) -> str:
-    """`row_sum`: whether the loss is one, so that gradients are formed in forward; `all_classes`:
-    whether it sums the probabilities of each, which backward reads before it begins."""
+def explain(inputs: Inputs, batch: Batch, asked: Asked) -> str:
     rows = kept_rows(inputs, batch)
     num_rows = batch.target.numel() if rows is None else rows.numel()
     copied = rows is not None or not inputs.options.compact
-    plan = plan_of(inputs, row_sum, num_rows, copied, all_classes=all_classes)
+    at = inputs.num_classes, rows is not None, inputs.device, inputs.dtype.itemsize
+    second = seconds_of(batch.beside, asked, *at)
+    inputs, row_sum = beside_others(inputs, batch, asked.request), asked.row_sum
+    plan = plan_of(inputs, row_sum, num_rows, copied, all_classes=asked.all_classes, second=second)
     num_classes, width = inputs.weight.shape
     itemsize = inputs.options.product_dtype.itemsize
     one = 2 * num_rows * width * num_classes
@@ -47,19 +52,22 @@ def explain(inputs: Inputs, batch: Batch, row_sum: bool, all_classes: bool = Fal
         f"tokens     {num_rows} of {batch.target.numel()} (ignored ones left out)",
         f"mode       {plan.mode}",
         f"products   {plan.products:.3g} x 2NDV = {plan.products * one:.3g} FLOP",
+        *second.lines(num_rows, plan.rows, plan.readings),
         f"chunks     {plan.chunks} of {plan.rows} rows, "
         f"{megabytes(plan.rows * num_classes * itemsize)} of logits",
         *(f"{name:<10} {megabytes(size)}" for name, size in plan.held.items() if size),
         f"peak       {megabytes(plan.peak)} above inputs and gradients "
         f"(all logits would take {megabytes(num_rows * num_classes * itemsize)})",
     ]
-    others = alternatives(inputs, row_sum, num_rows, copied, plan)
+    others = alternatives(inputs, row_sum, num_rows, copied, plan, second)
     if others:
         lines.append("instead    " + "; ".join(map(str, others)))
     return "\n".join(lines)
 
 
-def alternatives(inputs: Inputs, row_sum, num_rows: int, copied: bool, chosen: Plan) -> list[Plan]:
+def alternatives(
+    inputs: Inputs, row_sum, num_rows: int, copied: bool, chosen: Plan, second: Seconds
+) -> list[Plan]:
     """What one, two and four chunks would come to, where the accumulator of dweight decides."""
     trained = inputs.needed()["weight"]
     if (
@@ -69,7 +77,8 @@ def alternatives(inputs: Inputs, row_sum, num_rows: int, copied: bool, chosen: P
     ):
         return []
     counts = [c for c in (1, 2, 4) if c != chosen.chunks and c <= num_rows]
-    return [plan_of(inputs, row_sum, num_rows, copied, cdiv(num_rows, c)) for c in counts]
+    each = [cdiv(num_rows, c) for c in counts]
+    return [plan_of(inputs, row_sum, num_rows, copied, rows, second=second) for rows in each]
 
 
 def plan_of(
@@ -79,8 +88,10 @@ def plan_of(
     copied: bool = False,
     rows: int | None = None,
     all_classes: bool = False,
+    second: Seconds = NOTHING,
 ) -> Plan:
-    """`rows` of a chunk, None for those that are chosen; `copied`: whether hidden states are."""
+    """`row_sum`: whether the loss is one, so that gradients are formed in forward; `rows` of a
+    chunk, None for those that are chosen; `copied`: whether hidden states are."""
     needed, options = inputs.needed(), inputs.options
     num_classes, width = inputs.weight.shape
     row_bytes = num_classes * options.product_dtype.itemsize
@@ -88,19 +99,21 @@ def plan_of(
     rows = max(s.stop - s.start for s in slices) if rows is None else rows
     chunks = cdiv(num_rows, rows) if num_rows else 0
     states = num_rows * width
-    held = {"copies": copies(inputs, num_rows, copied)}
+    held = {"copies": copies(inputs, num_rows, copied) + second.copied}
+    beside = second.chunk(rows, rows * row_bytes)
     grad = {"hidden": states, "weight": inputs.weight.numel()}
     grad = {n: size * inputs.tensors[n].element_size() for n, size in grad.items() if needed[n]}
 
     # a CPU multiplies float16 as float32, and the factored gradient's small side in it
     on_gpu, half = inputs.weight.is_cuda, options.product_dtype == torch.float16
-    work = 0 if on_gpu else rows * width * (6 if row_sum else 2 * is_frozen(needed))
+    small = 6 * (second.count == 0) if row_sum else 2 * is_frozen(needed)
+    work = 0 if on_gpu else rows * width * small
     if half and not on_gpu:
         work += 4 * (rows * num_classes + inputs.weight.numel())
 
-    def plan(mode: str, products: float, moments: Iterable[int]) -> Plan:
+    def plan(mode: str, products: float, moments: Iterable[int], readings: int = 1) -> Plan:
         peak = held["copies"] + max(max(moments) - sum(grad.values()), 0)
-        return Plan(mode, products, rows, chunks, held, peak)
+        return Plan(mode, products, rows, chunks, held, peak, readings)
 
     tiles = sums = 0
     if all_classes and not on_gpu:
@@ -108,7 +121,8 @@ def plan_of(
         # with the largest p of each class, its row and the last of both
         tiles = 2 * torch.get_num_threads() * min(BLOCK_BYTES, 4 * rows * num_classes)
         sums = 4 * num_classes * (PARTIAL_SUMS + 6)
-    chunk = rows * row_bytes + work
+    logits = rows * row_bytes
+    chunk = logits + max(work, beside)
     if not any(needed.values()):
         return plan("no gradient: statistics only", 1, [chunk + sums])
     if row_sum:
@@ -118,14 +132,22 @@ def plan_of(
         # a GPU leaves the sum until backward, and only then has the gradient beside it
         late = held["sum"] > 0 and inputs.weight.is_cuda
         extra = held["sum"] + held["merged"] + grad.get("hidden", 0)
-        moments = [chunk + extra + (0 if late else grad.get("weight", 0)), extra]
+        begun = extra + (0 if late else grad.get("weight", 0))
+        # one chunk is read before there is a gradient
+        moments = [logits + work + begun, logits + beside + (begun if chunks > 1 else 0), extra]
         moments.append(held["sum"] + sum(grad.values()))
         return plan(mode, 1 + needed["hidden"] + needed["weight"], moments)
+    # of each divergence the gradient of a chunk, and its product with the weight
+    num_pairs = second.count * is_frozen(needed)
+    pair_bytes = rows * row_bytes * (num_pairs > 0)
     if is_frozen(needed) and not all_classes:
         wide = inputs.dtype.itemsize * states
-        held["p @ weight"] = wide
+        held["p @ weight"] = wide * (1 + num_pairs)
         mode = "frozen head: p @ weight stored in forward"
-        return plan(mode, 2, [chunk + wide, 2 * wide + grad["hidden"]])
+        stored = held["p @ weight"] + wide * num_pairs
+        moments = [chunk + held["p @ weight"] + pair_bytes, logits + stored]
+        moments.append(held["p @ weight"] + wide + grad["hidden"])
+        return plan(mode, 2 + num_pairs, moments)
     frozen = inputs.dtype.itemsize * states if is_frozen(needed) else 0
     held["p @ weight"] = frozen
     num_kept = 0 if all_classes else rows_to_keep(inputs, slices)
@@ -134,16 +156,17 @@ def plan_of(
     # rows whose gradient is a sum over blocks of the vocabulary, and then once more, rounded
     held["dhidden"] = inputs.dtype.itemsize * rest * width if needed["hidden"] and chunks > 1 else 0
     held["merged"] = merged_bytes(inputs, num_rows)
-    logits = max(rows * row_bytes, held["kept"])
+    logits = max(logits, held["kept"])
+    again = second.chunk(logits // row_bytes, logits)
     products = 1 + rest / max(1, num_rows) + needed["hidden"] + needed["weight"]
     products += all_classes + is_frozen(needed)  # the sums' part of each row's gradient; p @ weight
     own = sum(grad.values())
     extra = held["dhidden"] + held["merged"] + frozen
     begun = own - grad.get("hidden", 0) * rest // max(1, num_rows) if chunks > 1 else own
-    moments = [logits + frozen + max(work, sums, tiles)]
-    work = max(0 if frozen else work, tiles if chunks > 1 else 0)
+    moments = [logits + frozen + max(work, sums, tiles, beside + pair_bytes)]
+    work = max(0 if frozen else work, tiles if chunks > 1 else 0, again)
     moments.append(logits + extra + begun + work)
-    return plan("recompute: logits made again in backward", products, moments)
+    return plan("recompute: logits made again in backward", products, moments, 2)
 
 
 def copies(inputs: Inputs, num_rows: int, copied: bool) -> int:
@@ -175,7 +198,3 @@ def merged_bytes(inputs: Inputs, num_rows: int) -> int:
         return 0
     columns = 256 * inputs.num_classes * inputs.options.product_dtype.itemsize
     return columns + 4 * cdiv(num_rows, 256) * sum(inputs.weight.shape)
-
-
-def megabytes(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"

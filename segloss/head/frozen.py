@@ -125,10 +125,15 @@ def hidden_grad(inputs: Inputs, head: Head, terms: GradTerms, saved: dict) -> Te
 
 
 def add_listed(inputs: Inputs, head: Head, saved: dict, rest: Tensor, hidden: Tensor) -> None:
-    """Add `sum_m rest_im weight[id_im]` to hidden (N, D): the listed classes' own logits."""
-    ids = saved["ids"].clamp(min=0)
+    """Add `sum_m rest_im weight[id_im]` to hidden (N, D): the own logits of the listed classes
+    that are here."""
+    if head.weight.shape[0] == 0:  # other ranks have all classes
+        return
+    own = inputs.sharding.own(saved["ids"])
+    ids = own.clamp(min=0)
     z = saved[LISTED] + saved["row_max"][:, None] + saved["log_sum"][:, None]
     rest = rest * Rows(head.hidden[None], head.softcap, head.scale).slope(z)
+    rest = torch.where(own >= 0, rest, 0)
     for here in panel_slices(inputs, ids.shape[0], ids.shape[1] * hidden.shape[1]):
         own = head.weight[ids[here]].to(hidden.dtype)
         if head.lora_b is not None:

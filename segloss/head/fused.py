@@ -26,7 +26,6 @@ from segloss.sweep.beside import DIVERGENCES, Reading, has_plain, logits_gradien
 from segloss.sweep.request import RowSum, TokenStats
 from segloss.sweep.row_sum import chunk_gradients, finished
 from segloss.sweep.rows import request_stats
-from segloss.sweep.terms import own_terms
 
 
 def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenStats]:
@@ -75,23 +74,24 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
             sharding,
             exp_out=z.data[0] if factored else None,
         )
-        reading = Reading.of(z, inner.beside.take(here), valid, request.divergences, stats)
+        at = inner.beside.take(here), valid, request.divergences, sharding
+        reading = Reading.of(z, *at, stats)
         value, lse, named, terms = chunk_gradients(
-            plan, stats, reading, target, weights[here], batch.num_classes, scale
+            plan, stats, reading, target, weights[here], scale
         )
-        terms = own_terms(terms, sharding)
         loss += value
         log_prob = stats.log_prob.detach()
+        listed = None if reading.listed is None else reading.listed.detach()
+        collected.append((log_prob, lse, stats.entropy, stats.argmax, listed))
         if factored:
             block = factored_block(z, terms, log_prob, stats.exp_scale)
         else:
             pairs = reading.upstream(named.get(DIVERGENCES))
             dlogits = logits_gradient(z, terms, pairs, z.data[0], has_plain(named))
             block = GradBlock(dlogits)
-        total.block(block, here, whole)
-        listed = None if reading.listed is None else reading.listed.detach()
-        collected.append((log_prob, lse, stats.entropy, stats.argmax, listed))
+            del pairs
         del reading  # the teacher's logits
+        total.block(block, here, whole)
     del z, block, out  # the logits
     grads = total.result(rows)
     num_tokens = batch.target.numel()

@@ -123,6 +123,7 @@ def add_gradients(
         rows = head.take(rest).columns(classes).logits(memory)
         beside = back.pairs(rows, rest, classes)
         dlogits = logits_gradient(rows, part, beside, rows.data[0], plain)
+        del beside  # the teacher's logits
         total.block(GradBlock(dlogits), rest, classes)
 
 

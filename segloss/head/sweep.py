@@ -40,7 +40,7 @@ from segloss.sweep.beside import (
 from segloss.sweep.classes import class_ids, class_index, thresholds
 from segloss.sweep.request import Request, Sweep
 from segloss.sweep.rows import request_stats
-from segloss.sweep.terms import grad_terms, listed_grad, own_terms, rescale, whole_dots
+from segloss.sweep.terms import grad_terms, listed_rest, own_terms, rescale, whole_dots
 
 Mode = frozen.Frozen | recompute.Recompute
 ROW_OUTPUTS = ("log_prob", "lse", "entropy", "logit_sum", LISTED, DIVERGENCES)
@@ -61,7 +61,7 @@ def sweep(inputs: Inputs, batch: Batch, request: Request) -> Sweep:
         per_class = ClassTotals(inputs, request, ids, row_ids["sample"], inner)
         inputs = beside_others(inputs, inner, request)
         slices = chunk_slices(inputs, head.hidden.shape[0], needed["weight"])
-        readings = Readings(inner.beside, inner.valid, request.divergences)
+        readings = Readings(inner.beside, inner.valid, request.divergences, inputs.sharding)
         whole = request.prob_sums and ids["classes"] is None
         mode = mode_of(inputs, head, slices, needed, whole)
         for here in slices:
@@ -184,11 +184,13 @@ def gradients(
     scale: Tensor | float
     covers_all = "prob_sum" in grads and saved.get("classes") is None
     if "qw" in saved and not (covers_all or {"entropy", "logit_sum"} & set(grads)):
-        listed = grads.pop(LISTED, None)
-        terms = own_terms(grad_terms(saved, grads), inputs.sharding)
-        rest = None if listed is None else listed_grad(terms, saved["ids"], listed)
+        rest = listed_rest(saved, grads) if LISTED in grads else None
+        plain = {name: grad for name, grad in grads.items() if name != LISTED}
+        terms = own_terms(grad_terms(saved, plain, inputs.sharding), inputs.sharding)
         subtract_dots(inputs, head, terms)
-        whole_dots(terms, saved, grads, inputs.sharding)
+        whole_dots(terms, saved, plain, inputs.sharding)
+        if rest is not None:
+            terms.prob_coef = terms.prob_coef - rest.sum(-1)
         scale = rescale(terms) if rescaled else 1.0
         total = Gradients(inputs, head, wanted, groups=1, scale=scale)
         hidden = total.hidden[0] = frozen.hidden_grad(inputs, head, terms, saved)
@@ -197,7 +199,7 @@ def gradients(
         if upstream is not None:
             frozen.add_pairs(saved, upstream / scale, hidden)
         return total.result(rows)
-    terms = own_terms(grad_terms(saved, grads), inputs.sharding)
+    terms = own_terms(grad_terms(saved, grads, inputs.sharding), inputs.sharding)
     subtract_dots(inputs, head, terms)
     whole_dots(terms, saved, grads, inputs.sharding)
     others = () if upstream is None else (upstream,)
@@ -205,7 +207,9 @@ def gradients(
     total = Gradients(inputs, head, wanted, groups=1 + (kept is not None), scale=scale)
     total.threshold = inputs.filter_limit
     at_scale = None if upstream is None else upstream / scale
-    back = Backward.of(saved, at_scale, divergences, seconds)
+    back = Backward.of(saved, at_scale, divergences, inputs.sharding, seconds)
+    # as in forward, a teacher's logits are made beside each block of these
+    inputs = replace(inputs, other_classes=back.beside.made_classes)
     recompute.add_gradients(inputs, head, terms, total, kept, back, has_plain(grads))
     return total.result(rows)
 

@@ -24,12 +24,14 @@ from segloss.sources import (
     TopK,
     as_source,
     is_local,
-    is_probabilities,
+    is_packable,
     make_beside,
+    own_probabilities,
     public_statistics,
 )
 from segloss.sweep.batch import Batch, make_batch
 from segloss.sweep.beside import Beside
+from segloss.sweep.cost import Asked
 from segloss.sweep.request import Request, RowSum, Statistics, Sweep
 from segloss.sweep.source import Source
 
@@ -173,18 +175,17 @@ class Loss(nn.Module):
                 "token_weight": token_weight,
                 "sample_ids": sample_ids,
                 "normalizer": normalizer,
+                "teacher": teacher,
+                "columns": columns,
                 "return_statistics": return_statistics,
             }
-            if teacher is not None or columns is not None or target.is_floating_point():
-                keywords |= {"teacher": teacher, "columns": columns}
-                return eager_loss(self, logits, target, keywords)
-            called = compiled_loss if self.compiles and is_local(logits) else eager_loss
+            plain = is_local(logits) and (teacher is None or is_packable(teacher))
+            called = compiled_loss if self.compiles and plain else eager_loss
             return called(self, logits, target, keywords)
         source = as_source(logits)
-        probabilities = None
-        if self.takes_probabilities and is_probabilities(target, source):
-            probabilities = target
-            target = self.stand_in(target)
+        probabilities = own_probabilities(target, source) if self.takes_probabilities else None
+        if probabilities is not None:
+            target = self.stand_in(probabilities)
         self.check_teacher(teacher)
         beside = make_beside(source, columns=columns, teacher=teacher, probabilities=probabilities)
         batch = make_batch(
@@ -217,21 +218,43 @@ class Loss(nn.Module):
             setattr(statistics, name, None if value is None else value.detach())
         return loss, statistics
 
-    def explain(self, logits, target: Tensor) -> str:
-        """What `self(logits, target)` and its backward do: chunks, matrix products, bytes, and
-        what crosses ranks."""
+    def explain(
+        self,
+        logits,
+        target: Tensor,
+        *,
+        teacher: Tensor | Source | TopK | None = None,
+        columns: Tensor | None = None,
+    ) -> str:
+        """What `self(logits, target, teacher=teacher, columns=columns)` and its backward do:
+        chunks, matrix products, bytes, and what crosses ranks.
+
+        No other rank is asked. Without the teacher that it reads, a loss is counted without.
+        """
         source = as_source(logits)
+        probabilities = None
+        if self.takes_probabilities:
+            probabilities = own_probabilities(target, source, crossing=False)
+        if probabilities is not None:
+            target = self.stand_in(probabilities)
+        if teacher is not None:
+            self.check_teacher(teacher)
+        beside = make_beside(
+            source, columns=columns, teacher=teacher, probabilities=probabilities, crossing=False
+        )
         whole = Sharding.whole(source.num_classes)  # without a word to other ranks
-        batch = make_batch(source, target, ignore_index=self.ignore_index, sharding=whole)
-        request = self.request()
-        all_classes = request.prob_sums and isinstance(request.classes, str)
-        all_classes = all_classes and request.classes == "all"
-        plan = source.plan(batch, self.is_row_sum, all_classes)
-        if self.reads_teacher:
-            plan += (
-                "\nteacher    not counted: of a head, one product and a chunk of its logits more"
-            )
-        return "\n".join([plan, *crossing_lines(self, source, batch)])
+        batch = make_batch(
+            source, target, ignore_index=self.ignore_index, sharding=whole, beside=beside
+        )
+        asked = Asked(self.request_for(beside), self.is_row_sum, self.reads_plain(beside))
+        lines = [source.plan(batch, asked)]
+        if self.reads_teacher and teacher is None:
+            lines.append("teacher    not counted: explain(..., teacher=teacher) does")
+        return "\n".join([*lines, *crossing_lines(self, source, batch, asked.request)])
+
+    def reads_plain(self, beside: Beside) -> bool:
+        """Whether the value reads anything but divergences."""
+        return True
 
     @property
     def is_row_sum(self) -> bool:

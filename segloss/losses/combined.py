@@ -80,6 +80,9 @@ class CombinedLoss(Loss):
     def request(self) -> Request:
         return functools.reduce(operator.or_, (part.request() for _, part in self.terms))
 
+    def reads_plain(self, beside: Beside) -> bool:
+        return any(part.reads_plain(beside) for _, part in self.terms)
+
     def request_for(self, beside: Beside) -> Request:
         parts = (part.request_for(beside) for _, part in self.terms)
         return functools.reduce(operator.or_, parts)

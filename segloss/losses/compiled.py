@@ -14,11 +14,14 @@ from torch import Tensor
 
 from segloss.kernels.scale import scaled
 from segloss.losses import registry
-from segloss.sources import SOURCES, as_source
+from segloss.sources import SOURCES, TopK, as_source
 from segloss.sweep.request import Statistics
+from segloss.sweep.source import Source
 
 STATISTICS = ("log_prob", "lse", "entropy", "argmax", "valid")
-OF_SOURCE, OF_LOSS = "source.", "loss."  # in front of the names of their tensors
+# in front of the names of their tensors
+OF_SOURCE, OF_LOSS, OF_TEACHER = "source.", "loss.", "teacher."
+TEACHERS: dict[str, type[Source] | type[TopK]] = {**SOURCES, "TopK": TopK}
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Call:
     reduction: str
     waits: bool = False  # for the device
     half: bool = False  # a float16 gradient, which without its upstream factor is mostly 0
+    teacher: str = ""  # name of its class
+    teacher_options: tuple[tuple[str, object], ...] = ()
 
 
 # By a description of the whole call, so that equal calls share one and a graph finds its own.
@@ -67,18 +72,27 @@ def run(call: Call, tensors: list[Tensor]) -> list[Tensor]:
     """The eager call: its loss, then its statistics."""
     given = dict(zip(call.names, tensors, strict=True))
     loss = build_loss(ast.literal_eval(call.loss), named(given, OF_LOSS))
+    teacher = None
+    if call.teacher:
+        of_teacher = named(given, OF_TEACHER), dict(call.teacher_options)
+        teacher = TEACHERS[call.teacher].unpacked(*of_teacher)
     result = loss(
         SOURCES[call.source].unpacked(named(given, OF_SOURCE), dict(call.options)),
         given["target"],
         token_weight=given.get("token_weight"),
         sample_ids=given.get("sample_ids"),
         normalizer=given.get("normalizer", call.normalizer),
+        teacher=teacher,
+        columns=given.get("columns"),
         return_statistics=call.return_statistics,
     )
     if not call.return_statistics:
         return [result]
     value, statistics = result
-    return [value, *(getattr(statistics, name) for name in STATISTICS)]
+    found = [getattr(statistics, name) for name in STATISTICS]
+    if statistics.column_log_prob is not None:
+        found.append(statistics.column_log_prob)
+    return [value, *found]
 
 
 def run_with_grad(call: Call, tensors: list[Tensor], grad: Tensor | None) -> list[Tensor]:
@@ -115,11 +129,14 @@ def loss_fake(tensors: list[Tensor], key: str) -> list[Tensor]:
     given = dict(zip(call.names, tensors, strict=True))
     target, logits = given["target"], next(iter(named(given, OF_SOURCE).values()))
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    shape = target.shape if call.reduction == "none" else ()
+    tokens = target.shape[:-1] if target.is_floating_point() else target.shape
+    shape = tokens if call.reduction == "none" else ()
     out = [logits.new_empty(shape, dtype=dtype)]
     if call.return_statistics:
-        out += [logits.new_empty(target.shape, dtype=dtype) for _ in range(3)]
-        out += [torch.empty_like(target, dtype=torch.int64), torch.empty_like(target).bool()]
+        dtypes = dtype, dtype, dtype, torch.int64, torch.bool
+        out += [logits.new_empty(tokens, dtype=each) for each in dtypes]
+        if "columns" in given:
+            out.append(logits.new_empty(given["columns"].shape, dtype=dtype))
     if grads_in_forward(call):
         out += [torch.empty_like(t) for t, on in zip(tensors, call.needed, strict=True) if on]
     return out
@@ -201,9 +218,17 @@ def compiled_loss(loss, logits, target: Tensor, keywords: dict):
     given: dict[str, Tensor] = {"target": target}
     for name, tensor in tensors.items():
         given[OF_SOURCE + name] = tensor
-    for name in ("token_weight", "sample_ids"):
+    for name in ("token_weight", "sample_ids", "columns"):
         if keywords[name] is not None:
             given[name] = keywords[name]
+    teacher, teacher_name = keywords["teacher"], ""
+    teacher_options: dict[str, object] = {}
+    if teacher is not None:
+        teacher = teacher if isinstance(teacher, TopK) else as_source(teacher)
+        teacher_name = type(teacher).__name__
+        tensors, teacher_options = teacher.packed()
+        for name, tensor in tensors.items():
+            given[OF_TEACHER + name] = tensor.detach()
     if isinstance(normalizer, Tensor):
         given["normalizer"], normalizer = normalizer, None
     for name, buffer in loss.named_buffers():
@@ -225,8 +250,13 @@ def compiled_loss(loss, logits, target: Tensor, keywords: dict):
         loss.reduction,
         waits,
         half,
+        teacher_name,
+        tuple(teacher_options.items()),
     )
     out = LOSS[waits](list(given.values()), key)
     if not with_statistics:
         return out[0]
-    return out[0], Statistics(*[value.detach() for value in out[1:6]])
+    statistics = Statistics(*[value.detach() for value in out[1:6]])
+    if "columns" in given:
+        statistics.column_log_prob = out[6].detach()
+    return out[0], statistics

@@ -12,17 +12,20 @@ import torch
 import torch.distributed as dist
 
 from segloss.losses import registry
+from segloss.sharding import Crossing
 from segloss.sweep.batch import Batch
+from segloss.sweep.cost import Asked
 from segloss.sweep.request import Request
-from segloss.sweep.source import Crossing, Source
+from segloss.sweep.shards import SENT
+from segloss.sweep.source import Source
 
 VOCABULARY, TOKENS = "vocabulary", "tokens"
 FORWARD, BACKWARD = "forward", "backward"
 
 
-def crossing_lines(loss, source: Source, batch: Batch) -> list[str]:
+def crossing_lines(loss, source: Source, batch: Batch, request: Request) -> list[str]:
     """One line for each kind of ranks that there is."""
-    every, sizes = crossings(loss, loss.request(), source, batch)
+    every, sizes = crossings(loss, request, source, batch)
     lines = []
     for ranks, size in sizes.items():
         phases = []
@@ -40,8 +43,9 @@ def crossings(
     """(all collectives of a call and its backward, {kind of ranks: how many})."""
     group = source.token_group(loss.group)
     fused = loss.is_row_sum and source.forms_gradients
-    spread = source.spread(batch, fused)
-    every = list(spread.crossings)
+    spread = source.spread(batch, Asked(request, loss.is_row_sum))
+    teacher = batch.beside.teacher
+    every = [*spread.crossings, *(() if teacher is None else teacher.gathered)]
     sizes = {}
     if spread.vocabulary > 1:
         sizes[VOCABULARY] = spread.vocabulary
@@ -74,9 +78,17 @@ def over_vocabulary(parts, request, spread, batch, fused: bool) -> list[Crossing
         Crossing(FORWARD, VOCABULARY, "all-gather", spread.chunks, per_row * spread.rows * number)
     ]
 
-    def reduced(phase: str, size: int) -> None:
-        every.append(Crossing(phase, VOCABULARY, "all-reduce", 1, size * number))
+    def reduced(phase: str, size: int, count: int = 1) -> None:
+        every.append(Crossing(phase, VOCABULARY, "all-reduce", count, size * number))
 
+    listed, kinds = batch.beside.listed, [of.kind for of in request.divergences]
+    if listed is not None:
+        reduced(FORWARD, spread.rows * listed.shape[1], spread.readings)
+    if kinds:
+        size = spread.rows * sum(len(SENT[kind]) for kind in kinds) * number
+        every.append(Crossing(FORWARD, VOCABULARY, "all-gather", spread.readings, size))
+    if "jsd" in kinds:
+        reduced(FORWARD, spread.rows * 2 * kinds.count("jsd"), spread.readings)
     if spread.filtered and spread.trained:
         every.append(Crossing(FORWARD if fused else BACKWARD, VOCABULARY, "all-reduce", 1, 16))
     if fused:

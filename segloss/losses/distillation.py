@@ -115,6 +115,9 @@ class DistillationLoss(TokenLoss, function="distillation_loss", short="distill")
         """Whether the value is no sum over the listed classes."""
         return top is None or (top.rest == "uniform" and self.kind != "forward")
 
+    def reads_plain(self, beside: Beside) -> bool:
+        return not self.writes_out(beside.top)
+
     def request_for(self, beside: Beside) -> Request:
         if self.writes_out(beside.top):
             return Request(divergences=(self.of_both(),))

@@ -1,6 +1,6 @@
 """What users pass for logits: a tensor, or hidden states and a head."""
 
-from segloss.sources.beside import TopK, is_probabilities, make_beside
+from segloss.sources.beside import TopK, is_packable, make_beside, own_probabilities
 from segloss.sources.dense import DenseLogits
 from segloss.sources.given import SOURCES, as_source, is_local
 from segloss.sources.linear import LinearLogits
@@ -13,8 +13,9 @@ __all__ = [
     "TopK",
     "as_source",
     "is_local",
-    "is_probabilities",
+    "is_packable",
     "logit_statistics",
     "make_beside",
+    "own_probabilities",
     "public_statistics",
 ]

@@ -5,7 +5,7 @@ N tokens, V classes, k listed classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from segloss.checks import INTEGERS, check_choice, check_plain, describe
 from segloss.kernels.common import Rows
+from segloss.sharding import Sharding, VocabShard
 from segloss.sources.dense import DenseLogits
 from segloss.sources.given import as_source, is_local
-from segloss.sources.linear import LinearLogits
-from segloss.sweep.beside import Beside, Second, Top
+from segloss.sweep.beside import Beside, Made, Second, Top
 from segloss.sweep.source import Source
 
 RESTS = ("renormalise", "uniform", "ignore")
@@ -66,6 +66,13 @@ class TopK:
     def leading_shape(self) -> torch.Size:
         return self.ids.shape[:-1]
 
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {"ids": self.ids, "log_prob": self.log_prob}, {"rest": self.rest}
+
+    @classmethod
+    def unpacked(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> TopK:
+        return cls(tensors["ids"], tensors["log_prob"], options["rest"])
+
 
 @dataclass(frozen=True)
 class TopLogits:
@@ -73,15 +80,16 @@ class TopLogits:
 
     ids: Tensor  # (N, k)
     log_prob: Tensor  # (N, k)
-    num_classes: int
+    sharding: Sharding  # of the student's classes, of which those here are written out
     packs: ClassVar[bool] = True
 
     def block(self, rows: Tensor | slice, classes: slice) -> Rows:
         ids, log_prob = self.ids[rows], self.log_prob[rows]
         top = Top(ids, log_prob, "uniform")
-        fill = top.log_rest(self.num_classes - top.listed.sum(-1))
-        first, last, _ = classes.indices(self.num_classes)
+        fill = top.log_rest(self.sharding.num_classes - top.listed.sum(-1))
+        first, last, _ = classes.indices(self.sharding.width)
         width = max(0, last - first)
+        first, last = first + self.sharding.first, last + self.sharding.first
         out = fill[:, None].expand(-1, width + 1).contiguous()
         inside = top.listed & (ids >= first) & (ids < last)
         # what lies outside goes to the spare column
@@ -90,17 +98,20 @@ class TopLogits:
 
     @property
     def made_classes(self) -> int:
-        return self.num_classes
+        return self.sharding.widest  # so that all ranks cut the same chunks
 
     def block_rows(self, num_rows: int) -> int:
-        return min(num_rows, max(1, (16 << 20) // self.num_classes))
+        return min(num_rows, max(1, (16 << 20) // self.sharding.widest))
+
+    def made(self, num_classes: int, picked: bool) -> Made:
+        return Made((num_classes + 1) * self.log_prob.element_size())
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {"ids": self.ids, "log_prob": self.log_prob}, {"num_classes": self.num_classes}
+        return {"ids": self.ids, "log_prob": self.log_prob}, {"sharding": self.sharding}
 
     @classmethod
     def unpacked(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> TopLogits:
-        return cls(tensors["ids"], tensors["log_prob"], options["num_classes"])
+        return cls(tensors["ids"], tensors["log_prob"], options["sharding"])
 
 
 def make_beside(
@@ -109,18 +120,17 @@ def make_beside(
     columns: Tensor | None = None,
     teacher: Tensor | Source | TopK | None = None,
     probabilities: Tensor | None = None,
+    crossing: bool = True,
 ) -> Beside:
-    """Everything checked against the source it is read beside."""
-    sources = [source, *([] if teacher is None or isinstance(teacher, TopK) else [teacher])]
-    given = {"columns": columns, "teacher": teacher, "target's probabilities": probabilities}
-    for name, value in given.items():
-        if value is not None and not all(map(is_local, sources)):
-            raise TypeError(
-                f"{name} beside logits that are sharded over ranks: it takes plain tensors of all "
-                "classes"
-            )
+    """Everything checked against the source it is read beside.
+
+    `probabilities` are those of the classes here, as `own_probabilities` gives them. Without
+    `crossing` no other rank is asked, nothing is copied, and a plan can be made of it, no more.
+    """
+    sharding = source.sharding if crossing else source.assumed
     found: dict[str, Any] = {}
     if columns is not None:
+        columns = source.like_target("columns", columns)
         found["columns"] = check_ids("columns", columns, source)
     if isinstance(teacher, TopK):
         check_like("teacher", teacher.leading_shape, teacher.ids.device, source)
@@ -128,11 +138,16 @@ def make_beside(
         log_prob = teacher.log_prob.detach().reshape(ids.shape).to(source.dtype)
         found["top"] = Top(ids, log_prob, teacher.rest)
         if teacher.rest == "uniform":
-            found["teacher"] = Second(TopLogits(ids, log_prob, source.num_classes))
+            found["teacher"] = Second(TopLogits(ids, log_prob, sharding))
     elif teacher is not None:
-        found["teacher"] = Second(as_teacher(teacher, source))
+        given = as_teacher(teacher, source)
+        if crossing:
+            check_shards(given, source)
+        settled = given.settled(sharding, crossing)
+        found["teacher"] = Second(settled, gathered=tuple(given.gathers()))
     if probabilities is not None:
-        found["probabilities"] = Second(DenseLogits(probabilities.detach()))
+        vocab = VocabShard.of(sharding)
+        found["probabilities"] = Second(DenseLogits(probabilities.detach(), vocab=vocab))
     return Beside(**found)
 
 
@@ -169,7 +184,7 @@ def check_ids(name: str, ids: Tensor, source: Source) -> Tensor:
 
 
 def as_teacher(teacher: Any, source: Source) -> Source:
-    """A teacher's logits, cut off from autograd; a tensor holds logits."""
+    """A teacher's logits; a tensor holds logits."""
     if not isinstance(teacher, (Tensor, Source)):
         raise TypeError(
             f"teacher is {describe(teacher)}; it takes logits (..., V), DenseLogits, LinearLogits "
@@ -184,15 +199,44 @@ def as_teacher(teacher: Any, source: Source) -> Source:
             "vocabulary; where one is the start of the other, cut the longer (logits[..., :n], or "
             "a head's weight[:n])"
         )
-    if isinstance(given, LinearLogits):
-        return given.settled()
-    return replace(given, logits=given.logits.detach()) if isinstance(given, DenseLogits) else given
+    return given
 
 
-def is_probabilities(target: Any, source: Source) -> bool:
-    """Whether a target holds probabilities (..., V), as `F.cross_entropy` takes them too."""
-    return (
-        isinstance(target, Tensor)
-        and target.is_floating_point()
-        and target.shape == (*source.leading_shape, source.num_classes)
-    )
+def is_packable(teacher: Any) -> bool:
+    """Whether tensors of this rank alone and plain options say all of a teacher."""
+    if isinstance(teacher, Source):
+        return teacher.is_plain and teacher.packs
+    return isinstance(teacher, TopK) or (isinstance(teacher, Tensor) and is_local(teacher))
+
+
+def check_shards(teacher: Source, source: Source) -> None:
+    """Refuse a teacher of which this rank has other tokens or other classes than of the student;
+    all ranks see it alike."""
+    if teacher.shared_tokens not in (None, source.shared_tokens):
+        raise TypeError(
+            "teacher's tokens are sharded over other ranks than the student's; it takes the "
+            "placements of the student's tokens"
+        )
+    ours, theirs = source.sharding, teacher.sharding
+    if not (theirs.is_whole or ours.is_like(theirs)):
+        raise TypeError(
+            "teacher's classes are sharded over ranks, and the student's are not so; it takes the "
+            "student's shards, or all classes on every rank"
+        )
+
+
+def own_probabilities(target: Any, source: Source, crossing: bool = True) -> Tensor | None:
+    """Of a target that holds probabilities (..., V), as `F.cross_entropy` takes them too, those of
+    the classes here; None of any other target.
+
+    A plain one may be cut to these classes already, without padding.
+    """
+    if not (isinstance(target, Tensor) and target.is_floating_point()):
+        return None
+    x = source.like_logits("target", target)
+    if x.dim() == 0 or x.shape[:-1] != source.leading_shape:
+        return None
+    sharding = source.sharding if crossing else source.assumed
+    if x.shape[-1] == sharding.width:
+        return x
+    return sharding.part(x) if x.shape[-1] == source.num_classes else None

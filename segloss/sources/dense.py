@@ -9,14 +9,24 @@ import torch
 from torch import Tensor
 
 from segloss.checks import FLOATS, check_data, check_transform, describe
-from segloss.kernels.common import Rows
+from segloss.kernels.common import Rows, cdiv
 from segloss.kernels.divergence import raw_rows
 from segloss.sharding import Sharding, VocabShard
 from segloss.sources.layout import Layout, dense_layout, refuse_rows
 from segloss.sweep.batch import Batch
+from segloss.sweep.beside import Made
+from segloss.sweep.cost import Asked, megabytes, seconds_of
 from segloss.sweep.dense import sweep_dense
 from segloss.sweep.request import Request, Sweep
 from segloss.sweep.source import Source, Spread
+
+
+def flat_view(logits: Tensor) -> Tensor:
+    """(N, V) of (..., V) where no copy is needed for it, else as it is."""
+    try:
+        return logits.view(logits.shape[:-1].numel(), logits.shape[-1])
+    except RuntimeError:
+        return logits
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,13 @@ class DenseLogits(Source):
     def like_target(self, name: str, x) -> Any:
         return self.layout.like_target(name, x)
 
+    def like_logits(self, name: str, x) -> Any:
+        return self.layout.like_logits(name, x)
+
+    @property
+    def shared_tokens(self) -> Any:
+        return self.layout.shared_tokens
+
     @property
     def device(self) -> torch.device:
         return self.logits.device
@@ -100,6 +117,18 @@ class DenseLogits(Source):
         """The columns of this rank, without padding."""
         return self.layout.columns(self.logits, self.sharding, -1)
 
+    @property
+    def assumed(self) -> Sharding:
+        return self.layout.assumed
+
+    def settled(self, sharding: Sharding, crossing: bool = True) -> DenseLogits:
+        own, sharding = self.sharding if crossing else self.assumed, sharding.cut(self.num_classes)
+        with torch.no_grad():
+            logits = self.layout.columns(self.logits, own, -1)
+            if own.is_whole and not sharding.is_whole:
+                logits = logits[..., sharding.first : sharding.last]
+        return DenseLogits(logits.detach(), self.softcap, self.scale, VocabShard.of(sharding))
+
     def rows(self, index: Tensor) -> Tensor:
         refuse_rows(self.layout)
         return self.logits.reshape(-1, self.num_classes)[index]
@@ -109,33 +138,47 @@ class DenseLogits(Source):
         return 0
 
     def block(self, rows: Tensor | slice, classes: slice) -> Rows:
-        data = Rows.of(self.logits.detach()).data
+        data = Rows.of(flat_view(self.logits.detach())).data[:, :, classes]
         time = data.shape[1]
         if isinstance(rows, Tensor):
             data = data[rows // time, rows % time][None]
         elif rows != slice(None):
             data = raw_rows(Rows(data), rows)[None]
-        return Rows(data[:, :, classes], self.softcap, self.scale)
+        return Rows(data, self.softcap, self.scale)
 
-    def plan(self, batch: Batch, row_sum: bool, all_classes: bool = False) -> str:
+    def plan(self, batch: Batch, asked: Asked) -> str:
         width = self.layout.assumed.width
-        size = batch.target.numel() * width * self.logits.element_size() / 2**20
-        mode, peak = "no gradient: the logits are read once", 0.0
+        num_rows, size = batch.target.numel(), self.logits.element_size() * width
+        mode, grad = "no gradient: the logits are read once", 0
         if torch.is_grad_enabled() and self.logits.requires_grad:
-            mode, peak = "logits given: read once, read again to write their gradient", size
+            mode, grad = "logits given: read once, read again to write their gradient", size
+        number = self.dtype.itemsize
+        second = seconds_of(batch.beside, asked, width, False, self.device, number)
+        rows = min(num_rows, batch.beside.block_rows(num_rows))
+        held = second.copied + second.chunk(rows, 0)
         lines = [
-            f"tokens     {int(batch.valid.sum())} of {batch.target.numel()}",
+            f"tokens     {int(batch.valid.sum())} of {num_rows}",
             f"mode       {mode}",
-            f"peak       {peak:.1f} MiB of gradient beside {size:.1f} MiB of logits",
+            *second.lines(num_rows, rows, 1 + (grad > 0)),
+            f"peak       {megabytes(num_rows * grad + held)} of gradient"
+            f"{' and teacher' * (held > 0)} beside {megabytes(num_rows * size)} of logits",
         ]
         return "\n".join(lines)
 
-    def spread(self, batch: Batch, fused: bool) -> Spread:
+    def made(self, num_classes: int, picked: bool) -> Made:
+        own = min(num_classes, self.logits.shape[-1])
+        return Made(self.logits.element_size() * own * picked)  # else they are read where they lie
+
+    def spread(self, batch: Batch, asked: Asked) -> Spread:
         trained = torch.is_grad_enabled() and self.logits.requires_grad
-        return Spread(batch.target.numel(), trained, self.layout.vocabulary)
+        num_rows = batch.target.numel()
+        step = batch.beside.block_rows(num_rows)
+        readings = max(1, cdiv(num_rows, step)) if num_rows else 1
+        return Spread(num_rows, trained, self.layout.vocabulary, readings=readings)
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {"logits": self.logits}, {"softcap": self.softcap, "scale": self.scale}
+        options = {name: getattr(self, name) for name in ("softcap", "scale", "vocab")}
+        return {"logits": self.logits}, options
 
     @classmethod
     def unpacked(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> DenseLogits:

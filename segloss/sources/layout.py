@@ -14,8 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from segloss.checks import describe, is_dtensor
-from segloss.sharding import Sharding, VocabShard, gathered_tokens, sum_of_gradients
-from segloss.sweep.source import Crossing
+from segloss.sharding import (
+    Crossing,
+    Sharding,
+    VocabShard,
+    gathered_tokens,
+    sharding_of,
+    sum_of_gradients,
+)
 
 
 class Layout(ABC):
@@ -99,6 +105,15 @@ class Layout(ABC):
     def like_target(self, name: str, x) -> Any:
         """A tensor that goes with the target, as it is here."""
 
+    @abstractmethod
+    def like_logits(self, name: str, x) -> Any:
+        """A tensor (..., V) that goes with the logits, as it is here; plain ones may be whole."""
+
+    @property
+    def shared_tokens(self) -> Any:
+        """What two layouts have in common whose ranks share out the tokens alike, None for none."""
+        return None
+
 
 @dataclass(frozen=True)
 class Plain(Layout):
@@ -160,6 +175,9 @@ class Plain(Layout):
             )
         return x
 
+    def like_logits(self, name: str, x) -> Any:
+        return self.like_target(name, x)
+
 
 @dataclass(frozen=True)
 class Meshed(Layout):
@@ -177,9 +195,8 @@ class Meshed(Layout):
         if self.vocab_dim is None:
             return Sharding.whole(self.num_classes)
         size, rank = self.mesh.size(self.vocab_dim), self.mesh.get_local_rank(self.vocab_dim)
-        first, width = chunk_of(self.num_classes, size, rank)
-        _, widest = chunk_of(self.num_classes, size, 0)
-        return Sharding(self.num_classes, first, width, widest, self.mesh.get_group(self.vocab_dim))
+        spans = [chunk_of(self.num_classes, size, each) for each in range(size)]
+        return sharding_of(self.num_classes, spans, rank, self.mesh.get_group(self.vocab_dim))
 
     @property
     def assumed(self) -> Sharding:
@@ -256,11 +273,28 @@ class Meshed(Layout):
         return sorted(self.mesh.mesh[tuple(index)].flatten().tolist())
 
     def like_target(self, name: str, x) -> Any:
+        return self.placed(name, x, self.tokens)
+
+    def like_logits(self, name: str, x) -> Any:
+        from torch.distributed.tensor import Shard
+
+        placements = list(self.tokens)
+        if self.vocab_dim is not None:
+            placements[self.vocab_dim] = Shard(x.dim() - 1)
+        return self.placed(name, x, placements)
+
+    def placed(self, name: str, x, placements) -> Any:
         if not is_dtensor(x):
             return x
         if x.device_mesh != self.mesh:
             raise ValueError(f"{name} is on {x.device_mesh}, the logits on {self.mesh}")
-        return x.redistribute(placements=self.tokens).to_local()
+        return x.redistribute(placements=placements).to_local()
+
+    @property
+    def shared_tokens(self) -> Any:
+        if not self.token_dims:
+            return None
+        return self.mesh, tuple((dim, self.tokens[dim]) for dim in self.token_dims)
 
 
 def chunk_of(size: int, parts: int, index: int) -> tuple[int, int]:

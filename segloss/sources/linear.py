@@ -10,21 +10,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segloss.checks import FLOATS, check_data, check_transform, describe
+from segloss.checks import FLOATS, check_data, check_transform, describe, is_dtensor
 from segloss.head.explain import explain
 from segloss.head.fused import row_sum
 from segloss.head.inputs import Inputs, Options
 from segloss.head.matrices import Head
-from segloss.head.rows import chunk_slices, kept_rows
+from segloss.head.rows import beside_others, chunk_slices, kept_rows
 from segloss.head.sweep import sweep
 from segloss.kernels.common import Rows
-from segloss.sharding import Sharding, VocabShard
+from segloss.sharding import Crossing, Sharding, VocabShard
 from segloss.sources.layout import Layout, linear_layout, refuse_rows
 from segloss.sweep.batch import Batch
+from segloss.sweep.beside import Made
+from segloss.sweep.cost import Asked
 from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
 from segloss.sweep.source import Source, Spread
 
-PLAIN_OPTIONS = ("softcap", "scale", "compact", "chunk_bytes", "memory_budget", "grad_filter")
+PLAIN_OPTIONS = (
+    *("softcap", "scale", "compact", "chunk_bytes", "memory_budget", "grad_filter", "vocab"),
+)
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,13 @@ class LinearLogits(Source):
     def like_target(self, name: str, x) -> Any:
         return self.layout.like_target(name, x)
 
+    def like_logits(self, name: str, x) -> Any:
+        return self.layout.like_logits(name, x)
+
+    @property
+    def shared_tokens(self) -> Any:
+        return self.layout.shared_tokens
+
     @property
     def device(self) -> torch.device:
         return self.hidden.device
@@ -251,29 +262,67 @@ class LinearLogits(Source):
             inputs = replace(inputs, tensors=inputs.tensors | {"hidden": hidden})
             return Head.of(inputs, None).columns(classes).logits()
 
-    def settled(self) -> LinearLogits:
-        """The same without gradient, its tensors in the products' dtype: outside autocast too."""
-        tensors, options = self.packed()
-        made = {name: t.detach().to(self.product_dtype) for name, t in tensors.items()}
+    @property
+    def assumed(self) -> Sharding:
+        return self.layout.assumed
+
+    def gathers(self) -> list[Crossing]:
+        return self.layout.crossings(self.hidden, {}, self.leading_shape.numel())
+
+    def settled(self, sharding: Sharding, crossing: bool = True) -> LinearLogits:
+        """Its tensors are in the products' dtype: outside autocast too."""
+        own, sharding = self.sharding if crossing else self.assumed, sharding.cut(self.num_classes)
+        with torch.no_grad():
+            tensors, options = self.packed(crossing)
+            if not crossing and is_dtensor(tensors["hidden"]):
+                tensors["hidden"] = tensors["hidden"].to_local()  # type: ignore[attr-defined]
+            tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+            if own.is_whole and not sharding.is_whole:
+                here = slice(sharding.first, sharding.last)
+                heads = [name for name in tensors if name not in ("hidden", "lora_a")]
+                tensors |= {name: tensors[name][here] for name in heads}
+        options["vocab"] = VocabShard.of(sharding)
+        if not crossing:
+            return self.unpacked(tensors, options)
+        made = {name: tensor.to(self.product_dtype) for name, tensor in tensors.items()}
         with torch.autocast(self.device.type, enabled=False):
             return self.unpacked(made, options)
+
+    @property
+    def made_classes(self) -> int:
+        return self.layout.assumed.widest  # so that all ranks cut the same chunks
 
     def block_rows(self, num_rows: int) -> int:
         return self.inputs().chunk_rows(num_rows, trained=False) if num_rows else 1
 
-    def plan(self, batch: Batch, row_sum: bool, all_classes: bool = False) -> str:
-        return explain(self.inputs(crossing=False), batch, row_sum, all_classes)
+    def made(self, num_classes: int, picked: bool) -> Made:
+        own, width = min(num_classes, self.weight.shape[0]), self.hidden.shape[-1]
+        rank = 0 if self.lora is None else self.lora[0].shape[0]
+        size = self.product_dtype.itemsize
+        named = self.packed()[0].values()
+        return Made(
+            (own + width * picked) * size,
+            2 * (own * width + rank * (own + width)),
+            sum(t.numel() * size for t in named if t.dtype != self.product_dtype),
+        )
 
-    def spread(self, batch: Batch, fused: bool) -> Spread:
+    def plan(self, batch: Batch, asked: Asked) -> str:
+        return explain(self.inputs(crossing=False), batch, asked)
+
+    def spread(self, batch: Batch, asked: Asked) -> Spread:
         inputs, layout = self.inputs(crossing=False), self.layout
         rows = kept_rows(inputs, batch)
         num_rows = batch.target.numel() if rows is None else rows.numel()
         needed = inputs.needed()
+        inputs = beside_others(inputs, batch, asked.request)
+        fused = asked.row_sum and self.forms_gradients
+        chunks = len(chunk_slices(inputs, num_rows, needed["weight"], fused))
         return Spread(
             num_rows,
             any(needed.values()),
             layout.vocabulary,
-            len(chunk_slices(inputs, num_rows, needed["weight"], fused)),
+            chunks,
+            chunks,
             layout.crossings(
                 self.hidden,
                 {name: t for name, t in inputs.tensors.items() if needed[name]},
@@ -282,8 +331,8 @@ class LinearLogits(Source):
             self.grad_filter > 0,
         )
 
-    def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        inputs = self.inputs()
+    def packed(self, crossing: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        inputs = self.inputs(crossing)
         options = {name: getattr(self, name) for name in PLAIN_OPTIONS}
         if self.lora is not None:
             options["lora_scale"] = self.lora[2]

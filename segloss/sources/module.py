@@ -33,6 +33,7 @@ from segloss.sweep.beside import (
     pack,
 )
 from segloss.sweep.classes import class_ids, class_index, thresholds
+from segloss.sweep.cost import Asked
 from segloss.sweep.request import Request, Sweep
 from segloss.sweep.source import Source
 from segloss.sweep.terms import grad_terms, rescale, row_slices
@@ -109,7 +110,7 @@ class ModuleLogits(Source):
     def sweep(self, batch: Batch, request: Request) -> Sweep:
         return sweep_module(self, batch, request)
 
-    def plan(self, batch: Batch, row_sum: bool, all_classes: bool = False) -> str:
+    def plan(self, batch: Batch, asked: Asked) -> str:
         rows = int(batch.valid.sum())
         return (
             f"tokens     {rows} of {batch.target.numel()} (ignored ones left out)\n"
@@ -230,7 +231,7 @@ def sweep_module(source: ModuleLogits, batch: Batch, request: Request) -> Sweep:
         flat = source.hidden.reshape(-1, source.hidden.shape[-1])
         hidden = flat if rows is None else flat[rows]
         slices = slices_of(source, len(hidden))
-        readings = Readings(inner.beside, inner.valid, request.divergences)
+        readings = Readings(inner.beside, inner.valid, request.divergences, batch.sharding)
         collected, panels = [], []
         for here in slices:
             with torch.autocast(device, autocast[1], enabled=autocast[0]):
@@ -293,6 +294,7 @@ def sweep_module(source: ModuleLogits, batch: Batch, request: Request) -> Sweep:
         random=random,
         step=chunk_rows(source, len(hidden)),
         divergences=request.divergences,
+        sharding=batch.sharding,
         seconds=seconds,
     )
     tensors = (source.hidden, *source.tensors.values())
@@ -325,6 +327,7 @@ def gradients(
     random,
     step,
     divergences,
+    sharding,
     seconds,
 ) -> tuple:
     """Gradients of hidden and of the head's tensors, from those of the statistics."""
@@ -334,11 +337,11 @@ def gradients(
     if rows is not None:
         grads = {name: grad[rows] if name in ROW_OUTPUTS else grad for name, grad in grads.items()}
         saved = kept_rows_only(saved, rows)
-    terms = grad_terms(saved, grads)
+    terms = grad_terms(saved, grads, sharding)
     upstream = grads.get(DIVERGENCES)
     power = rescale(terms, *(() if upstream is None else (upstream,)))
     upstream = None if upstream is None else upstream / power
-    back = Backward.of(saved, upstream, divergences, seconds)
+    back = Backward.of(saved, upstream, divergences, sharding, seconds)
     flat = hidden.reshape(-1, hidden.shape[-1])
     kept = flat if rows is None else flat[rows]
     leaves = [w.detach().requires_grad_() for w in weights]
@@ -371,6 +374,7 @@ def gradients(
                 part.prob_coef = part.prob_coef - dots * weight
             pairs, out = back.pairs(block, here), torch.empty_like(raw)
             dz[..., :width] = logits_gradient(block, part, pairs, out, has_plain(grads))
+            del pairs  # the teacher's logits
             found = torch.autograd.grad(z, [chunk, *leaves], dz, allow_unused=True)
             kept_grad[here] = 0 if found[0] is None else found[0]
             for i, grad in enumerate(found[1:]):

@@ -15,6 +15,8 @@ from segloss.kernels.common import Rows
 from segloss.kernels.divergence import Pair, PairNumbers, divergence, divergence_grad
 from segloss.kernels.logit_grad import GradTerms, logit_grad
 from segloss.kernels.row_stats import RowStats
+from segloss.sharding import Crossing, Sharding
+from segloss.sweep.shards import joined_divergences, logits_at
 
 LISTED, DIVERGENCES = "listed", "divergences"  # a sweep's outputs
 
@@ -41,6 +43,15 @@ class Divergence:
         return hash(self.key())
 
 
+@dataclass(frozen=True)
+class Made:
+    """What reading a matrix beside logits takes."""
+
+    row_bytes: int = 0  # of a row of a block
+    row_flop: int = 0
+    copied: int = 0  # bytes, once
+
+
 class Matrix(Protocol):
     """Logits or probabilities (N, V) that can be read a block at a time, without gradient."""
 
@@ -51,6 +62,9 @@ class Matrix(Protocol):
     @property
     def made_classes(self) -> int:
         """Columns of a block, if it does not lie in memory as it is."""
+
+    def made(self, num_classes: int, picked: bool) -> Made:
+        """What blocks of so many classes take; `picked`: whether of some rows alone."""
 
     @property
     def packs(self) -> bool:
@@ -68,6 +82,7 @@ class Second:
 
     matrix: Matrix
     index: Tensor | slice = field(default_factory=lambda: slice(None))
+    gathered: tuple[Crossing, ...] = ()  # how it came here
 
     def take(self, rows: Tensor | slice) -> Second:
         index = self.index
@@ -150,17 +165,17 @@ def cooled(rows: Rows, temperature: float) -> Rows:
     return Rows(rows.data, cap, rows.scale / temperature)
 
 
-def listed_log_prob(z: Rows, listed: Tensor, stats: RowStats) -> Tensor:
+def listed_log_prob(z: Rows, listed: Tensor, stats: RowStats, sharding: Sharding) -> Tensor:
     """Log-probabilities (R, k) of listed classes, 0 where none is; read before z is written over.
 
-    An id out of range, only met on a GPU, gives NaN.
+    Each rank gives the logits of those that it has. An id out of range, only met on a GPU, gives
+    NaN.
     """
-    row = torch.arange(z.num_rows, device=listed.device)[:, None].expand_as(listed)
-    column = listed.clamp(0, z.num_classes - 1)
-    logit = z.at(row.reshape(-1), column.reshape(-1)).view(listed.shape)
+    own = torch.where(sharding.holds(listed), listed - sharding.first, -1)
+    logit = sharding.sum(logits_at(z, own))
     found = logit - stats.row_max[:, None] - stats.log_sum[:, None]
     if listed.is_cuda:
-        found = torch.where(listed >= z.num_classes, torch.nan, found)
+        found = torch.where(listed >= sharding.num_classes, torch.nan, found)
     return torch.where(listed < 0, 0, found)
 
 
@@ -171,6 +186,7 @@ class Reading:
     beside: Beside
     valid: Tensor  # (R,)
     divergences: tuple[Divergence, ...]
+    sharding: Sharding
     pairs: list[Pair]
     listed: Tensor | None = None  # (R, k) log-probabilities, NaN-free where ignored
 
@@ -181,17 +197,21 @@ class Reading:
         beside: Beside,
         valid: Tensor,
         divergences: tuple[Divergence, ...],
+        sharding: Sharding,
         stats: RowStats,
     ) -> Reading:
-        reading = cls(beside, valid, divergences, [])
+        reading = cls(beside, valid, divergences, sharding, [])
         ids = beside.listed
         if ids is not None:
-            found = listed_log_prob(z, ids, stats)
+            found = listed_log_prob(z, ids, stats, sharding)
             reading.listed = torch.where(valid[:, None], found, 0)
-        for pair, of in zip(reading.make_pairs(z), divergences, strict=True):
+        reading.pairs = reading.make_pairs(z)
+        if not sharding.is_whole:
+            joined_divergences(reading.pairs, sharding)
+            return reading
+        for pair, of in zip(reading.pairs, divergences, strict=True):
             whole = of.temperature == 1 and pair.width == z.num_classes
             divergence(pair, (stats.row_max, stats.log_sum) if whole else None)
-            reading.pairs.append(pair)
         return reading
 
     @classmethod
@@ -201,11 +221,12 @@ class Reading:
         beside: Beside,
         valid: Tensor,
         divergences: tuple[Divergence, ...],
-        vectors: Tensor,  # (S, 5, R)
+        sharding: Sharding,
+        vectors: Tensor,  # (S, 6, R)
         classes: slice = slice(None),
     ) -> Reading:
         """The same of a block of its classes, from the numbers of the first reading."""
-        reading = cls(beside, valid, divergences, [])
+        reading = cls(beside, valid, divergences, sharding, [])
         for pair, numbers in zip(reading.make_pairs(z, classes), vectors, strict=True):
             pair.numbers = PairNumbers(*numbers.unbind(0))
             reading.pairs.append(pair)
@@ -222,7 +243,8 @@ class Reading:
                 block = blocks[id(second)]
                 if of.kind != "targets":
                     block = cooled(block, of.temperature)
-            weight = None if of.weight is None else of.weight[classes]
+            weight = self.sharding.part(of.weight)
+            weight = None if weight is None else weight[classes]
             student = cooled(z, of.temperature)
             made.append(Pair(student, block, self.valid, of.kind, of.beta, weight))
         return made
@@ -234,7 +256,7 @@ class Reading:
 
     @property
     def vectors(self) -> Tensor | None:
-        """(S, 5, R)"""
+        """(S, 6, R)"""
         if not self.pairs:
             return None
         return torch.stack([torch.stack(pair.numbers) for pair in self.pairs])
@@ -252,6 +274,8 @@ def logits_gradient(
     z: Rows, terms: GradTerms, pairs: list[Pair], out: Tensor, plain: bool = True
 ) -> Tensor:
     """dlogits in `out`, of the statistics (`plain`: whether any has a gradient) and of pairs."""
+    if z.num_classes == 0:  # other ranks have all of them
+        return out
     if not pairs:
         return logit_grad(z, terms, out)
     return divergence_grad(z, pairs, out, terms if plain else None)
@@ -265,8 +289,15 @@ def has_plain(grads: dict[str, Tensor]) -> bool:
 class Readings:
     """The readings of all chunks of a sweep, as outputs and as what its backward needs."""
 
-    def __init__(self, beside: Beside, valid: Tensor, divergences: tuple[Divergence, ...]):
-        self.beside, self.valid, self.divergences = beside, valid, divergences
+    def __init__(
+        self,
+        beside: Beside,
+        valid: Tensor,
+        divergences: tuple[Divergence, ...],
+        sharding: Sharding,
+    ):
+        self.beside, self.valid = beside, valid
+        self.divergences, self.sharding = divergences, sharding
         self.numbers: list[tuple] = []
 
     @property
@@ -275,7 +306,7 @@ class Readings:
         return self.beside.listed is not None or len(self.divergences) > 0
 
     def read(self, z: Rows, here: slice, stats: RowStats) -> Reading:
-        at = self.beside.take(here), self.valid[here], self.divergences
+        at = self.beside.take(here), self.valid[here], self.divergences, self.sharding
         reading = Reading.of(z, *at, stats)
         self.numbers.append((reading.listed, reading.values, reading.vectors))
         return reading
@@ -300,6 +331,7 @@ class Backward:
     beside: Beside
     saved: dict[str, Tensor]
     divergences: tuple[Divergence, ...]
+    sharding: Sharding
     upstream: Tensor | None  # (N, S)
 
     @classmethod
@@ -308,15 +340,16 @@ class Backward:
         saved: dict[str, Tensor],
         upstream: Tensor | None,
         divergences: tuple[Divergence, ...],
+        sharding: Sharding,
         seconds: dict[str, Any],
     ) -> Backward:
         beside = Beside() if upstream is None else unpack(saved, seconds, saved.get("rows"))
-        return cls(beside, saved, divergences, upstream)
+        return cls(beside, saved, divergences, sharding, upstream)
 
     def pairs(self, z: Rows, rows: slice, classes: slice = slice(None)) -> list[Pair]:
         if self.upstream is None:
             return []
-        at = self.beside.take(rows), self.saved["valid"][rows], self.divergences
+        at = self.beside.take(rows), self.saved["valid"][rows], self.divergences, self.sharding
         reading = Reading.again(z, *at, self.saved["vectors"][:, :, rows], classes)
         return reading.upstream(self.upstream[rows])
 

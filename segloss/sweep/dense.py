@@ -108,9 +108,14 @@ def sweep_dense(
 
 def read_beside(rows: Rows, batch: Batch, request: Request, stats: RowStats) -> Readings:
     """Listed classes and divergences, as many rows at a time as the second matrix makes."""
-    readings = Readings(batch.beside, batch.valid, request.divergences)
+    sharding = batch.sharding
+    readings = Readings(batch.beside, batch.valid, request.divergences, sharding)
     if readings.any:
-        for here, part in row_chunks(rows, batch.beside.block_rows(rows.num_rows)):
+        step = batch.beside.block_rows(rows.num_rows)
+        if not sharding.is_whole and step < rows.num_rows:
+            # other ranks' chunks must be the same, and cannot follow the strides of these logits
+            rows = replace(rows, data=rows.data.reshape(1, rows.num_rows, rows.num_classes))
+        for here, part in row_chunks(rows, step):
             some = stats._replace(row_max=stats.row_max[here], log_sum=stats.log_sum[here])
             readings.read(part, here, some)
     return readings
@@ -148,7 +153,7 @@ def grad_dense(
     """dlogits, from the gradients of the statistics."""
     (logits,) = tensors
     rows = Rows.of(logits, softcap, scale)
-    terms = own_terms(grad_terms(saved, grads), sharding)
+    terms = own_terms(grad_terms(saved, grads, sharding), sharding)
     if terms.class_grad is not None:
         dots = row_dots(
             rows, terms.row_max, terms.log_sum, terms.columns, terms.sample, terms.class_grad
@@ -159,7 +164,7 @@ def grad_dense(
     whole_dots(terms, saved, grads, sharding)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     out = dlogits.flatten(0, -2)
-    back = Backward.of(saved, grads.get(DIVERGENCES), divergences, seconds)
+    back = Backward.of(saved, grads.get(DIVERGENCES), divergences, sharding, seconds)
     chunks = row_chunks(rows, back.beside.block_rows(rows.num_rows))
     several = row_slices(terms, [here for here, _ in chunks]) if len(chunks) > 1 else [terms]
     for (here, part), some in zip(chunks, several, strict=True):

@@ -17,7 +17,7 @@ from segloss.kernels.scale import scaled
 from segloss.sweep.beside import DIVERGENCES, LISTED, Reading
 from segloss.sweep.classes import class_index
 from segloss.sweep.request import RowSum, TokenStats
-from segloss.sweep.terms import grad_terms
+from segloss.sweep.terms import grad_terms, own_terms
 
 
 def chunk_gradients(
@@ -26,12 +26,12 @@ def chunk_gradients(
     reading: Reading,
     target: Tensor,
     weights: Tensor,
-    num_classes: int,
     scale: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], GradTerms]:
     """(value (), lse (R,), the statistics' gradients and the terms of dlogits, both divided by
     `scale`) of a chunk's statistics and what else was read of it."""
     valid, beside, divergences = reading.valid, reading.beside, plan.request.divergences
+    sharding = reading.sharding
     leaves: dict[str, Any] = {
         "log_prob": stats.log_prob,
         "lse": stats.row_max + stats.log_sum,
@@ -41,7 +41,7 @@ def chunk_gradients(
     }
     leaves = {n: v.requires_grad_() for n, v in leaves.items() if v is not None}
     rest = {n: getattr(stats, n) for n in ("weight_sum", "num_finite")}
-    index = class_index(target, valid, num_classes)
+    index = class_index(target, valid, sharding.num_classes)
     token_stats = TokenStats(**leaves, **rest, target=index)
     with torch.enable_grad():
         token_stats.named(beside, divergences)
@@ -59,7 +59,8 @@ def chunk_gradients(
         "column_weight": plan.request.column_weight,
         "ids": beside.listed,
     }
-    return value.detach(), leaves["lse"].detach(), named, grad_terms(saved, named)
+    terms = own_terms(grad_terms(saved, named, sharding), sharding)
+    return value.detach(), leaves["lse"].detach(), named, terms
 
 
 def chunk_value(plan: RowSum, stats: TokenStats, target, valid, weights) -> Tensor:

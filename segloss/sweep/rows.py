@@ -14,6 +14,7 @@ from segloss.kernels.common import Rows
 from segloss.kernels.row_stats import RowStats, row_stats
 from segloss.sharding import Sharding
 from segloss.sweep.request import Request
+from segloss.sweep.shards import logits_at
 
 
 def request_stats(
@@ -39,11 +40,3 @@ def request_stats(
     # here ignore_index may be the number of a column, and -1 would be an ignored row
     local = torch.where(valid, torch.where(own < 0, z.num_classes, own), -1)
     return sharding.exchange(row_stats(z, local, -1, **wanted), target_logit, target, valid)
-
-
-def logits_at(z: Rows, column: Tensor) -> Tensor:
-    """z_i[column_i] (R,), 0 where the column is -1."""
-    if z.num_classes == 0:
-        return z.new(column.numel()).zero_()
-    row = torch.arange(column.numel(), device=column.device)
-    return torch.where(column >= 0, z.at(row, column.clamp(min=0)), 0)

@@ -10,20 +10,11 @@ import torch
 from torch import Tensor
 
 from segloss.kernels.common import Rows
-from segloss.sharding import Sharding
+from segloss.sharding import Crossing, Sharding
 from segloss.sweep.batch import Batch
+from segloss.sweep.beside import Made
+from segloss.sweep.cost import Asked
 from segloss.sweep.request import Request, RowSum, Sweep, TokenStats
-
-
-@dataclass(frozen=True)
-class Crossing:
-    """Collectives of one kind."""
-
-    phase: str  # "forward" or "backward"
-    ranks: str  # "vocabulary" or "tokens"
-    kind: str  # "all-reduce", "all-gather", "reduce-scatter"
-    count: int
-    size: int | None  # bytes that a rank gives, all `count` together; None if logits decide
 
 
 @dataclass(frozen=True)
@@ -33,7 +24,8 @@ class Spread:
     rows: int  # tokens whose logits are looked at
     trained: bool
     vocabulary: int = 1  # ranks that share the classes
-    chunks: int = 1
+    chunks: int = 1  # in which statistics are exchanged
+    readings: int = 1  # in which listed classes and divergences are
     crossings: list[Crossing] = field(default_factory=list)  # of its own tensors
     filtered: bool = False  # by grad_filter
 
@@ -70,6 +62,11 @@ class Source(ABC):
         return Sharding.whole(self.num_classes)
 
     @property
+    def assumed(self) -> Sharding:
+        """`sharding`, without asking."""
+        return self.sharding
+
+    @property
     def is_plain(self) -> bool:
         """Whether every tensor is what it seems: whole, and of this rank alone."""
         return True
@@ -81,6 +78,31 @@ class Source(ABC):
     def like_target(self, name: str, x) -> Any:
         """A tensor that goes with the target, as it is here."""
         return x
+
+    def like_logits(self, name: str, x) -> Any:
+        """A tensor (..., V) that goes with the logits, as it is here; plain ones may be whole."""
+        return x
+
+    @property
+    def shared_tokens(self) -> Any:
+        """What two sources have in common whose ranks share out the tokens alike; None where
+        nobody says so."""
+        return None
+
+    def gathers(self) -> list[Crossing]:
+        """What `settled` asks of other ranks."""
+        return []
+
+    def settled(self, sharding: Sharding, crossing: bool = True) -> Source:
+        """The same without gradient, as it is read beside logits of which `sharding` has the
+        columns here; its own must be those or all. Without `crossing` it is only a plan's: nothing
+        is copied, gathered or asked for."""
+        if not sharding.is_whole:
+            raise TypeError(
+                f"teacher is {type(self).__name__}, the student's classes are sharded over ranks; "
+                "it takes logits (..., V), DenseLogits, LinearLogits or TopK"
+            )
+        return self
 
     @abstractmethod
     def sweep(self, batch: Batch, request: Request) -> Sweep:
@@ -119,13 +141,16 @@ class Source(ABC):
         """How many of so many rows a block may have."""
         return num_rows
 
-    @abstractmethod
-    def plan(self, batch: Batch, row_sum: bool, all_classes: bool = False) -> str:
-        """In words and bytes what a loss and its backward cost; `row_sum`: whether it is one,
-        `all_classes`: whether it sums the probabilities of each of them."""
+    def made(self, num_classes: int, picked: bool) -> Made:
+        """What blocks take, for a loss of another source."""
+        return Made(self.num_classes * self.dtype.itemsize)
 
-    def spread(self, batch: Batch, fused: bool) -> Spread:
-        """How it lies on the ranks, of which none is asked; `fused`: by `row_sum`."""
+    @abstractmethod
+    def plan(self, batch: Batch, asked: Asked) -> str:
+        """In words and bytes what a loss and its backward cost."""
+
+    def spread(self, batch: Batch, asked: Asked) -> Spread:
+        """How it lies on the ranks, of which none is asked."""
         return Spread(batch.target.numel(), torch.is_grad_enabled())
 
     @abstractmethod
@@ -136,6 +161,7 @@ class Source(ABC):
     @abstractmethod
     def unpacked(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> Source: ...
 
-    def explain(self, loss, target: Tensor) -> str:
-        """What `loss(self, target)` and its backward do: chunks, matrix products, bytes."""
-        return loss.explain(self, target)
+    def explain(self, loss, target: Tensor, **beside) -> str:
+        """What `loss(self, target)` and its backward do: chunks, matrix products, bytes; `teacher`
+        and `columns` as the call is given them."""
+        return loss.explain(self, target, **beside)

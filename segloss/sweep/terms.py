@@ -15,8 +15,11 @@ from segloss.sharding import Sharding
 from segloss.sweep.classes import group_sum
 
 
-def grad_terms(saved: dict[str, Tensor], grads: dict[str, Tensor]) -> GradTerms:
-    """The terms of `kernels/logit_grad.py`, but for the class sums' part of `s_i`."""
+def grad_terms(saved: dict[str, Tensor], grads: dict[str, Tensor], sharding: Sharding) -> GradTerms:
+    """The terms of `kernels/logit_grad.py`, but for the class sums' part of `s_i`.
+
+    Their classes are those of all ranks, their entries the ones whose class is here.
+    """
     zero = torch.zeros_like(saved["row_max"])
     target_coef = grads.get("log_prob", zero)
     terms = GradTerms(
@@ -24,7 +27,7 @@ def grad_terms(saved: dict[str, Tensor], grads: dict[str, Tensor]) -> GradTerms:
         target=saved["target"],
         row_max=saved["row_max"],
         log_sum=saved["log_sum"],
-        prob_coef=grads.get("lse", zero) - target_coef,
+        prob_coef=row_coef(saved, grads),
         target_coef=target_coef,
         target_rest=target_coef * -torch.expm1(saved["log_prob"]),
     )
@@ -37,8 +40,15 @@ def grad_terms(saved: dict[str, Tensor], grads: dict[str, Tensor]) -> GradTerms:
         terms.columns, terms.row_weight = saved.get("classes"), saved.get("row_weight")
     add_entries(terms, candidate_entries(saved, grads), peak_entries(saved, grads))
     if "listed" in grads:
-        add_listed(terms, saved["ids"], grads["listed"])
+        add_listed(terms, saved["ids"], listed_rest(saved, grads), sharding)
     return terms
+
+
+def row_coef(saved: dict[str, Tensor], grads: dict[str, Tensor]) -> Tensor:
+    """`prob_coef` (N,) as far as it is of single rows, the same on all ranks of the classes."""
+    zero = torch.zeros_like(saved["row_max"])
+    coef = grads.get("lse", zero) - grads.get("log_prob", zero)
+    return coef - listed_rest(saved, grads).sum(-1) if "listed" in grads else coef
 
 
 def add_entries(terms: GradTerms, candidate: tuple | None, peak: tuple | None) -> None:
@@ -61,20 +71,18 @@ def add_entries(terms: GradTerms, candidate: tuple | None, peak: tuple | None) -
     terms.entry_row, terms.entry_class, terms.entry_grad = row, column, grad
 
 
-def listed_grad(terms: GradTerms, listed: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of the listed classes' own logits (N, k), 0 where nothing is listed; their
-    log-probabilities' part in p goes to `prob_coef`."""
-    rest = torch.where((listed >= 0) & terms.valid[:, None], grad, 0)
-    terms.prob_coef = terms.prob_coef - rest.sum(-1)
-    return rest
+def listed_rest(saved: dict[str, Tensor], grads: dict[str, Tensor]) -> Tensor:
+    """Gradient of the listed classes' own logits (N, k), 0 where nothing is listed."""
+    return torch.where((saved["ids"] >= 0) & saved["valid"][:, None], grads["listed"], 0)
 
 
-def add_listed(terms: GradTerms, listed: Tensor, grad: Tensor) -> None:
+def add_listed(terms: GradTerms, listed: Tensor, rest: Tensor, sharding: Sharding) -> None:
     """The listed classes' logits as entries, each place once or with the same sum each time."""
-    rest = listed_grad(terms, listed, grad)
     num_rows, width = listed.shape
     row = torch.arange(num_rows, device=listed.device).repeat_interleave(width)
-    column = listed.reshape(-1)
+    here = sharding.holds(listed)
+    # once the columns are counted from the first one here, -1 is no entry
+    column = torch.where(here, listed, sharding.first - 1).reshape(-1)
     if listed.is_cuda and terms.entry_grad is None and terms.class_grad is None:
         # a class may be listed twice; without a look at how often, which would synchronise
         same = (listed[:, :, None] == listed[:, None, :]).to(rest.dtype)
@@ -82,7 +90,7 @@ def add_listed(terms: GradTerms, listed: Tensor, grad: Tensor) -> None:
         terms.entry_row, terms.entry_class, terms.entry_rest = row, column, rest
         terms.entry_grad = torch.zeros_like(rest)
         return
-    used = ((listed >= 0) & terms.valid[:, None]).view(-1)
+    used = (here & terms.valid[:, None]).view(-1)
     row, column, rest = row[used], column[used], rest.view(-1)[used]
     grad = torch.zeros_like(rest)
     if terms.class_grad is not None and terms.columns is not None:
@@ -144,8 +152,7 @@ def whole_dots(terms: GradTerms, saved: dict, grads: dict, sharding: Sharding) -
     per_class = ("prob_sum", "candidate_prob", "peak_prob")
     if sharding.is_whole or not any(name in saved for name in per_class):
         return
-    zero = torch.zeros_like(terms.prob_coef)
-    plain = grads.get("lse", zero) - grads.get("log_prob", zero)
+    plain = row_coef(saved, grads)
     terms.prob_coef = plain + sharding.sum(terms.prob_coef - plain)
 
 

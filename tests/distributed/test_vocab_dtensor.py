@@ -10,10 +10,12 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from vocab_beside import Unlikelihood
 from vocab_cases import D, V, losses
 
 import segloss
 from segloss.losses.crossing import crossings
+from segloss.sources import make_beside, own_probabilities
 from segloss.sweep.batch import make_batch
 
 B, T = 4, 8
@@ -86,8 +88,8 @@ def head(x: dict, options: tuple) -> segloss.LinearLogits:
     return segloss.LinearLogits(x["hidden"], x["weight"], bias, lora=lora)
 
 
-def evaluated(loss, source, target, leaves) -> tuple:
-    value = loss(source, target)
+def evaluated(loss, source, target, leaves, **call) -> tuple:
+    value = loss(source, target, **call)
     weights = torch.ones_like(value) if value.dim() == 0 else upstream(value)
     return value.detach(), torch.autograd.grad(value, leaves, weights)
 
@@ -120,6 +122,91 @@ def placed(x: torch.Tensor, mesh, placements) -> DTensor:
 
 def whole(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def read_beside(x: dict, teacher, columns, y) -> dict[str, tuple]:
+    """{what is read: (loss, target, what else the call is given)}"""
+    distill, ce = segloss.DistillationLoss, segloss.CrossEntropyLoss
+    soft = 0.5 * ce(label_smoothing=0.1) + 0.5 * distill("jsd", temperature=2)
+    return {
+        "teacher": (soft, x["target"], {"teacher": teacher}),
+        "teacher, none": (distill("reverse", reduction="none"), x["target"], {"teacher": teacher}),
+        "columns": (ce() + 0.1 * Unlikelihood(), x["target"], {"columns": columns}),
+        "probabilities": (ce(z_loss=0.01), y, {}),
+        "all": (
+            soft + 0.1 * Unlikelihood() + 0.2 * distill(),
+            x["target"],
+            {"teacher": teacher, "columns": columns},
+        ),
+    }
+
+
+READ = ("teacher", "teacher, none", "columns", "probabilities", "all")
+
+
+def beside_problem() -> dict:
+    x, g = problem(), torch.Generator().manual_seed(6)
+    x["columns"] = torch.randint(-1, V, (B, T, 3), generator=g)
+    x["y"] = torch.rand(B, T, V, generator=g, dtype=torch.float64).pow(3)
+    x["teacher weight"] = torch.randn(V, D, generator=g, dtype=torch.float64)
+    return x
+
+
+def of_beside(mesh) -> dict:
+    """Students of hidden states and of logits; every tensor beside them by its placements."""
+    found = {}
+    for where, (dims, of_hidden, of_weight) in HEADS.items():
+        on = mesh[dims]
+        tokens = [p if d == "dp" else R for d, p in zip(dims, of_hidden, strict=True)]
+        of_logits = [Shard(2) if w == S0 else t for w, t in zip(of_weight, tokens, strict=True)]
+        # hidden states that no rank shares out can go with a head that no rank does
+        of_teachers = [of_weight] + [(R,) * len(dims)] * (where in ("tp", "dp x tp"))
+        for of_teacher in of_teachers:
+            x = beside_problem()
+            for name, p in (("hidden", of_hidden), ("weight", of_weight), ("target", tokens)):
+                x[name] = placed(x[name], on, p)
+            weight = placed(x["teacher weight"], on, of_teacher)
+            teacher = segloss.LinearLogits(x["hidden"], weight)
+            columns, y = placed(x["columns"], on, tokens), placed(x["y"], on, of_logits)
+            places = placed(torch.arange(B * T).view(B, T), on, tokens).to_local()
+            for name, (loss, target, call) in read_beside(x, teacher, columns, y).items():
+                source, leaves = head(x, ()), [x["hidden"], x["weight"]]
+                told = told_beside(loss, source, target, call)
+                with CommDebugMode() as comm:
+                    value, grads = evaluated(loss, source, target, leaves, **call)
+                found[where, name, "hidden" if of_teacher is of_weight else "whole"] = {
+                    "value": value,
+                    "grads": [whole(g) for g in grads],
+                    "tokens": places,
+                    "told": told,
+                    "comm": {str(k): n for k, n in comm.get_comm_counts().items()},
+                }
+            z = placed(beside_problem()["logits"], on, of_logits)
+            teacher = placed(teacher_logits(beside_problem()), on, of_logits)
+            for name, (loss, target, call) in read_beside(x, teacher, columns, y).items():
+                value, grads = evaluated(loss, z, target, [z], **call)
+                found[where, name, "logits"] = {
+                    "value": value,
+                    "grads": [whole(g) for g in grads],
+                    "tokens": places,
+                }
+    return found
+
+
+def teacher_logits(x: dict) -> torch.Tensor:
+    return x["hidden"].detach() @ x["teacher weight"].T
+
+
+def told_beside(loss, source, target, call) -> dict[str, int]:
+    probabilities = own_probabilities(target, source, crossing=False)
+    if probabilities is not None:
+        target = loss.stand_in(probabilities)
+    beside = make_beside(source, probabilities=probabilities, **call, crossing=False)
+    batch = make_batch(source, target, beside=beside)
+    told: Counter = Counter()
+    for crossing in crossings(loss, loss.request_for(beside), source, batch)[0]:
+        told[crossing.kind] += crossing.count
+    return dict(told)
 
 
 def results(rank, group):
@@ -166,7 +253,7 @@ def results(rank, group):
             found[name, where, "logits"] = {"value": value, "grads": [whole(grad)]}
             tokens = placed(torch.arange(B * T).view(B, T), on, tokens).to_local()
             found[name, where, "logits"]["tokens"] = tokens
-    return found
+    return found | of_beside(mesh)
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +298,29 @@ def test_no_collective_beyond_the_table(found, name, where, title):
 @pytest.mark.parametrize("where", LOGITS)
 def test_logits_by_placements(found, name, where):
     assert_equal_to_one_process(found, (name, where, "logits"), true_of(name, None))
+
+
+@pytest.mark.parametrize("kind", ["hidden", "logits"])
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("where", HEADS)
+def test_what_is_read_beside_them(found, where, name, kind):
+    x = beside_problem()
+    names = ["hidden", "weight"] if kind == "hidden" else ["logits"]
+    teacher = teacher_logits(x)
+    x |= {n: x[n].requires_grad_() for n in names}
+    source = head(x, ()) if kind == "hidden" else x["logits"]
+    loss, target, call = read_beside(x, teacher, x["columns"], x["y"])[name]
+    true = evaluated(loss, source, target, [x[n] for n in names], **call)
+    assert_equal_to_one_process(found, (where, name, kind), true)
+    if (where, name, "whole") in found[0] and kind == "hidden":
+        assert_equal_to_one_process(found, (where, name, "whole"), true)
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("where", HEADS)
+def test_no_collective_beyond_those_told_beside_them(found, where, name):
+    for own in (rank[where, name, "hidden"] for rank in found):
+        counted: Counter = Counter()
+        for call, count in own["comm"].items():
+            counted[KINDS[call.rpartition(".")[2]]] += count
+        assert dict(counted) == own["told"]

@@ -29,6 +29,9 @@ from engine_cases import LR, STEPS, V, assert_same, gradients, loss_of
 from exact_llama import all_exact, exact
 from ranks import spawn
 
+import segloss
+from segloss import reference
+
 RANKS, HEADS = 4, 4
 
 
@@ -162,6 +165,46 @@ def train(case: Case, engine: Engine) -> list:
     return steps
 
 
+class Elder(Case):
+    """Another model of the same size."""
+
+    def make(self):
+        model = super().make().eval()
+        draw = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+                parameter += 0.2 * noise.to(parameter.dtype)
+        return model.requires_grad_(False)
+
+
+TAUGHT = {"torch": False, "torch, sequence parallel": True}
+
+
+def distilling(group=None):
+    options = {"temperature": 2, "group": group}
+    loss = 0.5 * segloss.CrossEntropyLoss(group=group)
+    loss = loss + 0.5 * segloss.DistillationLoss("jsd", **options)
+    return loss + 0.2 * segloss.DistillationLoss("reverse", group=group)
+
+
+def taught(name: str, mesh) -> tuple:
+    """(loss, gradients) of a step with a teacher whose head is cut as the student's is."""
+    from segloss.integrations.transformers import head_loss
+
+    engine = engines(mesh)[name]
+    student, teacher = engine.make(CASES[0]), by_torch(ELDER, mesh["tp"], TAUGHT[name])
+    group = engine.dp.get_group()
+    ids, target = CASES[0].data(0, dist.get_rank(group), dist.get_world_size(group))
+    loss, _ = head_loss(student, distilling(group), target, teacher=teacher, input_ids=ids)
+    loss.backward()
+    engine.add_up(student)
+    return loss.item(), {n: g.clone() for n, g in gradients(student).items()}
+
+
+ELDER = Elder("trainable", "ce")
+
+
 def refused(mesh) -> dict[str, str]:
     from segloss.integrations.transformers import head_loss
 
@@ -208,6 +251,8 @@ def ranks_results(rank, group):
     for name, engine in engines(mesh).items():
         for case in CASES:
             found[name, str(case)] = train(case, engine)
+    for name in TAUGHT:
+        found["taught", name] = taught(name, mesh)
     removed(rank)
     return found
 
@@ -241,6 +286,25 @@ def test_transformers_tp_size_2(two, case):
 def test_gradients_are_those_of_one_process(found, name, case):
     for rank in found:
         assert_same(rank[name, str(case)], case)
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_a_teacher_cut_alike(found, name):
+    all_exact()
+    student, teacher = CASES[0].make(), ELDER.make()
+    ids, target = CASES[0].data(0)
+    logits, others = student(input_ids=ids).logits, teacher(input_ids=ids).logits
+    options = {"divergence": "jsd", "temperature": 2, "teacher": others}
+    loss = 0.5 * reference.cross_entropy(logits, target)
+    loss = loss + 0.5 * reference.distillation_loss(logits, target, **options)
+    options = {"divergence": "reverse", "teacher": others}
+    loss = loss + 0.2 * reference.distillation_loss(logits, target, **options)
+    loss.backward()
+    true = gradients(student)
+    for value, grads in (rank["taught", name] for rank in found):
+        assert value == pytest.approx(loss.item(), rel=1e-9)
+        for parameter, grad in true.items():
+            torch.testing.assert_close(grads[parameter], grad, rtol=1e-7, atol=1e-11)
 
 
 REFUSED = {

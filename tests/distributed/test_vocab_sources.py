@@ -211,7 +211,7 @@ def of_refusals(rank: int) -> dict[str, str]:
     head = local(weight, tp, Shard(0))
     whole = local(hidden)
     linear, dense, shard = segloss.LinearLogits, segloss.DenseLogits, segloss.VocabShard
-    ce = segloss.CrossEntropyLoss()
+    ce, distill = segloss.CrossEntropyLoss(), segloss.DistillationLoss()
     two = local(hidden, mesh, Shard(0), Replicate())
     head_of_two = local(weight, mesh, Replicate(), Shard(0))
     tokens = linear(two, head_of_two)
@@ -245,11 +245,27 @@ def of_refusals(rank: int) -> dict[str, str]:
         "DTensor target": said(lambda: ce(linear(hidden, weight), local(target))),
         "class weight": said(lambda: segloss.CrossEntropyLoss(weight=local(x["bias"]))),
         "another group": said(lambda: segloss.CrossEntropyLoss(group=world)(tokens, target)),
-        "columns": said(
-            lambda: segloss.logit_statistics(tokens, target, columns=target[:, None])
+        "teacher of a whole student": said(
+            lambda: distill(hidden @ weight.T, target, teacher=linear(whole, head))
         ),
-        "teacher": said(
-            lambda: segloss.DistillationLoss()(hidden @ weight.T, target, teacher=tokens)
+        "teacher's tokens": said(
+            lambda: distill(hidden @ weight.T, target[:8].repeat(6), teacher=tokens)
+        ),
+        "teacher's shards": said(
+            lambda: distill(
+                linear(hidden, cut(weight, None, rank), vocab=shard(world, V)), target,
+                teacher=linear(hidden, cut(weight, CUTS["empty shards"], rank),
+                               vocab=shard(world, V)))
+        ),
+        "teacher's group": said(
+            lambda: distill(linear(hidden, cut(weight, None, rank), vocab=shard(world, V)), target,
+                            teacher=linear(whole, head))
+        ),
+        "teacher's classes": said(
+            lambda: distill(linear(whole, head), target, teacher=torch.zeros(N, 900))
+        ),
+        "half a target": said(
+            lambda: ce(linear(whole, head), torch.ones(N, V - 2, dtype=torch.float64))
         ),
         "rows": said(lambda: tokens.rows(torch.arange(2))),
         "ZeRO-3": said(lambda: linear(hidden, placeholder())),
@@ -486,8 +502,18 @@ REFUSED = {
     "DTensor target": ("TypeError: target is a DTensor", "target.to_local()"),
     "class weight": ("TypeError: weight is a DTensor", "weight.full_tensor()"),
     "another group": ("ValueError: group has the ranks [0, 1, 2, 3]", "leave group out"),
-    "columns": ("TypeError: columns beside logits that are sharded over ranks",),
-    "teacher": ("TypeError: teacher beside logits that are sharded over ranks",),
+    "teacher of a whole student": (
+        "TypeError: teacher's classes are sharded over ranks, and the student's are not so",
+        "all classes on every rank",
+    ),
+    "teacher's tokens": (
+        "TypeError: teacher's tokens are sharded over other ranks than the student's",
+        "placements of the student's tokens",
+    ),
+    "teacher's shards": ("TypeError: teacher's classes are sharded", "the student's shards"),
+    "teacher's group": ("TypeError: teacher's classes are sharded", "the student's shards"),
+    "teacher's classes": ("ValueError: teacher has 900 classes, the student 58",),
+    "half a target": ("TypeError: target is a torch.float64 tensor", "class indices"),
     "rows": ("TypeError: logits of single rows",),
     "ZeRO-3": ("TypeError: weight is an empty ZeRO-3 placeholder", "head_loss("),
     "cut short": ("ValueError: the vocabulary's ranks have [7, 7, 7, 7] columns", "29"),

@@ -21,7 +21,14 @@ from kernel_helpers import (
 from torch import Tensor
 
 from segloss.kernels.common import Rows
-from segloss.kernels.divergence import KINDS, Pair, divergence, divergence_grad
+from segloss.kernels.divergence import (
+    KINDS,
+    Pair,
+    divergence,
+    divergence_grad,
+    mixture,
+    normalisers,
+)
 from segloss.kernels.logit_grad import logit_grad
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -173,6 +180,50 @@ def test_a_known_normaliser_changes_nothing():
         both.kind = kind
         plain, given = divergence(both.pair()), divergence(both.pair(), known)
         assert_close(given.numbers.value, plain.numbers.value, size=60.0)
+
+
+def of_columns(pair: Pair, first: int, last: int) -> Pair:
+    """A part of both matrices' columns, as another rank may have the rest."""
+    rows = (replace(r, data=r.data[:, :, first:last]) for r in (pair.student, pair.teacher))
+    return Pair(*rows, pair.valid, pair.kind, pair.beta)
+
+
+def test_the_two_passes_of_jsd_apart():
+    """The second of columns that lie apart, given the normalisers of all; one part is empty."""
+    both = Both(example(33, 507), "jsd", extra=0)
+
+    def run_apart():
+        whole, first = divergence(both.pair()), normalisers(both.pair())
+        names = ("student_max", "student_sum", "teacher_max", "teacher_sum")
+        at = {name: getattr(first.numbers, name) for name in names}
+        for name in names:
+            assert_close(at[name], getattr(whole.numbers, name), size=60.0)
+        parts = [of_columns(both.pair(), *ends) for ends in ((0, 200), (200, 507), (507, 507))]
+        for part in parts:
+            zero = torch.zeros_like(whole.numbers.value)
+            part.numbers = whole.numbers._replace(value=zero.clone(), center=zero.clone(), **at)
+            mixture(part)
+        sums = [sum(getattr(p.numbers, n) for p in parts) for n in ("value", "center")]
+        return sums, whole.numbers.center
+
+    for (value, center), true_center in on_both(run_apart):
+        assert_close(value, both.value.detach(), size=60.0)
+        assert_close(center, true_center, size=60.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_column_has_no_share(kind):
+    both = Both(example(7, 507), kind, extra=0)
+    for student, teacher in on_both(lambda: empty_sums(both)):
+        assert (student == -torch.inf).all()
+        assert (teacher == (0 if kind == "targets" else -torch.inf)).all()
+
+
+def empty_sums(both: Both) -> tuple[Tensor, Tensor]:
+    pair = both.pair()
+    pair.student = replace(pair.student, data=pair.student.data[:, :, :0])
+    numbers = divergence(pair).numbers
+    return numbers.student_sum, numbers.teacher_sum
 
 
 @pytest.mark.parametrize("terms", [None, "everything", "everything listed"])

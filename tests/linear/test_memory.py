@@ -134,6 +134,89 @@ def test_explain_says_the_allocators_peak(case):
     assert explained(plan) == pytest.approx(made.peak - grads, rel=limits.EXPLAINED)
 
 
+DISTIL = segloss.DistillationLoss
+LARGE = (1500, 16384, 64)  # two chunks by default
+DEEP = (2048, 16384, 512)
+KL, JSD = DISTIL(), DISTIL("jsd", temperature=2, reduction="none")
+MIXED = 0.5 * DISTIL("reverse") + 0.5 * CE
+# the same, and: the teacher, whether every fourth token is ignored
+TAUGHT = {
+    "a head": (KL, LARGE, BOTH, torch.bfloat16, False, {}, "linear", False),
+    "a head, mixed": (MIXED, LARGE, BOTH, torch.bfloat16, False, {}, "linear", False),
+    "a head, frozen": (MIXED, LARGE, HIDDEN, torch.bfloat16, False, {}, "linear", False),
+    "a head, deep": (KL, DEEP, BOTH, torch.bfloat16, False, {}, "linear", True),
+    "a head, autocast": (KL, LARGE, BOTH, torch.float32, True, {}, "linear", False),
+    "a head, per token": (JSD, LARGE, BOTH, torch.bfloat16, False, {}, "linear", True),
+    "a head, nothing kept": (JSD, LARGE, BOTH, torch.bfloat16, False, {"memory_budget": 0},
+                             "linear", False),
+    "a head, all kept": (JSD, LARGE, BOTH, torch.bfloat16, False, {"memory_budget": 1 << 40},
+                         "linear", False),
+    "a head, per token, frozen": (JSD, LARGE, HIDDEN, torch.bfloat16, False, {}, "linear", False),
+    "a head, Dice": (KL + DICE, LARGE, BOTH, torch.bfloat16, False, {}, "linear", False),
+    "a head, no gradient": (KL, LARGE, [], torch.bfloat16, False, {}, "linear", False),
+    "logits": (KL, LARGE, BOTH, torch.bfloat16, False, {}, "dense", False),
+    "logits, prompts": (MIXED, LARGE, BOTH, torch.bfloat16, False, {}, "dense", True),
+    "logits, deep": (KL, DEEP, BOTH, torch.bfloat16, False, {}, "dense", False),
+    "logits, per token": (JSD, LARGE, BOTH, torch.bfloat16, False, {}, "dense", True),
+    "logits, frozen": (JSD, LARGE, HIDDEN, torch.bfloat16, False, {}, "dense", True),
+    "stored": (KL, LARGE, BOTH, torch.bfloat16, False, {}, "renormalise", False),
+    "stored, written out": (JSD, LARGE, BOTH, torch.bfloat16, False, {}, "uniform", False),
+    "a head of logits": (MIXED, LARGE, None, torch.bfloat16, False, {}, "linear", False),
+    "logits of logits": (KL, LARGE, None, torch.bfloat16, False, {}, "dense", False),
+}  # fmt: skip
+
+
+def teacher_of(kind: str, n: int, v: int, d: int, dtype: torch.dtype):
+    draw = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(rows, d, generator=draw).to(dtype) for rows in (n, v))
+    if kind == "linear":
+        return segloss.LinearLogits(hidden, weight)
+    logits = hidden @ weight.T
+    if kind == "dense":
+        return logits
+    log_prob, ids = logits.float().log_softmax(-1).topk(8)
+    return segloss.TopK(ids, log_prob, kind)
+
+
+@pytest.mark.parametrize("case", TAUGHT)
+def test_explain_says_the_peak_with_a_teacher(case):
+    loss, (n, v, d), trained, dtype, autocast, options, kind, ignored = TAUGHT[case]
+    draw = torch.Generator().manual_seed(0)
+    leaves = {
+        name: torch.randn(rows, d, generator=draw).to(dtype).requires_grad_(name in (trained or ()))
+        for name, rows in (("hidden", n), ("weight", v))
+    }
+    target = torch.randint(64, (n,), generator=draw)
+    target[:: 4 if ignored else n + 1] = -100
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if trained is None:  # the logits' gradient is counted: it is all there is
+            logits = (leaves["hidden"] @ leaves["weight"].T).requires_grad_()
+        else:
+            logits = segloss.LinearLogits(**leaves, **options)
+        teacher = teacher_of(kind, n, v, d, dtype)
+        plan = loss.explain(logits, target, teacher=teacher)
+        with Operations() as made:
+            value = loss(logits, target, teacher=teacher).sum()
+            if value.requires_grad:
+                value.backward()
+    grads = sum(x.grad.nbytes for x in leaves.values() if x.grad is not None)
+    assert explained(plan) == pytest.approx(made.peak - grads, rel=limits.EXPLAINED)
+    assert "teacher    " in plan or kind == "renormalise" or (kind == "dense" and not ignored)
+
+
+def test_explain_counts_the_teachers_products():
+    hidden, weight = torch.randn(40, 6), torch.randn(30, 6, requires_grad=True)
+    target = torch.arange(40) % 30
+    teacher = segloss.LinearLogits(torch.randn(40, 9), torch.randn(30, 9))
+    for loss, times in ((KL, "1 product"), (DISTIL(reduction="none"), "2 products")):
+        plan = segloss.LinearLogits(hidden, weight).explain(loss, target, teacher=teacher)
+        flop = int(times[0]) * 2 * 40 * 30 * 9
+        assert f"{times} of its head = {flop:.3g} FLOP" in plan
+    assert "not counted: explain(..., teacher=teacher) does" in KL.explain(hidden, target % 6)
+    with pytest.raises(TypeError, match="reads no teacher"):
+        CE.explain(hidden, target % 6, teacher=teacher)
+
+
 def every_loss():
     named = {name: kind for name, kind in vars(segloss).items() if name.endswith("Loss")}
     apart = ("TokenLoss", "RegionLoss", "CombinedLoss", "DistillationLoss")  # no losses of a target
