@@ -185,6 +185,8 @@ def test_sums_alone_however_far_the_target_is_from_the_maximum(step, dtype, tran
     assert_close(stats.log_prob, log_prob)
     lse = torch.logsumexp(exact.load(exact.data[0]), -1)
     assert_close(stats.row_max + stats.log_sum, lse, size=10.0)
+    # what others multiply by exp(z - row_max) must not vanish
+    assert stats.log_sum.nan_to_num(0).max() < 42
     confident = stats.log_prob[:2] / log_prob[:2].float()  # nll of about 1e-6
     assert (confident - 1).abs().max() < 0.1
 
