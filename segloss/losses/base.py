@@ -226,7 +226,7 @@ class Loss(nn.Module):
         request = self.request()
         all_classes = request.prob_sums and isinstance(request.classes, str)
         all_classes = all_classes and request.classes == "all"
-        plan = source.plan(batch, self.is_row_sum, all_classes)
+        plan = source.plan(batch, self.is_row_sum, all_classes, request.peaks)
         if self.reads_teacher:
             plan += (
                 "\nteacher    not counted: of a head, one product and a chunk of its logits more"

@@ -117,7 +117,7 @@ class DenseLogits(Source):
             data = raw_rows(Rows(data), rows)[None]
         return Rows(data[:, :, classes], self.softcap, self.scale)
 
-    def plan(self, batch: Batch, row_sum: bool, all_classes: bool = False) -> str:
+    def plan(self, batch: Batch, row_sum: bool, all_classes: bool, peaks: bool) -> str:
         width = self.layout.assumed.width
         size = batch.target.numel() * width * self.logits.element_size() / 2**20
         mode, peak = "no gradient: the logits are read once", 0.0

@@ -261,8 +261,8 @@ class LinearLogits(Source):
     def block_rows(self, num_rows: int) -> int:
         return self.inputs().chunk_rows(num_rows, trained=False) if num_rows else 1
 
-    def plan(self, batch: Batch, row_sum: bool, all_classes: bool = False) -> str:
-        return explain(self.inputs(crossing=False), batch, row_sum, all_classes)
+    def plan(self, batch: Batch, row_sum: bool, all_classes: bool, peaks: bool) -> str:
+        return explain(self.inputs(crossing=False), batch, row_sum, all_classes, peaks)
 
     def spread(self, batch: Batch, fused: bool) -> Spread:
         inputs, layout = self.inputs(crossing=False), self.layout

@@ -109,7 +109,7 @@ class ModuleLogits(Source):
     def sweep(self, batch: Batch, request: Request) -> Sweep:
         return sweep_module(self, batch, request)
 
-    def plan(self, batch: Batch, row_sum: bool, all_classes: bool = False) -> str:
+    def plan(self, batch: Batch, row_sum: bool, all_classes: bool, peaks: bool) -> str:
         rows = int(batch.valid.sum())
         return (
             f"tokens     {rows} of {batch.target.numel()} (ignored ones left out)\n"

@@ -120,9 +120,10 @@ class Source(ABC):
         return num_rows
 
     @abstractmethod
-    def plan(self, batch: Batch, row_sum: bool, all_classes: bool = False) -> str:
+    def plan(self, batch: Batch, row_sum: bool, all_classes: bool, peaks: bool) -> str:
         """In words and bytes what a loss and its backward cost; `row_sum`: whether it is one,
-        `all_classes`: whether it sums the probabilities of each of them."""
+        `all_classes`: whether it sums the probabilities of each of them, `peaks`: whether it asks
+        for the largest of each."""
 
     def spread(self, batch: Batch, fused: bool) -> Spread:
         """How it lies on the ranks, of which none is asked; `fused`: by `row_sum`."""
