@@ -248,15 +248,16 @@ class Rows:
         )
 
 
-def row_tile(rows: Rows) -> dict[str, int]:
+def row_tile(rows: Rows, halved: bool = False) -> dict[str, int]:
     """How a program that owns a row takes it: what fits 8 warps without a register spilled.
 
-    float64 takes an eighth of the elements: they are pairs of registers, and its exponential and
-    its division need many.
+    `halved`: for as many warps half of it. float64 takes an eighth of the elements: they are pairs
+    of registers, and its exponential and its division need many.
     """
     per_thread = 2 if rows.dtype == torch.float64 else 16
     block = min(256 * per_thread, max(16, next_power_of_2(rows.num_classes)))
-    return {"BLOCK_V": block, "num_warps": max(1, block // (32 * per_thread))}
+    num_warps = max(1, block // (32 * per_thread))
+    return {"BLOCK_V": max(16, block // 2) if halved else block, "num_warps": num_warps}
 
 
 @jit

@@ -276,7 +276,8 @@ def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
         kernel_rows,
         dlogits,
         no_entries if covers_all else no_classes,
-        **row_tile(rows),
+        # both terms beside a softcap take the registers
+        **row_tile(rows, halved=terms.entropy_grad is not None and terms.sum_grad is not None),
     )
     num_columns = num_classes if terms.class_grad is None else terms.class_grad.shape[1]
     if listed:

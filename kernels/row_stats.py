@@ -171,10 +171,8 @@ def row_stats_kernel(
 
 def stats_tile(rows: Rows, stats: RowStats) -> dict[str, int]:
     """`row_tile`; half of it where every statistic is asked for, whose sums take the registers."""
-    tile = row_tile(rows)
-    if stats.entropy is not None and stats.logit_sum is not None:
-        tile["BLOCK_V"] = max(16, tile["BLOCK_V"] // 2)
-    return tile
+    everything = stats.entropy is not None and stats.logit_sum is not None
+    return row_tile(rows, halved=everything)
 
 
 @launcher
