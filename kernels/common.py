@@ -34,7 +34,7 @@ LOG2E = 1.4426950408889634 if tl is None else tl.constexpr(1.4426950408889634)
 
 # float32 bytes of one row block of the torch twins: about a core's L2; fewer calls weigh more than
 # what spills into the L3 (measured: bench/NOTES.md)
-BLOCK_BYTES = 2 << 20
+BLOCK_BYTES = 1 << 20
 # below this many elements a second thread costs more than it gains
 PARALLEL_ELEMENTS = 1 << 20
 
@@ -97,9 +97,9 @@ def multiplies_and_adds() -> bool:
     return torch.equal(torch.add(-(b * c), b, alpha=c.item()), exact.float())
 
 
-def exponents(z: Tensor, base: Tensor, out: Tensor) -> Tensor:
-    """`z * log2(e) - base` in one pass, for z (R, V) and base (R,) of the same scale."""
-    return torch.add(-base[:, None], z, alpha=math.log2(math.e), out=out)
+def exponents(z: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+    """`z * log2(e) + shift` in one pass, for z (R, V) and shift (R, 1) of the same scale."""
+    return torch.add(shift, z, alpha=math.log2(math.e), out=out)
 
 
 def bounds(row: Tensor, groups: list[list[Block]]) -> dict[int, int]:
@@ -192,10 +192,13 @@ class Rows:
         step = max(1, BLOCK_BYTES // (4 * num_classes * matrices))
         blocks = []
         for b in range(batch):
-            for t in range(0, time, step):
-                raw = data[b, t : t + step]
-                blocks.append((b * time + t, b * time + t + raw.shape[0], raw))
-        groups = 4 * torch.get_num_threads() if self.data.numel() > PARALLEL_ELEMENTS else 1
+            first = b * time
+            for raw in data[b].split(step):
+                blocks.append((first, first + len(raw), raw))
+                first += len(raw)
+        threads = torch.get_num_threads()
+        several = threads > 1 and self.data.numel() > PARALLEL_ELEMENTS
+        groups = 4 * threads if several else 1
         size = max(1, cdiv(len(blocks), groups))
         return [blocks[i : i + size] for i in range(0, len(blocks), size)]
 
@@ -245,15 +248,16 @@ class Rows:
         )
 
 
-def row_tile(rows: Rows) -> dict[str, int]:
+def row_tile(rows: Rows, halved: bool = False) -> dict[str, int]:
     """How a program that owns a row takes it: what fits 8 warps without a register spilled.
 
-    float64 takes an eighth of the elements: they are pairs of registers, and its exponential and
-    its division need many.
+    `halved`: for as many warps half of it. float64 takes an eighth of the elements: they are pairs
+    of registers, and its exponential and its division need many.
     """
     per_thread = 2 if rows.dtype == torch.float64 else 16
     block = min(256 * per_thread, max(16, next_power_of_2(rows.num_classes)))
-    return {"BLOCK_V": block, "num_warps": max(1, block // (32 * per_thread))}
+    num_warps = max(1, block // (32 * per_thread))
+    return {"BLOCK_V": max(16, block // 2) if halved else block, "num_warps": num_warps}
 
 
 @jit

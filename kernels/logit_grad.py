@@ -276,7 +276,8 @@ def logit_grad_triton(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
         kernel_rows,
         dlogits,
         no_entries if covers_all else no_classes,
-        **row_tile(rows),
+        # both terms beside a softcap take the registers
+        **row_tile(rows, halved=terms.entropy_grad is not None and terms.sum_grad is not None),
     )
     num_columns = num_classes if terms.class_grad is None else terms.class_grad.shape[1]
     if listed:
@@ -315,9 +316,10 @@ class RowVectors:
     target_value: Tensor  # (N',) dz there, before the transform's slope
     target_before: dict[int, int]  # how many of them lie before a block's edge
     valid_before: dict[int, int]
-    # plain cross-entropy's `p * coefficient` is one exponential: (N,) what it is relative to, and
-    # (N, 1) signs where some coefficient is negative
-    base: Tensor | None = None
+    # plain cross-entropy's `p * coefficient` is one exponential: the shift (N, 1) of its exponent,
+    # and signs where some coefficient is negative
+    shift: Tensor | None = None
+    target_last: bool = False  # nothing is added to the target's element, nor is it multiplied
     sign: Tensor | None = None
     entry_place: Tensor | None = None  # (M,)
     entry_value: Tensor | None = None  # (M,)
@@ -346,7 +348,12 @@ class RowVectors:
         plain = terms.entropy_grad is None and terms.class_grad is None
         if plain and rows.dtype == torch.float32 and multiplies_and_adds():
             log_size = terms.prob_coef.abs().log2()
-            vectors.base = (terms.row_max + terms.log_sum) * math.log2(math.e) - log_size
+            lse = terms.row_max + terms.log_sum
+            vectors.shift = (log_size - lse * math.log2(math.e))[:, None]
+            untransformed = rows.softcap is None and rows.scale == 1.0
+            vectors.target_last = (
+                untransformed and terms.sum_grad is None and terms.entry_grad is None
+            )
             if bool((terms.prob_coef < 0).any()):
                 vectors.sign = terms.prob_coef.sign()[:, None]
         if terms.entry_row is not None:
@@ -391,6 +398,9 @@ def logit_grad_torch(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
                 out.copy_(dz)
 
     parallel(work, groups)
+    if vectors.target_last:
+        target_value = vectors.target_value.to(dlogits.dtype)
+        dlogits.view(-1).index_copy_(0, vectors.target_place, target_value)
 
 
 def block_grad(
@@ -399,8 +409,8 @@ def block_grad(
     """All terms of one block into dz (R, V); z is (R, V), possibly the same memory."""
     here = slice(first, last)
     log_p = None
-    if vectors.base is not None:
-        exponents(z, vectors.base[here], dz).exp2_()
+    if vectors.shift is not None:
+        exponents(z, vectors.shift[here], dz).exp2_()
         if vectors.sign is not None:
             dz.mul_(vectors.sign[here])
         return block_rest(rows, z, terms, vectors, first, last, dz, None)
@@ -429,6 +439,8 @@ def block_rest(
 ) -> None:
     """What is added to `p * coefficient` (R, V)."""
     here = slice(first, last)
+    if vectors.target_last:
+        return
     flat = dz.view(-1)
     start = first * rows.num_classes
     part = slice(vectors.target_before[first], vectors.target_before[last])

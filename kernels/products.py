@@ -261,8 +261,8 @@ def filtered_products(
     hidden_grad = dlogits.new_empty(hidden.shape, dtype=dtype)
     share = dlogits.new_empty(len(blocks), dlogits.shape[1], dtype=dtype)
     moment = dlogits.new_empty(len(blocks), hidden.shape[1], dtype=dtype)
-    rests, found = [], []
-    for number, here in enumerate(blocks):
+
+    def multiply(number: int, here: slice) -> tuple[Tensor, Tensor, Tensor]:
         block = dlogits[here]
         columns = split_block(block, threshold, dtype)
         signed = product(columns.rest.sign()[None].to(block.dtype), block)[0].to(dtype)
@@ -274,12 +274,14 @@ def filtered_products(
         if into is not None:
             part = product(columns.large.T, hidden[here], scale).to(dtype)
             into.index_add_(0, columns.kept, part)
-        rests.append(columns.rest)
-        found.append((columns.mass, columns.kept_mass))
+        return columns.rest, columns.mass, columns.kept_mass
+
+    # the large columns of one block are gone before the next one's are copied
+    found = [multiply(number, here) for number, here in enumerate(blocks)]
     common = product(share.to(weight.dtype), weight).to(dtype)
-    for here, rest, direction in zip(blocks, rests, common, strict=True):
+    for here, (rest, _, _), direction in zip(blocks, found, common, strict=True):
         hidden_grad[here].addr_(rest, direction)
     nothing = dlogits.new_zeros((), dtype=torch.float64)
-    mass = sum((m for m, _ in found), nothing)
-    kept_mass = sum((k for _, k in found), nothing)
+    mass = sum((m for _, m, _ in found), nothing)
+    kept_mass = sum((k for _, _, k in found), nothing)
     return Filtered(times(hidden_grad, scale), share, moment, mass, mass - kept_mass)

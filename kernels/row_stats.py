@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .common import (
+    BLOCK_BYTES,
     LOG2E,
     Block,
     Rows,
@@ -30,6 +31,8 @@ from .common import (
     use_triton,
 )
 
+# sum of exponentials relative to the target's above which the maximum is too far from it
+FAR = 2.0**60
 LOWEST = -3.4028234663852886e38 if tl is None else tl.constexpr(-3.4028234663852886e38)
 
 
@@ -37,7 +40,8 @@ class RowStats(NamedTuple):
     """Per-row statistics, all (N,); `lse = row_max + log_sum`.
 
     The maximum and the logarithm of the rest are kept apart: their rounded sum would cost the small
-    `nll` of a confident row its digits.
+    `nll` of a confident row its digits. Where nothing else is asked for, a CPU takes the target's
+    logit for the maximum.
     """
 
     row_max: Tensor
@@ -167,10 +171,8 @@ def row_stats_kernel(
 
 def stats_tile(rows: Rows, stats: RowStats) -> dict[str, int]:
     """`row_tile`; half of it where every statistic is asked for, whose sums take the registers."""
-    tile = row_tile(rows)
-    if stats.entropy is not None and stats.logit_sum is not None:
-        tile["BLOCK_V"] = max(16, tile["BLOCK_V"] // 2)
-    return tile
+    everything = stats.entropy is not None and stats.logit_sum is not None
+    return row_tile(rows, halved=everything)
 
 
 @launcher
@@ -191,6 +193,11 @@ def row_stats_triton(
         GROUP=16 // rows.data.element_size(),
         **stats_tile(rows, stats),
     )
+
+
+def multiplies(rows: Rows, stats: RowStats) -> bool:
+    """Whether the twin takes exponents by one multiply-add: nothing else asks for `z - max`."""
+    return stats.entropy is None and rows.dtype == torch.float32 and multiplies_and_adds()
 
 
 def row_stats_torch(
@@ -215,7 +222,11 @@ def row_stats_torch(
                 here = slice(first, last)
                 block_stats(rows, raw, buffer, here, stats, column_weight, exp_out)
 
-    parallel(work, blocks)
+    sums_alone = exp_out is None and all(out is None for out in stats[3:])
+    if sums_alone and multiplies(rows, stats) and bool((y == target)[valid].all()):
+        sums_from_target(rows, z_y, blocks, valid_before, stats)
+    else:
+        parallel(work, blocks)
     # so far log_sum holds the sum itself, entropy sum_j exp(z_j - max) (z_j - max): what is left is
     # arithmetic on vectors, done once for all rows
     total, log_sum = stats.log_sum.clone(), stats.log_sum.log_()
@@ -230,6 +241,39 @@ def row_stats_torch(
         here = (y == target).nonzero()[:, 0]  # a target elsewhere has no column to clear
         exp_out[here, y[here]] = 0
         exp_out[(~valid).nonzero()[:, 0]] = 0  # by index: a mask would pass over the whole
+
+
+def sums_from_target(
+    rows: Rows, z_y: Tensor, blocks: list[list[Block]], valid_before: dict[int, int], stats
+) -> None:
+    """Sums of exponentials relative to the target's logit z_y (N,): a pass less than relative to
+    the maximum, and the same where p is near 1.
+
+    Where the maximum is so far above that float32's range might not do, the row is read again.
+    """
+    total = stats.log_sum.fill_(1)
+    shift = stats.row_max.copy_(z_y)[:, None] * -math.log2(math.e)
+
+    def work(group: list[Block]) -> None:
+        buffer = rows.new(max(last - first for first, last, _ in group), rows.num_classes)
+        for first, last, raw in group:
+            if valid_before[first] < valid_before[last]:
+                place = buffer[: last - first]
+                exp_z = exponents(rows.load(raw, place), shift[first:last], place).exp2_()
+                torch.sum(exp_z, -1, out=total[first:last])
+
+    def from_maximum(some: Tensor) -> None:
+        raw = rows.data[some // rows.data.shape[1], some % rows.data.shape[1]]
+        part = RowStats(*(rows.new(some.numel()) for _ in range(3)))
+        block_stats(rows, raw, rows.new(*raw.shape), slice(None), part, None, None)
+        stats.row_max[some], total[some] = part.row_max, part.log_sum
+
+    parallel(work, blocks)
+    # the rounding of the shift is one factor of the whole row, which the target's own 1 tells
+    at_target = exponents(z_y[:, None], shift, torch.empty_like(shift)).exp2_()
+    total.div_(at_target[:, 0]).clamp_(min=1)
+    far = (~(total < FAR)).nonzero()[:, 0]
+    parallel(from_maximum, far.split(max(1, BLOCK_BYTES // (4 * rows.num_classes))))
 
 
 def block_stats(
@@ -263,13 +307,13 @@ def block_stats(
             stats.weight_sum[here] = finite.to(z.dtype) @ w
     slope = rows.slope(z) if exp_out is not None else 1.0
     floored, place = None, buffer[: z.shape[0]]
-    if stats.entropy is None and z.dtype == torch.float32 and multiplies_and_adds():
-        # the rounding of the base is one factor of the whole row, which the maximum's 1 tells
-        base = row_max * math.log2(math.e)
-        at_max = exponents(row_max[:, None], base, torch.empty_like(row_max[:, None]))[:, 0]
-        exp_z = exponents(z, base, place).exp2_()
+    if multiplies(rows, stats):
+        # the rounding of the shift is one factor of the whole row, which the maximum's 1 tells
+        shift = row_max[:, None] * -math.log2(math.e)
+        at_max = exponents(row_max[:, None], shift, torch.empty_like(shift)).exp2_()
+        exp_z = exponents(z, shift, place).exp2_()
         total = torch.sum(exp_z, -1, out=stats.log_sum[here])
-        total.mul_(torch.exp2(-at_max)).clamp_(min=1).masked_fill_(nothing, 0)
+        total.div_(at_max[:, 0]).clamp_(min=1).masked_fill_(nothing, 0)
     else:
         shifted = torch.sub(z, row_max[:, None], out=place)
         # the floor makes p log p = 0 at p = 0

@@ -11,13 +11,18 @@ from dataclasses import dataclass
 import torch
 
 from segloss.head.inputs import Inputs, is_frozen
-from segloss.head.rows import beside_others, chunk_slices, kept_rows, rows_to_keep
+from segloss.head.rows import beside_others, block_width, chunk_slices, kept_rows, rows_to_keep
 from segloss.kernels.class_stats import PARTIAL_SUMS
 from segloss.kernels.common import BLOCK_BYTES, cdiv
+from segloss.kernels.products import FILTER_ROWS, SPLIT_COLUMNS
 from segloss.sweep.batch import Batch
 from segloss.sweep.cost import Asked, Seconds, megabytes, seconds_of
 
 NOTHING = Seconds()
+
+# of each class, where the largest of its probabilities is looked for: value and row, those of a
+# chunk and of a panel of it, and what they are compared by
+PEAK_BYTES = 68
 
 
 @dataclass
@@ -32,9 +37,14 @@ class Plan:
     peak: int  # above inputs and gradients
     readings: int = 1  # of the matrices beside, whose heads' products are made as often
 
+    @property
+    def most(self) -> str:
+        """Said before the peak where it is a bound: what a filter takes, the gradient decides."""
+        return "at most " if self.held.get("merged") else ""
+
     def __str__(self) -> str:
         """For a list of alternatives."""
-        return f"{self.chunks} of {self.rows} rows, peak {megabytes(self.peak)}"
+        return f"{self.chunks} of {self.rows} rows, peak {self.most}{megabytes(self.peak)}"
 
 
 def explain(inputs: Inputs, batch: Batch, asked: Asked) -> str:
@@ -44,7 +54,8 @@ def explain(inputs: Inputs, batch: Batch, asked: Asked) -> str:
     at = inputs.num_classes, rows is not None, inputs.device, inputs.dtype.itemsize
     second = seconds_of(batch.beside, asked, *at)
     inputs, row_sum = beside_others(inputs, batch, asked.request), asked.row_sum
-    plan = plan_of(inputs, row_sum, num_rows, copied, all_classes=asked.all_classes, second=second)
+    every, peaks = asked.all_classes, asked.request.peaks
+    plan = plan_of(inputs, row_sum, num_rows, copied, all_classes=every, second=second, peaks=peaks)
     num_classes, width = inputs.weight.shape
     itemsize = inputs.options.product_dtype.itemsize
     one = 2 * num_rows * width * num_classes
@@ -56,7 +67,7 @@ def explain(inputs: Inputs, batch: Batch, asked: Asked) -> str:
         f"chunks     {plan.chunks} of {plan.rows} rows, "
         f"{megabytes(plan.rows * num_classes * itemsize)} of logits",
         *(f"{name:<10} {megabytes(size)}" for name, size in plan.held.items() if size),
-        f"peak       {megabytes(plan.peak)} above inputs and gradients "
+        f"peak       {plan.most}{megabytes(plan.peak)} above inputs and gradients "
         f"(all logits would take {megabytes(num_rows * num_classes * itemsize)})",
     ]
     others = alternatives(inputs, row_sum, num_rows, copied, plan, second)
@@ -89,6 +100,7 @@ def plan_of(
     rows: int | None = None,
     all_classes: bool = False,
     second: Seconds = NOTHING,
+    peaks: bool = False,
 ) -> Plan:
     """`row_sum`: whether the loss is one, so that gradients are formed in forward; `rows` of a
     chunk, None for those that are chosen; `copied`: whether hidden states are."""
@@ -106,7 +118,8 @@ def plan_of(
 
     # a CPU multiplies float16 as float32, and the factored gradient's small side in it
     on_gpu, half = inputs.weight.is_cuda, options.product_dtype == torch.float16
-    small = 6 * (second.count == 0) if row_sum else 2 * is_frozen(needed)
+    filtering = options.grad_filter > 0
+    small = 6 * (second.count == 0 and not filtering) if row_sum else 2 * is_frozen(needed)
     work = 0 if on_gpu else rows * width * small
     if half and not on_gpu:
         work += 4 * (rows * num_classes + inputs.weight.numel())
@@ -121,16 +134,18 @@ def plan_of(
         # with the largest p of each class, its row and the last of both
         tiles = 2 * torch.get_num_threads() * min(BLOCK_BYTES, 4 * rows * num_classes)
         sums = 4 * num_classes * (PARTIAL_SUMS + 6)
+    largest = PEAK_BYTES * num_classes * peaks
+    sums = max(sums, largest)
     logits = rows * row_bytes
     chunk = logits + max(work, beside)
     if not any(needed.values()):
         return plan("no gradient: statistics only", 1, [chunk + sums])
     if row_sum:
         held["sum"] = sum_bytes(inputs, chunks) if needed["weight"] else 0
-        held["merged"] = merged_bytes(inputs, num_rows)
+        held["merged"] = merged_bytes(inputs, num_rows, rows, num_classes)
         mode = "fused: gradients formed in forward"
-        # a GPU leaves the sum until backward, and only then has the gradient beside it
-        late = held["sum"] > 0 and inputs.weight.is_cuda
+        # a GPU and a filter leave the sum until backward, and only then is the gradient beside it
+        late = held["sum"] > 0 and (on_gpu or filtering)
         extra = held["sum"] + held["merged"] + grad.get("hidden", 0)
         begun = extra + (0 if late else grad.get("weight", 0))
         # one chunk is read before there is a gradient
@@ -145,8 +160,11 @@ def plan_of(
         held["p @ weight"] = wide * (1 + num_pairs)
         mode = "frozen head: p @ weight stored in forward"
         stored = held["p @ weight"] + wide * num_pairs
-        moments = [chunk + held["p @ weight"] + pair_bytes, logits + stored]
+        moments = [chunk + sums + held["p @ weight"] + pair_bytes, logits + stored]
         moments.append(held["p @ weight"] + wide + grad["hidden"])
+        if peaks:  # each class has an entry: the head once more, and a chunk of its logits
+            block = 0 if on_gpu else min(BLOCK_BYTES, 4 * rows * num_classes)
+            moments.append(logits + inputs.weight.nbytes + block + sums + 3 * wide + grad["hidden"])
         return plan(mode, 2 + num_pairs, moments)
     frozen = inputs.dtype.itemsize * states if is_frozen(needed) else 0
     held["p @ weight"] = frozen
@@ -155,7 +173,10 @@ def plan_of(
     held["kept"] = num_kept * row_bytes
     # rows whose gradient is a sum over blocks of the vocabulary, and then once more, rounded
     held["dhidden"] = inputs.dtype.itemsize * rest * width if needed["hidden"] and chunks > 1 else 0
-    held["merged"] = merged_bytes(inputs, num_rows)
+    block = block_width(num_classes * rows // max(1, num_rows), num_classes)
+    held["merged"] = merged_bytes(inputs, num_rows, num_rows, block)
+    if filtering and needed["weight"]:
+        held["merged"] += 4 * block * width  # the block's part of dweight
     logits = max(logits, held["kept"])
     again = second.chunk(logits // row_bytes, logits)
     products = 1 + rest / max(1, num_rows) + needed["hidden"] + needed["weight"]
@@ -163,9 +184,11 @@ def plan_of(
     own = sum(grad.values())
     extra = held["dhidden"] + held["merged"] + frozen
     begun = own - grad.get("hidden", 0) * rest // max(1, num_rows) if chunks > 1 else own
+    if filtering and block == num_classes:
+        begun = 0  # that part is all of it, and there is nothing else until it is rounded
     moments = [logits + frozen + max(work, sums, tiles, beside + pair_bytes)]
     work = max(0 if frozen else work, tiles if chunks > 1 else 0, again)
-    moments.append(logits + extra + begun + work)
+    moments.append(logits + extra + begun + work + largest)
     return plan("recompute: logits made again in backward", products, moments, 2)
 
 
@@ -191,10 +214,21 @@ def sum_bytes(inputs: Inputs, chunks: int) -> int:
     return 4 * inputs.weight.numel() if inputs.sums_apart and chunks > 2 else 0
 
 
-def merged_bytes(inputs: Inputs, num_rows: int) -> int:
-    """What `grad_filter` takes at most: of 256 rows those columns that are not merged, and a row of
-    numbers for those that are."""
+def merged_bytes(inputs: Inputs, num_rows: int, rows: int, columns: int) -> int:
+    """What `grad_filter` takes at most, on blocks of so many rows and columns: where no column is
+    small enough to be merged.
+
+    Of FILTER_ROWS rows the large columns, twice while they are put together, then what they are
+    multiplied by and into; of each such block a row of numbers, and dhidden in float32.
+    """
     if not inputs.options.grad_filter:
         return 0
-    columns = 256 * inputs.num_classes * inputs.options.product_dtype.itemsize
-    return columns + 4 * cdiv(num_rows, 256) * sum(inputs.weight.shape)
+    needed, width = inputs.needed(), inputs.weight.shape[1]
+    itemsize = inputs.options.product_dtype.itemsize
+    rows = min(FILTER_ROWS, rows)
+    large = rows * columns * itemsize
+    # float32 values, their sizes, and either once more
+    split = torch.get_num_threads() * 16 * rows * min(SPLIT_COLUMNS, columns)
+    factor = columns * width * (itemsize + 4 * (needed["weight"] and itemsize < 4))
+    numbers = 3 * 4 * cdiv(num_rows, FILTER_ROWS) * (inputs.num_classes + width)
+    return large + max(large + split, factor) + numbers + 4 * num_rows * width
