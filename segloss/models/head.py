@@ -649,7 +649,7 @@ def learnt_state(model: Any, inner: Any, head: nn.Module, inputs: dict) -> State
 def rows_of(core: Any) -> int | None:
     """Of the head's weight, which may be resized in its place; None where an engine hides it."""
     weight = getattr(core, "weight", None)
-    shape: tuple[int, ...] = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
+    shape: Any = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
     return shape[0] if len(shape) == 2 else None
 
 
