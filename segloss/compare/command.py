@@ -74,20 +74,15 @@ def compare(words: Sequence[str]) -> None:
         raise UserError(f"{PROGRAM} starts its runs itself: call it without torchrun")
     words, vary = varied(words)
     base = settings(words, options=CompareOptions, prog=PROGRAM, description=DESCRIPTION)
+    if not base.model.model_name_or_path:
+        raise UserError("there is no model: give --model, a folder, a hub id or a GGUF file")
     variants = variants_of(words, vary, base)
     data = examined(variants)
     folder = Path(base.training.output_dir)
     if "output_dir" not in base.given:
         folder = Path(time.strftime("runs/compare-%Y%m%d-%H%M%S"))
-    options, first = base.options, base.training.seed
-    runs = [
-        Run(
-            v.name, seed, folder / f"{place}-{slug(v.name)}" / f"seed-{seed}", given(v, seed, first)
-        )
-        for seed in range(first, first + options.seeds)
-        for place, v in enumerate(variants, start=1)
-    ]
-    opened(folder, runs, data)
+    options, runs = base.options, runs_of(folder, variants, base)
+    opened(folder, runs, {"data": data, "keep_models": options.keep_models})
     found: dict[Run, Outcome] = {}
 
     def done(run: Run) -> None:
@@ -101,18 +96,18 @@ def compare(words: Sequence[str]) -> None:
             raise KeyboardInterrupt(
                 f"interrupted; the same command with --output {folder} goes on with it"
             ) from None
-        conclude(folder, [v.name for v in variants], runs, found, failed, options.min_class_items)
+        conclude(folder, runs, found, failed, options.min_class_items)
 
 
 def conclude(
     folder: Path,
-    names: list[str],
     runs: Sequence[Run],
     found: dict[Run, Outcome],
     failed: dict[Run, str],
     min_class_items: int,
 ) -> None:
     """Write and print what the variants whose runs are all there have come to."""
+    names = list(dict.fromkeys(run.variant for run in runs))
     broken = [name for name in names if any(run.variant == name for run in failed)]
     whole = [name for name in names if name not in broken]
     trouble = "; ".join(f"{run} failed: {why}" for run, why in failed.items())
@@ -186,7 +181,7 @@ def variants_of(words: list[str], vary: dict[str, list[str]], base: Settings) ->
                 segloss.parse_loss(parsed.options.loss)
         except ValueError as error:
             raise UserError(f"--loss: {error}") from None
-        found.append(Variant(", ".join(chosen), parsed))
+        found.append(Variant(" / ".join(chosen), parsed))
     return found
 
 
@@ -233,23 +228,28 @@ def say_power(counts: dict[str, int], comparisons: int) -> None:
         say(f"{task}: {count} are held out, for {worst:.1f} points at worst, {usual:.1f} then.")
 
 
-def given(variant: Variant, seed: int, first: int) -> dict[str, Any]:
-    """What a run of it is told, under the full names."""
-    found = {k: v for k, v in variant.settings.given.items() if k not in OWN}
-    # the same items for all seeds; neither is read where there is no reason to
-    found.setdefault("split_seed", first)
-    found.setdefault("save_strategy", "no")
-    found.setdefault("evaluate_before", False)
-    return found | {"seed": seed}
+def runs_of(folder: Path, variants: Sequence[Variant], base: Settings) -> list[Run]:
+    """Seed by seed, so that what an interrupt leaves is balanced."""
+    first = base.training.seed
+    found = []
+    for seed in range(first, first + base.options.seeds):
+        for place, variant in enumerate(variants, start=1):
+            given = {k: v for k, v in variant.settings.given.items() if k not in OWN}
+            given.setdefault("split_seed", first)  # the same items are held out for all seeds
+            given.setdefault("save_strategy", "no")
+            given.setdefault("evaluate_before", False)
+            where = folder / f"{place}-{slug(variant.name)}" / f"seed-{seed}"
+            found.append(Run(variant.name, seed, where, given | {"seed": seed}))
+    return found
 
 
 def slug(name: str) -> str:
     return re.sub(r"[^\w.+=-]+", "-", name)[:80]
 
 
-def opened(folder: Path, runs: Sequence[Run], data: str) -> None:
+def opened(folder: Path, runs: Sequence[Run], others: dict[str, Any]) -> None:
     """Make the folder, or see that it is this comparison's."""
-    now = {"data": data, "runs": {str(run): run.given for run in runs}}
+    now = others | {"runs": {str(run): run.given for run in runs}}
     then = read_json(folder / COMPARISON)
     if not then:
         if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
@@ -263,8 +263,9 @@ def opened(folder: Path, runs: Sequence[Run], data: str) -> None:
         raise UserError(
             f"{folder} is of another command line{changed(then, now)}; give another --output"
         )
-    elif then.get("data") != data:
-        raise UserError(f"the data changed since {folder} began; give another --output")
+    for name, value in others.items():
+        if then and then.get(name) != value:
+            raise UserError(f"{name} changed since {folder} began; give another --output")
 
 
 def changed(then: dict, now: dict) -> str:

@@ -79,9 +79,8 @@ def differences(scores: Sequence[Score]) -> Picture:
             if score.name == name:
                 draw(axis, rows[score.task, score.variant], score)
         axis.axvline(0, color="black", lw=1, zorder=0)
-        axis.set_title(
-            f"{SCORES[name][0]}\n{'less' if name == 'nll' else 'more'} is better", fontsize=10
-        )
+        what, better = SCORES[name][0].replace("%", "points"), "less" if name == "nll" else "more"
+        axis.set_title(f"{what}\n{better} is better", fontsize=10)
         axis.margins(x=0.12)
         axis.set_ylim(min(rows.values()) - 0.6, 0.7)
         axis.xaxis.set_major_locator(MaxNLocator(4))

@@ -174,7 +174,7 @@ def sentences(scores: Sequence[Score]) -> list[str]:
         if score.difference is not None:
             blocks.setdefault((score.variant, score.task), []).append(score)
     return [
-        f"{variant}, compared with {block[0].first} on {task}: {verdicts(block)}."
+        f"{variant}, compared with {block[0].first}, on {task}: {verdicts(block)}."
         for (variant, task), block in blocks.items()
     ]
 

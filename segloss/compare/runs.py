@@ -77,18 +77,25 @@ def run_all(
     """Run what is not finished, `jobs` at once; {a run that failed: why}.
 
     `done` is called with every finished run, those of earlier included; what it raises stops all.
-    An interrupt is passed on to the runs, which save what they can.
+    After a failure none of its variant is begun, and after one of the first variant none at all. An
+    interrupt is passed on to the runs, which save what they can.
     """
     failed: dict[Run, str] = {}
     waiting = [run for run in runs if not run.finished]
+
+    def close(run: Run) -> None:
+        if not keep_models:
+            run.remove_weights()
+        done(run)
+
     for run in runs:
         if run.finished:
-            done(run)
+            close(run)
     if len(waiting) < len(runs):
         say(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
     places = [{**device, **threads(jobs)} for device in devices(jobs)]
     going: dict[subprocess.Popen, tuple[Run, dict[str, str]]] = {}
-    start, total = time.monotonic(), len(waiting)
+    start, count = time.monotonic(), 0
     with interruptible(going):
         while waiting or going:
             while waiting and places:
@@ -101,12 +108,12 @@ def run_all(
                 if process.returncode != 0 or not run.finished:
                     failed[run] = run.failure(process.returncode)
                     say(f"{run} failed: {failed[run]}")
+                    others = run.variant != runs[0].variant
+                    waiting = [r for r in waiting if others and r.variant != run.variant]
                     continue
-                if not keep_models:
-                    run.remove_weights()
-                done(run)
-                left = len(waiting) + len(going)
-                minutes = (time.monotonic() - start) / 60 / (total - left) * left
+                close(run)
+                count, left = count + 1, len(waiting) + len(going)
+                minutes = (time.monotonic() - start) / 60 / count * left
                 rest = f"; {left} left, about {minutes:.0f} minutes" if left else ""
                 say(f"{run} is finished{rest}")
             time.sleep(POLL_SECONDS if going else 0)
