@@ -175,7 +175,10 @@ def variants_of(words: list[str], vary: dict[str, list[str]], base: Settings) ->
     options, values = [v[0] for v in vary.values()], [v[1:] for v in vary.values()]
     for chosen in itertools.product(*values):
         own = [f"{option}={value}" for option, value in zip(options, chosen, strict=True)]
+        environment = dict(os.environ)
         parsed = settings([*words, *own], options=CompareOptions, prog=PROGRAM)
+        os.environ.clear()  # transformers notes options there, which the next variant would read
+        os.environ.update(environment)
         try:
             if parsed.options.loss is not None:
                 segloss.parse_loss(parsed.options.loss)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from segloss.train.errors import UserError, first_line
+from segloss.train.errors import UserError
 from segloss.train.evaluation import same
 from segloss.train.report import RESULTS, SCORES, aligned, cell, read_json, read_lines
 
@@ -43,6 +43,11 @@ class Outcome:
                 f"{self.run} took {self.steps} steps and {first.run} {first.steps}; only equal "
                 "numbers are compared: give --steps"
             )
+        for task, rows in self.rows.items():
+            if len(rows) < 2:
+                raise UserError(
+                    f"{self.run} was evaluated on 1 item of {task!r}; give --eval_items"
+                )
         names = ("expected", "tokens")
         read = [{t: [[r[n] for n in names] for r in rows] for t, rows in o.rows.items()}
                 for o in (self, first)]  # fmt: skip
@@ -109,11 +114,8 @@ def score_of(
     items, mean = ours.shape[1], float(theirs.mean())
     if variant == first:
         return Score(task, items, variant, first, name, mean, [], None)
-    try:
-        found = difference(ours, theirs, comparisons=comparisons)
-    except ValueError as error:
-        raise UserError(f"task {task!r}: {first_line(error)}") from None
     by_seed = (theirs - ours).mean(1).tolist()
+    found = difference(ours, theirs, comparisons=comparisons)
     return Score(task, items, variant, first, name, mean, by_seed, found)
 
 
