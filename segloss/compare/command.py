@@ -59,7 +59,7 @@ class CompareOptions(Options):
 
 @dataclass(frozen=True)
 class Variant:
-    """Its name are the values that are varied; `settings` those of its runs, but for the seed."""
+    """Its name is made of what is varied; `settings` are those of its runs, but for the seed."""
 
     name: str
     settings: Settings
@@ -159,10 +159,10 @@ def variants_of(words: list[str], vary: dict[str, list[str]], base: Settings) ->
     """Every combination, the first values first; all options and losses checked."""
     if not vary:
         raise UserError(f"{PROGRAM} takes an option to vary, as --vary loss ce focal")
-    named = {word.partition("=")[0][2:].replace("-", "_") for word in words}
-    named = {ALIASES.get(name, name) for name in named}
+    fixed = {word.partition("=")[0][2:].replace("-", "_") for word in words}
+    fixed = {ALIASES.get(name, name) for name in fixed}
     for name in vary:
-        if name in named:
+        if name in fixed:
             raise UserError(f"--{name} is given and varied; it takes one of them")
         if name in LENGTH:
             raise UserError(f"--vary {name}: variants are compared after equal numbers of steps")
@@ -184,7 +184,8 @@ def variants_of(words: list[str], vary: dict[str, list[str]], base: Settings) ->
                 segloss.parse_loss(parsed.options.loss)
         except ValueError as error:
             raise UserError(f"--loss: {error}") from None
-        found.append(Variant(" / ".join(chosen), parsed))
+        name = " / ".join(word.removeprefix("--").removeprefix("loss=") for word in own)
+        found.append(Variant(name, parsed))
     return found
 
 

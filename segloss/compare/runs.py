@@ -122,8 +122,12 @@ def run_all(
 
 @contextmanager
 def interruptible(going: dict[subprocess.Popen, Any]) -> Iterator[None]:
-    """Whatever ends this early, ends the runs; a request to terminate is an interrupt."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Whatever ends this early, ends the runs; a request to terminate is an interrupt.
+
+    A shell has what it runs in the background ignore interrupts, and so would the runs.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
     try:
         yield
     finally:
@@ -131,7 +135,8 @@ def interruptible(going: dict[subprocess.Popen, Any]) -> Iterator[None]:
             process.send_signal(signal.SIGINT)
         for process in going:
             process.wait()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def devices(jobs: int) -> list[dict[str, str]]:

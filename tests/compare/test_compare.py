@@ -119,7 +119,10 @@ VARY = ("--vary", "loss", "ce", "focal")
         ([*VARY, "--jobs", "0"], "--jobs is 0; it takes a whole number from 1"),
         ([*VARY, "--eval-items", "0"], "nothing is held out to compare on: --eval_items N"),
         ([*VARY, "--eval-items", "1"], "only 1 item of task 'letters' is held out"),
-        (["--vary", "eval-items", "9", "12"], "12 holds out other items than 9"),
+        (
+            ["--vary", "eval-items", "9", "12"],
+            "eval-items=12 holds out other items than eval-items=9",
+        ),
     ],
 )
 def test_refused_before_anything_runs(stubbed, tmp_path, words, message) -> None:
@@ -151,11 +154,11 @@ def test_power_is_said_before_anything_runs(stubbed) -> None:
 def test_every_combination_with_every_seed(stubbed, tmp_path) -> None:
     code, _, err = stubbed(*VARY, "--vary", "lr", "0.1", "0.2", "--seeds", 3, "--seed", 7, "--bf16")
     assert code == 0, err
-    names = ["1-ce-0.1", "2-ce-0.2", "3-focal-0.1", "4-focal-0.2"]
+    names = ["1-ce-lr=0.1", "2-ce-lr=0.2", "3-focal-lr=0.1", "4-focal-lr=0.2"]
     # seed by seed, so that what an interrupt leaves is balanced
     assert begun(tmp_path) == [f"{name} {seed}" for seed in (7, 8, 9) for name in names]
     runs = json.loads((tmp_path / "out" / "compare.json").read_text())["runs"]
-    given = runs["focal / 0.2, seed 9"]
+    given = runs["focal / lr=0.2, seed 9"]
     expected = {
         "loss": "focal", "learning_rate": 0.2, "seed": 9, "split_seed": 7, "bf16": True,
         "save_strategy": "no", "evaluate_before": False, "model_name_or_path": "none",
@@ -249,21 +252,21 @@ def test_a_folder_of_something_else_is_refused(stubbed, tmp_path) -> None:
 def test_a_variant_that_fails_is_left_out_and_said(stubbed, tmp_path) -> None:
     words = ("--vary", "lr", "0.1", "13", "0.2", "--loss", "ce", "--seeds", 2)
     result = stubbed(*words)
-    fails(result, "13, seed 42 failed: the loss is nan (exit code 1")
-    assert "13: not compared, since runs of it failed." in result[1]
-    assert "0.2, compared with 0.1, on letters: no difference found" in result[1]
-    assert begun(tmp_path).count("2-13 42") == 1 and "2-13 43" not in begun(tmp_path)
+    fails(result, "lr=13, seed 42 failed: the loss is nan (exit code 1")
+    assert "lr=13: not compared, since runs of it failed." in result[1]
+    assert "lr=0.2, compared with lr=0.1, on letters: no difference found" in result[1]
+    assert begun(tmp_path).count("2-lr=13 42") == 1 and "2-lr=13 43" not in begun(tmp_path)
     # still corrected for what was asked
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {s["variant"] for s in found} == {"0.1", "0.2"}
+    assert {s["variant"] for s in found} == {"lr=0.1", "lr=0.2"}
     stubbed(*words)
-    assert begun(tmp_path)[5:] == ["2-13 42"]
+    assert begun(tmp_path)[5:] == ["2-lr=13 42"]
 
 
 def test_a_first_variant_that_fails_ends_it(stubbed, tmp_path) -> None:
     result = stubbed("--vary", "lr", "13", "0.1", "--loss", "ce", "--seeds", 2)
-    fails(result, "there is nothing to compare with: 13, seed 42 failed: the loss is nan")
-    assert begun(tmp_path) == ["1-13 42"]
+    fails(result, "there is nothing to compare with: lr=13, seed 42 failed: the loss is nan")
+    assert begun(tmp_path) == ["1-lr=13 42"]
 
 
 def test_unequal_steps_are_refused_as_soon_as_they_are_seen(stubbed, tmp_path) -> None:
@@ -274,7 +277,7 @@ def test_unequal_steps_are_refused_as_soon_as_they_are_seen(stubbed, tmp_path) -
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_runs_and_says_how_to_go_on(stubbed, tmp_path, number) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     watch = (
         "import os, sys, time, pathlib\n"
         "while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.02)\n"
@@ -286,14 +289,14 @@ def test_an_interrupt_ends_the_runs_and_says_how_to_go_on(stubbed, tmp_path, num
         code, _, err = stubbed(*VARY, "--seeds", 2, "--warmup-steps", 600)
     assert code == 130 and time.monotonic() - start < 300
     assert f"interrupted; the same command with --output {tmp_path / 'out'} goes on" in err
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
 
 
 def test_coba_s_own_validation_items_are_pointed_out(stubbed, data) -> None:
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     write_jsonl(data, rows + [row | {"task": "more"} for row in rows])
     _, _, err = stubbed("--vary", "task-weights", "none", "coba", "--loss", "ce", "--seeds", 2)
-    assert "note: coba trains on" in err and "--validation_items N" in err
+    assert "note: task-weights=coba trains on" in err and "--validation_items N" in err
 
 
 def test_one_of_several_runs_has_its_share_of_the_cores(monkeypatch) -> None:
