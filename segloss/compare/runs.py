@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 from segloss.train.data import say
 from segloss.train.report import RESULTS, SETTINGS
 from segloss.train.run import TRAINED, write
+from segloss.train.trainer import PREFIX
 
 POLL_SECONDS = 0.2
 WEIGHTS = ("*.safetensors", "*.bin", "merged/*.safetensors", "merged/*.bin")
@@ -65,10 +67,12 @@ class Run:
         return f"{last} (exit code {code}, {self.log})"
 
     def remove_weights(self) -> None:
-        """And the file that says they are there."""
+        """And checkpoints, and the file that says that there is a model."""
         for pattern in (TRAINED, *WEIGHTS):
             for file in self.folder.glob(pattern):
                 file.unlink()
+        for checkpoint in self.folder.glob(f"{PREFIX}*"):
+            shutil.rmtree(checkpoint)
 
 
 def run_all(

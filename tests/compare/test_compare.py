@@ -21,6 +21,7 @@ from segloss.compare.paired import Difference, difference, f1_difference, items_
 from segloss.compare.result import Score, sentences
 from segloss.compare.runs import Run, devices, threads
 from segloss.train.config import settings
+from segloss.train.data import load
 
 LABELS = [" a", " b", " c"]
 
@@ -48,6 +49,7 @@ text = "".join(json.dumps(row) + chr(10) for row in rows)
 (folder / "answers-after.jsonl").write_text(text)
 (folder / "model.safetensors").write_text("weights")
 (folder / "trained.json").write_text("{}")
+(folder / "checkpoint-4").mkdir()
 scores = {"nll": [], "exact_match": [], "accuracy": [], "macro_f1": []}
 tasks = [{"task": "letters", **scores}, {"task": "other", "nll": []}]
 steps = 9 if given["loss"] == "sadl" else 8
@@ -165,8 +167,22 @@ def test_every_combination_with_every_seed(stubbed, tmp_path) -> None:
     }  # fmt: skip
     assert expected.items() <= given.items()
     assert not {"output_dir", "vary", "seeds", "jobs"} & set(given)
-    assert not list((tmp_path / "out").glob("*/*/*.safetensors"))  # nor what says there are
-    assert not list((tmp_path / "out").glob("*/*/trained.json"))
+    left = {path.name for path in (tmp_path / "out").glob("*/*/*")}
+    assert left == {"results.json", "answers-after.jsonl"}  # no weights, nor what says there are
+
+
+def test_models_are_kept_when_asked(stubbed, tmp_path) -> None:
+    assert stubbed(*VARY, "--seeds", 2, "--keep-models")[0] == 0
+    assert len(list((tmp_path / "out").glob("*/*/model.safetensors"))) == 4
+
+
+def test_split_seed_holds_out_the_same_items_whatever_the_seed(data) -> None:
+    words = ["--data", str(data), "--eval-items", "9"]
+    held_out = [
+        [row["prompt"] for row in load(settings([*words, *more]), chat=False).held_out]
+        for more in (["--seed", "5"], ["--seed", "1", "--split-seed", "5"], ["--seed", "1"])
+    ]
+    assert held_out[0] == held_out[1] != held_out[2]
 
 
 def arrays(tmp_path, folder: str, seeds=(42, 43, 44)):
