@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import shlex
 from pathlib import Path
@@ -147,11 +148,16 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "segloss " in c])
 def test_command_line_is_accepted(command):
+    from segloss.compare.command import CompareOptions, variants_of, varied
     from segloss.train.config import Options, settings
     from segloss.train.select import SelectOptions
 
     name, *words = shlex.split(command)[shlex.split(command).index("segloss") + 1 :]
-    assert name in ("train", "evaluate", "select", "report", "doctor")
+    assert name in ("train", "evaluate", "select", "compare", "report", "doctor")
+    if name == "compare":
+        words, vary = varied(words)
+        variants = variants_of(words, vary, settings(words, options=CompareOptions))
+        assert len(variants) == math.prod(len(values) - 1 for values in vary.values())
     if name not in ("train", "select") or "--resume" in words:
         return
     if "--config" in words:  # a file of the reader's

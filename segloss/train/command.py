@@ -20,6 +20,7 @@ usage: segloss COMMAND ...
 
   train     fine-tune a language model with any loss, task weights and sample weights
   evaluate  held-out loss, exact match, accuracy and macro-F1 of a run's model, or of any model
+  compare   train variants with several seeds, and say whether they differ
   select    choose the tasks to fine-tune on, from gradients instead of trials
   report    one web page and pictures of one or several runs, side by side
   doctor    show versions, device and backend, and check each family of losses
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(words: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": train, "evaluate": evaluate, "select": select, "report": report,
-        "doctor": doctor, "--version": version,
+        "compare": compare, "doctor": doctor, "--version": version,
     }  # fmt: skip
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -135,6 +136,13 @@ def select(words: list[str]) -> None:
     from .select import select as choose
 
     choose(with_folder(settings(words, options=SelectOptions, prog="segloss select")))
+
+
+def compare(words: list[str]) -> None:
+    require_packages()
+    from segloss.compare.command import compare as run_and_compare
+
+    run_and_compare(words)
 
 
 def report(words: list[str]) -> None:

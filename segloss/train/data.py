@@ -437,7 +437,8 @@ def split(
 ) -> dict[str, list[dict]]:
     """A task's rows to train on, the held-out and the validation ones; of both keyed by content."""
     options, training = settings.options, settings.training
-    rng = random.Random(f"{training.seed} split {task}")
+    seed = training.seed if options.split_seed is None else options.split_seed
+    rng = random.Random(f"{seed} split {task}")
     groups = grouped([row for key, row in rows.items() if key not in test])
     wanted, number = options.eval_items, options.validation_items
     if test:

@@ -1,0 +1,1 @@
+"""`segloss compare`: whether an option of training makes a difference, over seeds and items."""
