@@ -83,7 +83,7 @@ def differences(scores: Sequence[Score]) -> Picture:
         axis.set_title(f"{what}\n{better} is better", fontsize=10)
         axis.margins(x=0.12)
         axis.set_ylim(min(rows.values()) - 0.6, 0.7)
-        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.xaxis.set_major_locator(MaxNLocator(3))
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.grid(axis="x", color="#e5e7eb")
         axis.set_axisbelow(True)

@@ -177,7 +177,9 @@ def sentences(scores: Sequence[Score]) -> list[str]:
             blocks.setdefault((score.variant, score.task), []).append(score)
     return [
         f"{variant}, compared with {block[0].first}, on {task}: {verdicts(block)}."
+        for name in dict.fromkeys(variant for variant, _ in blocks)
         for (variant, task), block in blocks.items()
+        if variant == name
     ]
 
 
