@@ -136,7 +136,7 @@ def load_targets(teacher, column_weight, pointers, columns, mask):
 @jit
 def divergence_kernel(
     rows,  # KernelRows of the student
-    teacher,  # KernelRows or None
+    teacher,  # KernelRows; None of "lse", which reads none
     column_weight,  # (V,) or None
     valid,  # (N,)
     out,  # PairNumbers; center is left alone, and of "jsd" the value
@@ -162,7 +162,7 @@ def divergence_kernel(
 
     u_start = rows.logits + row_offset(rows, row)
     w_start = u_start
-    if teacher is not None:
+    if KIND != "lse":
         w_start = teacher.logits + row_offset(teacher, row)
     if ALIGNED:
         u_start = tl.multiple_of(u_start, 16)
@@ -241,8 +241,8 @@ def log_mixture(u, w, beta):
     log_q = tl.maximum(w, FLOOR)
     p = tl.exp2(u * LOG2E)
     q = tl.exp2(w * LOG2E)
-    # the floor of m keeps log2 from 0
-    m = tl.maximum(beta * q + (1 - beta) * p, 1e-38)
+    # the floor of m keeps log2 from 0; a smaller number is a float64 to some releases of Triton
+    m = tl.maximum(beta * q + (1 - beta) * p, 1.2e-38)
     return p, q, log_p, log_q, tl.log2(m) * (1 / LOG2E)
 
 
@@ -287,7 +287,7 @@ def jsd_kernel(
 @jit
 def divergence_grad_kernel(
     rows,  # KernelRows of the student
-    teacher,  # KernelRows or None
+    teacher,  # KernelRows; None of "lse", which reads none
     column_weight,  # (V,) or None
     valid,  # (N,)
     numbers,  # PairNumbers
@@ -312,7 +312,7 @@ def divergence_grad_kernel(
         return
     u_start = rows.logits + row_offset(rows, row)
     w_start = u_start
-    if teacher is not None:
+    if KIND != "lse":
         w_start = teacher.logits + row_offset(teacher, row)
     u_max, u_log = tl.load(numbers.student_max + row), tl.load(numbers.student_sum + row)
     w_max, w_log = tl.load(numbers.teacher_max + row), tl.load(numbers.teacher_sum + row)
@@ -362,6 +362,9 @@ def divergence_grad_kernel(
 def divergence_triton(student: Rows, pair: Pair) -> None:
     """Of "jsd" both normalisers alone."""
     teacher = pair.teacher or student
+    itemsize = max(student.data.element_size(), teacher.data.element_size())
+    # Triton 3.6 dies of sums over lines of a float64 tile that are read twice
+    group = 1 if student.dtype == torch.float64 else 16 // itemsize
     divergence_kernel[(student.num_rows,)](
         *pair.matrices(),
         pair.column_weight,
@@ -369,7 +372,7 @@ def divergence_triton(student: Rows, pair: Pair) -> None:
         pair.numbers,
         KIND=pair.kind,
         ALIGNED=student.aligned and teacher.aligned,
-        GROUP=16 // max(student.data.element_size(), teacher.data.element_size()),
+        GROUP=group,
         **row_tile(student),
     )
     if pair.kind == "reverse":
