@@ -31,7 +31,7 @@ LOSSES = {"alone": "ce", "taught": "0.5*ce+0.5*distill(temperature=2)"}
 
 
 def command(*words: object) -> None:
-    code = "import sys; from segloss.train.command import main; sys.exit(main())"
+    code = "import sys; from segloss.command import main; sys.exit(main())"
     subprocess.run([sys.executable, "-c", code, *map(str, words)], check=True)
 
 

@@ -55,7 +55,7 @@ class Run:
         path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "segloss.train.command", *words],
+                [sys.executable, "-m", "segloss.command", *words],
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=os.environ | places | path,
                 start_new_session=True,  # Ctrl-C reaches it from here alone, once
             )  # fmt: skip

@@ -383,7 +383,7 @@ def test_picture_shows_every_interval() -> None:
 def test_real_runs_survive_a_kill(data, model_folder, tmp_path) -> None:
     """Killed after its first run, it goes on; its means are those of the runs' own results."""
     command = [
-        *(sys.executable, "-m", "segloss.train.command", "compare", "--model", str(model_folder)),
+        *(sys.executable, "-m", "segloss.command", "compare", "--model", str(model_folder)),
         *("--data", str(data), "--output", str(tmp_path / "out"), "--steps", "6", "--lr", "0.05"),
         *("--batch-size", "4", "--eval-items", "12", "--seeds", "2", "--vary", "loss", "ce", "gce"),
         *("--max-length", "32", "--jobs", "2"),

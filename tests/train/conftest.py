@@ -4,7 +4,7 @@ import pytest
 import torch
 from train.tiny import build_model, build_tokenizer, examples, write_jsonl
 
-from segloss.train.command import main
+from segloss.command import main
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -53,7 +53,7 @@ def run(arguments, log, prepare=lambda: None):
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         prepare()
-        from segloss.train.command import main
+        from segloss.command import main
 
         os._exit(main(arguments))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

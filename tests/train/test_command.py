@@ -8,7 +8,7 @@ import pytest
 from train.tiny import examples, write_jsonl
 
 import segloss
-from segloss.train import command as of_command
+from segloss import command as of_command
 
 
 def fails(result, message):
@@ -117,7 +117,7 @@ def test_evaluate_what_has_not_finished(command, tmp_path):
 
 def test_the_command_starts_without_transformers():
     code = (
-        "import sys, segloss.train.command as c; assert c.main(['doctor']) == 0;"
+        "import sys, segloss.command as c; assert c.main(['doctor']) == 0;"
         "assert not {'transformers', 'matplotlib', 'accelerate', 'trl'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

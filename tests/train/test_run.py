@@ -305,7 +305,7 @@ def test_two_processes_are_one(tmp_path, model_folder, data_file):
     ):
         done = subprocess.run(
             [
-                *(sys.executable, *launcher, "-m", "segloss.train.command", *map(str, common)),
+                *(sys.executable, *launcher, "-m", "segloss.command", *map(str, common)),
                 *("--batch-size", size, "--output", str(tmp_path / name)),
             ],
             env=environment, capture_output=True, text=True,
@@ -332,7 +332,7 @@ def test_two_processes_go_on_to_the_same_bits(tmp_path, model_folder, data_file)
     With `--cpu` it would start one process whatever `--num_processes` says.
     """
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
-    launch += ["2", "-m", "segloss.train.command", "train"]
+    launch += ["2", "-m", "segloss.command", "train"]
     options = [
         *("--model", model_folder, "--data", data_file, "--steps", "4", "--eval-items", "2"),
         *("--batch-size", "2", "--save-every", "2", "--task-weights", "coba", "--lr", "0.01"),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .errors import UserError, first_line
+from segloss.train.errors import UserError, first_line
 
 PACKAGES = ("trl", "transformers", "datasets", "accelerate", "peft", "safetensors", "yaml")
 USAGE = """\
@@ -85,8 +85,8 @@ def doctor(words: list[str]) -> int:
 
 def train(words: list[str]) -> None:
     require_packages()
-    from . import run
-    from .config import TrainOptions, settings
+    from segloss.train import run
+    from segloss.train.config import TrainOptions, settings
 
     found = settings(words, options=TrainOptions, description=TRAIN)
     folder = found.options.resume
@@ -104,8 +104,8 @@ def train(words: list[str]) -> None:
 
 def evaluate(words: list[str]) -> None:
     require_packages()
-    from . import run
-    from .config import EvaluateOptions, settings
+    from segloss.train import run
+    from segloss.train.config import EvaluateOptions, settings
 
     if not words or words[0].startswith("-"):
         settings(words, options=EvaluateOptions, prog="segloss evaluate")  # --help
@@ -131,9 +131,9 @@ def evaluate(words: list[str]) -> None:
 
 def select(words: list[str]) -> None:
     require_packages()
-    from .config import settings
-    from .select import SelectOptions
-    from .select import select as choose
+    from segloss.train.config import settings
+    from segloss.train.select import SelectOptions
+    from segloss.train.select import select as choose
 
     choose(with_folder(settings(words, options=SelectOptions, prog="segloss select")))
 
@@ -158,7 +158,7 @@ def report(words: list[str]) -> None:
     )
     parser.error = refuse  # type: ignore[method-assign, assignment]
     arguments = parser.parse_args(words)
-    from .page import report as write
+    from segloss.train.page import report as write
 
     write(arguments.runs, arguments.output)
 
