@@ -293,6 +293,20 @@ def test_the_rate_is_chosen_on_validation_data_and_a_nan_never():
 
 
 @pytest.fixture
+def pages(tmp_path):
+    """The page and the docs with nothing between the marks."""
+    page, docs = tmp_path / "CLAIMS.md", tmp_path / "losses.md"
+    page.write_text(
+        "# Title\n\n<!-- results: begin -->\nwritten before\n<!-- results: end -->" + PROTOCOL
+    )
+    docs.write_text("# Losses\n\n<!-- here: begin -->\n<!-- here: end -->\n\nmore\n")
+    return page, docs
+
+
+PROTOCOL = "\n\n## Protocol\n\nas committed\n"
+
+
+@pytest.fixture
 def made_up(tmp_path) -> Store:
     """Cells whose numbers say which outcome is right."""
     store, rng = Store(tmp_path / "cells"), np.random.default_rng(0)
@@ -348,17 +362,13 @@ def test_outcomes_of_made_up_cells(made_up):
     assert found[8].verdict[0] == found[9].verdict[0] == "holds"
 
 
-def test_the_page_says_what_was_found_and_what_was_not_run(made_up, tmp_path):
-    page = tmp_path / "CLAIMS.md"
-    protocol = "\n\n## Protocol\n\nas committed\n"
-    page.write_text(f"# Title\n\n{report.BEGIN}\nwritten before\n{report.END}{protocol}")
+def test_the_page_says_what_was_found_and_what_was_not_run(made_up, pages, tmp_path):
+    page, docs = pages
     cells = command.every()
-    report.write(made_up, cells, page)
+    report.write(made_up, cells, page, docs)
     text = page.read_text()
-    assert text.endswith(f"{report.END}{protocol}") and "written before" not in text
-    assert (
-        "| 2. CoBa lets tasks converge at a more even pace | 2410.06741 | **undecided** | " in text
-    )
+    assert text.endswith(f"<!-- results: end -->{PROTOCOL}") and "written before" not in text
+    assert "converge at a more even pace | 2410.06741 | **undecided** | worse: plenty;" in text
     assert f"{len(made_up.names())} of {len(cells)} cells have been run. **Not run:**" in text
     assert "| smollm2 | 4 | 120 | ce, focal, lovasz, 0.6*ce+0.4*lovasz |" in text
     row = next(line for line in text.splitlines() if line.startswith("| `focal` | +"))
@@ -369,22 +379,30 @@ def test_the_page_says_what_was_found_and_what_was_not_run(made_up, tmp_path):
         assert (tmp_path / "plots" / f"claims-{kind}.png").stat().st_size > 1000
     assert text.index("## Verdicts") < text.index(report.TITLES["losses"])
     once = page.read_text()
-    report.write(made_up, cells, page)
+    report.write(made_up, cells, page, docs)
     assert page.read_text() == once
 
 
-def test_the_page_without_any_cell(tmp_path):
-    page = tmp_path / "CLAIMS.md"
-    page.write_text(f"{report.BEGIN}{report.END}")
-    report.write(Store(tmp_path / "none"), command.every(), page)
-    assert page.read_text().count("**not run**") == 9
+def test_the_docs_say_what_came_out_for_each_loss(made_up, pages):
+    _, docs = pages
+    report.write(made_up, [], *pages)
+    text = docs.read_text()
+    assert text.startswith("# Losses") and text.endswith("<!-- here: end -->\n\nmore\n")
+    row = next(line for line in text.splitlines() if line.startswith("| `focal` |"))
+    assert row.startswith("| `focal` | better: addition +7")
+    assert "not run: copying |" in row and row.endswith("| not run |")
+    assert len([line for line in text.splitlines() if line.startswith("| `")]) == 11
 
 
-def test_a_page_without_marks_is_refused(tmp_path):
-    page = tmp_path / "CLAIMS.md"
-    page.write_text("# Title")
+def test_the_page_without_any_cell(pages, tmp_path):
+    report.write(Store(tmp_path / "none"), command.every(), *pages)
+    assert pages[0].read_text().count("**not run**") == 9
+
+
+def test_a_page_without_marks_is_refused(pages, tmp_path):
+    pages[0].write_text("# Title")
     with pytest.raises(SystemExit, match="results: begin"):
-        report.write(Store(tmp_path), [], page)
+        report.write(Store(tmp_path), [], *pages)
 
 
 def test_every_stored_cell_is_one_of_the_protocol():

@@ -33,8 +33,9 @@ from bench.claims.verdicts import Compared
 from bench.report.writing import markdown
 from segloss.compare.paired import f1_parts
 
-PAGE = Path(__file__).parents[1] / "CLAIMS.md"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+ROOT = Path(__file__).parents[2]
+PAGE, DOCS = ROOT / "bench" / "CLAIMS.md", ROOT / "docs" / "losses.md"
+RESULTS, HERE = "results", "here"  # marks
 NOT_RUN = "not run"
 TITLES = {
     "losses": "Losses (2409.13641)", "coba": "CoBa (2410.06741)", "gradex": "GradEx (2409.19458)",
@@ -42,15 +43,21 @@ TITLES = {
 }  # fmt: skip
 
 
-def write(store: Store, cells: Sequence[Cell], page: Path = PAGE) -> None:
-    """The part of the page between the marks; the protocol below stays as it is."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, protocol = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{page} has no lines {BEGIN} and {END} to write between")
+def write(store: Store, cells: Sequence[Cell], page: Path = PAGE, docs: Path = DOCS) -> None:
+    """The results on the page, above the protocol, and the losses' column in the docs."""
     drawn = pictures.draw(store, page.parent / "plots")
-    text = results(store, cells, drawn)
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{protocol}", encoding="utf-8")
+    between(page, RESULTS, results(store, cells, drawn))
+    between(docs, HERE, here(store))
+
+
+def between(page: Path, mark: str, text: str) -> None:
+    """Replaces what lies between a page's marks; the rest stays as it is."""
+    begin, end = (f"<!-- {mark}: {place} -->" for place in ("begin", "end"))
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{page} has no lines {begin} and {end} to write between")
+    page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def results(store: Store, cells: Sequence[Cell], drawn: dict[str, str]) -> str:
@@ -295,6 +302,25 @@ def smollm2_table(store: Store) -> str:
         )
     header = ["loss", "exact match, %", "gain over ce, points", "macro-F1, %"]
     return "\n".join([source("smollm2/LOSS"), markdown(header, rows)])
+
+
+def here(store: Store) -> str:
+    """What came out for every loss, for the docs."""
+
+    def words(loss: str) -> str:
+        gains = {task: loss_gain(store, task, loss) for task in losses.TASKS}
+        if not any(gains.values()):
+            return NOT_RUN
+        found: dict[str, list[str]] = {"better": [], "worse": [], "no difference": [], NOT_RUN: []}
+        for task, gain in gains.items():
+            outcome = NOT_RUN if gain is None else gain.outcome
+            points = "" if gain is None else f" {100 * gain.gain.mean:+.1f}"
+            key = outcome if outcome in found else "no difference"
+            found[key].append(task + (points if outcome != NOT_RUN else ""))
+        return "; ".join(f"{key}: {', '.join(names)}" for key, names in found.items() if names)
+
+    rows = [[f"`{n}`", words(n), words(f"0.5*ce+0.5*{n}")] for n in losses.LOSSES if n != "ce"]
+    return markdown(["loss", "here, alone", "here, `0.5*ce+0.5*loss`"], rows)
 
 
 TABLES: dict[str, Callable[[Store], str]] = {
