@@ -9,7 +9,8 @@ the difference of the two variants on item i after training with seed s, the two
 gives the variance of the mean: what the means of the seeds show, S^2 = var(d_s.) / seeds, in which
 `rest` is included, and what the items add to it, I^2 = var(d_.i) / items - var(rest) / (seeds
 items). The interval is mean ± sqrt((t S)^2 + (t' I)^2), with Student's t of seeds - 1 and items - 1
-degrees of freedom: exact where one of the two is all there is, and slightly long between.
+degrees of freedom: exact where one of the two is all there is, and slightly long between. It is at
+least what `rest` alone makes of it, since the means of two or three seeds may coincide by chance.
 
 What is no mean of items (a loss per token, macro-F1) is made one: `per_token` and `f1_parts` return
 values of each item whose mean is the statistic and whose spread is that of the statistic without
@@ -19,7 +20,7 @@ the item (the jackknife; for a ratio of sums its first order, which is as good).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -66,13 +67,13 @@ def difference(
     table = differences(first, second)
     seeds, items = table.shape
     tail = tail_of(confidence, comparisons)
-    over_seeds, over_items = table.mean(1).var(ddof=1) / seeds, variances(table)[1] / items
+    _, of_items, of_rest = variances(table)
+    over_seeds = math.sqrt(table.mean(1).var(ddof=1) / seeds)
+    over_items, noise = math.sqrt(of_items / items), math.sqrt(of_rest / (seeds * items))
 
     def together(factor: Callable[[int, float], float]) -> float:
-        return math.hypot(
-            factor(seeds - 1, tail) * math.sqrt(over_seeds),
-            factor(items - 1, tail) * math.sqrt(over_items),
-        )
+        few, many = factor(seeds - 1, tail), factor(items - 1, tail)
+        return max(math.hypot(few * over_seeds, many * over_items), many * noise)
 
     mean, half = float(table.mean()), together(quantile)
     return Difference(mean, mean - half, mean + half, together(visible) if half else math.nan)
@@ -82,7 +83,7 @@ def f1_difference(
     true: Any,
     first: Any,
     second: Any,
-    classes: Sequence[Any] | None = None,
+    classes: Any = None,
     confidence: float = 0.95,
     comparisons: int = 1,
 ) -> Difference:
@@ -145,7 +146,7 @@ def per_token(sums: Any, tokens: Any) -> np.ndarray:
     return ratio + (sums - ratio * tokens) / tokens.mean()
 
 
-def f1_parts(true: Any, said: Any, classes: Sequence[Any] | None = None) -> np.ndarray:
+def f1_parts(true: Any, said: Any, classes: Any = None) -> np.ndarray:
     """(seeds, items) values whose mean is the macro-F1 of the answers `said`, after each seed.
 
     Each lacks one item's part in full: to first order alone, classes of two or three items made

@@ -14,6 +14,7 @@ usage: segloss COMMAND ...
 
   train     fine-tune a language model with any loss, task weights and sample weights
   evaluate  held-out loss, exact match, accuracy and macro-F1 of a run's model, or of any model
+  compare   train variants with several seeds, and say whether they differ
   select    choose the tasks to fine-tune on, from gradients instead of trials
   report    one web page and pictures of one or several runs, side by side
   doctor    show versions, device and backend, and check each family of losses
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(words: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": train, "evaluate": evaluate, "select": select, "report": report,
+        "compare": compare,
     }  # fmt: skip
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -141,6 +143,15 @@ def select(words: list[str]) -> None:
     if "output_dir" not in found.given:
         found.training.output_dir = shared_name()
     choose(found)
+
+
+def compare(words: list[str]) -> None:
+    from .run import require_packages
+
+    require_packages()
+    from segloss.compare.command import compare as run_and_compare
+
+    run_and_compare(words)
 
 
 def report(words: list[str]) -> None:

@@ -63,6 +63,7 @@ class Options:
     validation_items: int | None = doc(
         None, "further items that CoBa, --patience and --eval_strategy read (default: a tenth)"
     )
+    split_seed: int | None = doc(None, "what items are held out (default: seed)")
     equal_tasks: bool = doc(False, "draw every task equally often, instead of by its size")
     loss: str | None = doc(None, "as 0.6*ce+0.4*lovasz or focal(gamma=1.5) (default: loss_type)")
     teacher: str | None = doc(

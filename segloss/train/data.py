@@ -516,7 +516,9 @@ class Split:
         options = self.settings.options
         distinct = {content_of(row): row for row in rows}
         test = {content_of(row): row for row in self.test if row["task"] == task}
-        rng = random.Random(f"{self.settings.training.seed} split {task}")
+        seed = options.split_seed
+        seed = self.settings.training.seed if seed is None else seed
+        rng = random.Random(f"{seed} split {task}")
         evaluates = self.settings.training.eval_strategy != "no" and not test
         number = options.validation_items
         if number is None:

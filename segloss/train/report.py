@@ -176,6 +176,11 @@ def markdown(records: Sequence[Record]) -> str:
     header, rows = table(records)
     if not rows:
         return "No items are held out, so there is nothing to say of the result."
+    return f"{aligned(header, rows)}\n\n{NOTES}"
+
+
+def aligned(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table: a name, a number, a name, and numbers."""
     lines = [[c.replace("|", "\\|") for c in line] for line in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     left = (True, False, True)
@@ -188,7 +193,7 @@ def markdown(records: Sequence[Record]) -> str:
         return f"| {' | '.join(padded)} |"
 
     rule = ["-" * w if i < 3 and left[i] else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join([joined(lines[0]), joined(rule), *map(joined, lines[1:]), "", NOTES])
+    return "\n".join([joined(lines[0]), joined(rule), *map(joined, lines[1:])])
 
 
 def story(record: Record) -> str:

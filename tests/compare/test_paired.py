@@ -182,6 +182,19 @@ def test_answers_of_equal_variants_seldom_differ_and_a_planted_difference_is_fou
     assert share([d.low > 0 for d in planted]) >= 0.78
 
 
+@pytest.mark.parametrize("seeds", [2, 3])
+@pytest.mark.parametrize("items, disagree", [(30, 0.1), (60, 0.02), (200, 0.02)])
+def test_few_answers_that_differ_are_no_difference(
+    rng, seeds: int, items: int, disagree: float
+) -> None:
+    """Where the seeds' means coincide, which with few such answers is often, they show nothing."""
+    found = []
+    for _ in range(SIMULATIONS):
+        right = rng.random(items) < 0.5
+        found.append(difference(*(right ^ (rng.random((2, seeds, items)) < disagree / 2))).found)
+    assert share(found) <= 0.05
+
+
 def found_of_equal(equal: list[Difference]) -> tuple[float, float]:
     """The shares in which a difference is reported, and a planted one is found.
 

@@ -1,0 +1,113 @@
+"""A comparison as one picture, and as one web page that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.ticker import MaxNLocator
+
+from segloss.train.figures import COLORS, DARK, GREY, Picture, new_figure
+from segloss.train.page import TEMPLATE, png, shown
+from segloss.train.report import SCORES
+
+from .result import NOTES, Score, table
+
+PAGE, PICTURE = "report.html", "differences.png"
+COLOR = {"better": COLORS[0], "worse": COLORS[1], "": GREY}
+
+
+def write_page(
+    folder: Path, scores: Sequence[Score], sentences: Sequence[str], given: dict[str, dict]
+) -> Path:
+    """Write both into the folder; the page's path."""
+    picture = differences(scores)
+    image = png(picture.figure)
+    drawn = [(picture, base64.b64encode(image).decode())]
+    (folder / PICTURE).write_bytes(image)
+    (folder / PAGE).write_text(page(folder, scores, sentences, given, drawn), encoding="utf-8")
+    return folder / PAGE
+
+
+def page(
+    folder: Path,
+    scores: Sequence[Score],
+    sentences: Sequence[str],
+    given: dict[str, dict],
+    drawn: list[tuple[Picture, str]],
+) -> str:
+    from jinja2 import Environment
+
+    header, rows = table(scores)
+    # a line ends before an interval, not in it
+    rows = [[cell.replace(" (", "\xa0(").replace(" to ", "\xa0to\xa0") for cell in r] for r in rows]
+    options = sorted({name for options in given.values() for name in options} - {"seed"})
+    seeds = len(next(score.by_seed for score in scores if score.by_seed))
+    return (
+        Environment(autoescape=True)
+        .from_string(TEMPLATE)
+        .render(
+            title=f"segloss: {folder.resolve().name}",
+            words=3,
+            stories=sentences,
+            results=(header, rows),
+            notes=NOTES,
+            pictures=drawn,
+            chosen=[],
+            names=list(given),
+            settings=[[name, *(shown(of.get(name)) for of in given.values())] for name in options],
+            where=f"Each with {seeds} seeds. What is not listed had its default.",
+        )
+    )
+
+
+def differences(scores: Sequence[Score]) -> Picture:
+    """One panel per score: a row per task and variant, in it the difference with its interval."""
+    found = [score for score in scores if score.difference is not None]
+    names = [name for name in SCORES if any(score.name == name for score in found)]
+    tasks = list(dict.fromkeys(score.task for score in found))
+    rows: dict[tuple[str, str], float] = {}
+    for score in found:
+        key = (score.task, score.variant)
+        rows.setdefault(key, -len(rows) - 0.6 * tasks.index(score.task))
+    figure = new_figure(1.2 + 0.5 * len(rows) + 0.3 * len(tasks))
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for name, axis in zip(names, panels, strict=True):
+        for score in found:
+            if score.name == name:
+                draw(axis, rows[score.task, score.variant], score)
+        axis.axvline(0, color="black", lw=1, zorder=0)
+        axis.set_title(
+            f"{SCORES[name][0]}\n{'less' if name == 'nll' else 'more'} is better", fontsize=10
+        )
+        axis.margins(x=0.12)
+        axis.set_ylim(min(rows.values()) - 0.6, 0.7)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.grid(axis="x", color="#e5e7eb")
+        axis.set_axisbelow(True)
+        axis.tick_params(axis="y", length=0)
+    labels = [f"{t}: {v}" if len(tasks) > 1 else v for t, v in rows]
+    panels[0].set_yticks(list(rows.values()), labels, parse_math=False)
+    caption = (
+        f"Each variant less {found[0].first}, the line at 0, with 95 % intervals over seeds and "
+        "items; below it each seed. Blue: better. Orange: worse. Grey: no difference found."
+    )
+    return Picture("differences", f"Differences from {found[0].first}", caption, figure)
+
+
+def draw(axis: Any, place: float, score: Score) -> None:
+    _, scale, form = SCORES[score.name]
+    found, shade = score.difference, COLOR[score.verdict]
+    assert found is not None
+    seeds = [scale * value for value in score.by_seed]
+    axis.plot(seeds, [place - 0.25] * len(seeds), "o", color=shade, ms=3, alpha=0.7, mew=0)
+    axis.plot([scale * found.low, scale * found.high], [place, place], color=shade, lw=2)
+    axis.plot([scale * found.mean], [place], "o", color=shade, ms=7)
+    axis.annotate(
+        form.replace("{:", "{:+").format(scale * found.mean), (scale * found.mean, place),
+        xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8, color=DARK,
+        bbox={"color": "white", "pad": 0.5},
+    )  # fmt: skip
