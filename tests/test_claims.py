@@ -371,6 +371,7 @@ def test_the_page_says_what_was_found_and_what_was_not_run(made_up, pages, tmp_p
     assert "converge at a more even pace | 2410.06741 | **undecided** | worse: plenty;" in text
     assert f"{len(made_up.names())} of {len(cells)} cells have been run. **Not run:**" in text
     assert "| smollm2 | 4 | 120 | ce, focal, lovasz, 0.6*ce+0.4*lovasz |" in text
+    assert "Of single comparisons: better: focal (addition), focal (sorting), focal (subj" in text
     row = next(line for line in text.splitlines() if line.startswith("| `focal` | +"))
     assert row.count("**better**") == 3 and row.count("not run") == 1
     assert "**worse**" in next(line for line in text.splitlines() if "| `irdro-1` |" in line)
@@ -381,6 +382,12 @@ def test_the_page_says_what_was_found_and_what_was_not_run(made_up, pages, tmp_p
     once = page.read_text()
     report.write(made_up, cells, page, docs)
     assert page.read_text() == once
+
+
+def test_names_of_what_was_not_run_are_grouped():
+    names = ["irdro/a/x", "irdro/a/y", "irdro/b/x", "irdro/b/y", "irdro/c/x"]
+    assert report.grouped(names) == "a, b: x, y; c: x"
+    assert report.grouped(["smollm2/ce", "smollm2/focal"]) == "ce, focal"
 
 
 def test_the_docs_say_what_came_out_for_each_loss(made_up, pages):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +51,8 @@ class Claim(NamedTuple):
     text: str
     source: str
     conditions: dict[str, Outcome]
+    single: dict[str, Outcome] = {}  # noqa: RUF012 - never written to
+    """The comparisons that the conditions' outcomes are made of, where there are several."""
 
     @property
     def verdict(self) -> tuple[Verdict, str]:
@@ -209,51 +211,97 @@ def own_outcome(store: Store, name: str) -> Outcome:
 # --------------------------------------------------------------------------------------- claims
 
 
+def condition(
+    judge: Callable[[Sequence[Outcome]], Outcome], single: dict[str, dict[str, Outcome]]
+) -> tuple[dict[str, Outcome], dict[str, Outcome]]:
+    """Of `single[condition][variant]`: the conditions' outcomes, and all single ones."""
+    conditions = {name: judge(list(each.values())) for name, each in single.items()}
+    flat = {
+        f"{variant} ({name})": found
+        for name, each in single.items()
+        for variant, found in each.items()
+    }
+    return conditions, flat
+
+
 def claims(store: Store) -> list[Claim]:
-    def lengths(judge) -> dict[str, Outcome]:
+    def lengths(judge) -> dict[str, Any]:
         return {f"{steps} steps": judge(steps) for steps in gradex.LENGTHS}
 
-    def mixes(score: str) -> dict[str, Outcome]:
+    def mixes(score: str) -> dict[str, dict[str, Outcome]]:
         return {
-            mix: all_of([outcome(coba_gain(store, mix, o, score)) for o in others_than_coba()])
+            mix: {f"over {o}": outcome(coba_gain(store, mix, o, score)) for o in others_than_coba()}
             for mix in coba.MIXES
         }
 
+    def rivals(steps: int) -> dict[str, Outcome]:
+        return {f"over {r}": outcome(choice_gain(store, steps, r)) for r in RIVALS}
+
     tasks = dict.fromkeys(losses.TASKS, losses.CLAIMED) | {"smollm2": smollm2.LOSSES[1:]}
+    by_loss = {
+        task: {slug(name): outcome(loss_gain(store, task, name)) for name in names}
+        for task, names in tasks.items()
+    }
+    by_temperature = {
+        f"{setting} {kind}": {
+            f"irdro-{t}": outcome(weighting_gain(store, setting, kind, f"irdro-{t}")) for t in SOME
+        }
+        for setting in irdro.SETTINGS
+        for kind in irdro.DATA
+    }
     return [
         Claim(
             1,
             "Focal or Lovász-Softmax, alone or summed, gives more exact matches than cross-entropy",
             "2409.13641",
-            {t: any_of([outcome(loss_gain(store, t, n)) for n in names])
-             for t, names in tasks.items()},
+            *condition(any_of, by_loss),
         ),
-        Claim(2, "CoBa lets tasks converge at a more even pace", "2410.06741", mixes("spread")),
-        Claim(3, "CoBa is better than the other balancers", "2410.06741", mixes("hit")),
-        Claim(4, "GradEx's estimates are 1 % off", "2409.19458",
-              lengths(lambda steps: gradex_limit(store, steps, errors, ERROR))),
-        Claim(5, "GradEx is 30 x faster than retraining", "2409.19458",
-              lengths(lambda steps: gradex_limit(store, steps, speeds, SPEED))),
+        Claim(
+            2,
+            "CoBa lets tasks converge at a more even pace",
+            "2410.06741",
+            *condition(all_of, mixes("spread")),
+        ),
+        Claim(
+            3,
+            "CoBa is better than the other balancers",
+            "2410.06741",
+            *condition(all_of, mixes("hit")),
+        ),
+        Claim(
+            4,
+            "GradEx's estimates are 1 % off",
+            "2409.19458",
+            lengths(lambda steps: gradex_limit(store, steps, errors, ERROR)),
+        ),
+        Claim(
+            5,
+            "GradEx is 30 x faster than retraining",
+            "2409.19458",
+            lengths(lambda steps: gradex_limit(store, steps, speeds, SPEED)),
+        ),
         Claim(
             6,
             "GradEx's choice is better than all groups, random subsets and similar gradients",
             "2409.19458",
-            lengths(lambda steps: all_of([outcome(choice_gain(store, steps, r)) for r in RIVALS])),
+            *condition(all_of, lengths(rivals)),
         ),
         Claim(
             7,
             "IR-DRO gives consistent gains",
             "2402.14270",
-            {
-                f"{setting} {kind}": any_of(
-                    [outcome(weighting_gain(store, setting, kind, f"irdro-{t}")) for t in SOME]
-                )
-                for setting in irdro.SETTINGS
-                for kind in irdro.DATA
-            },
+            *condition(any_of, by_temperature),
         ),
-        Claim(8, "`grad_filter` changes nothing in training", "this package",
-              {"text": own_outcome(store, "filter")}),
-        Claim(9, "bf16 changes nothing in training", "this package",
-              {"text": own_outcome(store, "bf16")}),
-    ]  # fmt: skip
+        Claim(
+            8,
+            "`grad_filter` changes nothing in training",
+            "this package",
+            {"text": own_outcome(store, "filter")},
+        ),
+        Claim(
+            9,
+            "bf16 changes nothing in training",
+            "this package",
+            {"text": own_outcome(store, "bf16")},
+        ),
+    ]

@@ -63,13 +63,15 @@ def of_losses(plt, store: Store):
     names = [*losses.CLAIMED]
     names += [n for n in losses.LOSSES + losses.SUMS if n not in names and n != "ce"]
     table = {task: [loss_gain(store, task, name) for name in names] for task in losses.TASKS}
+    table = {task: gains for task, gains in table.items() if any(gains)}
     kept = [i for i in range(len(names)) if any(gains[i] for gains in table.values())]
     if not kept:
         return None
     figure, grid = plt.subplots(
-        1, len(table), figsize=(12, 1.2 + 0.24 * len(kept)), sharey=True, layout="constrained"
-    )
-    for axes, (task, gains) in zip(grid, table.items(), strict=True):
+        1, len(table), figsize=(3 * len(table), 1.2 + 0.24 * len(kept)), sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for axes, (task, gains) in zip(grid[0], table.items(), strict=True):
         forest(axes, [gains[i] for i in kept], [slug(names[i]) for i in kept])
         axes.set_title(task)
         axes.set_xlabel("exact match less ce's, points")

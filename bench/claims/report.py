@@ -29,7 +29,7 @@ from bench.claims.findings import (
     true_of,
     weighting_gain,
 )
-from bench.claims.verdicts import Compared
+from bench.claims.verdicts import Compared, by_outcome
 from bench.report.writing import markdown
 from segloss.compare.paired import f1_parts
 
@@ -77,6 +77,8 @@ def verdicts(found: Sequence[Claim]) -> str:
     rows = []
     for claim in found:
         verdict, words = claim.verdict
+        single = by_outcome(claim.single, ("better", "worse"))
+        words += f". Of single comparisons: {single}" if single else ""
         rows.append([f"{claim.number}. {claim.text}", claim.source, f"**{verdict}**", words])
     return markdown(["claim", "of", "verdict", "conditions"], rows)
 
@@ -88,13 +90,25 @@ def missing(store: Store, cells: Sequence[Cell]) -> str:
     if not left:
         return f"{count}\n"
     rows = []
-    for (kind, wave), number in Counter((cell.kind, cell.wave) for cell in left).items():
-        these = [cell for cell in left if (cell.kind, cell.wave) == (kind, wave)]
+    for kind, number in Counter(cell.kind for cell in left).items():
+        these = [cell for cell in left if cell.kind == kind]
         minutes = sum(cell.seconds for cell in these) / 60
-        names = [cell.name.partition("/")[2] for cell in these]
-        rows.append([kind, number, f"{minutes:.0f}", ", ".join(names)])
+        rows.append([kind, number, f"{minutes:.0f}", grouped([cell.name for cell in these])])
     table = markdown(["kind", "cells", "minutes of one core, expected", "which"], rows)
     return f"{count} **Not run:**\n\n{table}\n`python -m bench.claims` runs them.\n"
+
+
+def grouped(names: Sequence[str]) -> str:
+    """Names by what they begin with, and beginnings that lack the same by that."""
+    leaves: dict[str, list[str]] = {}
+    for name in names:
+        head, _, leaf = name.rpartition("/")
+        leaves.setdefault(head.partition("/")[2], []).append(leaf)
+    heads: dict[str, list[str]] = {}
+    for head, found in leaves.items():
+        heads.setdefault(", ".join(found), []).append(head)
+    parts = [f"{', '.join(h)}: {found}" if any(h) else found for found, h in heads.items()]
+    return "; ".join(parts)
 
 
 def machines(store: Store) -> str:
@@ -135,6 +149,7 @@ def loss_tables(store: Store) -> str:
     names = (*losses.CLAIMED, *(n for n in losses.LOSSES + losses.SUMS
                                if n != "ce" and n not in losses.CLAIMED))  # fmt: skip
     first = []
+    names = [n for n in names if any(loss_cell(task, n) in store for task in losses.TASKS)]
     for loss in names:
         gains = [loss_gain(store, task, loss) for task in losses.TASKS]
         seen = " ".join(visible(gain) for gain in gains)
@@ -255,8 +270,8 @@ def weighting_table(store: Store) -> str:
         rows.append([setting, f"`none`: {'nll' if text else 'exact match, %'}", *values])
         unit, places = (1, 3) if text else (100, 1)
         for name in irdro.VARIANTS:
-            if name != "none":
-                gains = [weighting_gain(store, setting, kind, name) for kind in irdro.DATA]
+            gains = [weighting_gain(store, setting, kind, name) for kind in irdro.DATA]
+            if name != "none" and any(gains):
                 rows.append([setting, f"`{name}`", *(shown(g, unit, places) for g in gains)])
     about = (
         "What weights gain over none, positive where they are better: fine-tuning in points of "
@@ -289,6 +304,8 @@ def own_table(store: Store) -> str:
 
 
 def smollm2_table(store: Store) -> str:
+    if not any(loss_cell("smollm2", loss) in store for loss in smollm2.LOSSES):
+        return "Not run.\n"
     rows = []
     for loss in smollm2.LOSSES:
         result = store.find(loss_cell("smollm2", loss))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -79,11 +79,7 @@ def verdict(conditions: Mapping[str, Outcome]) -> tuple[Verdict, str]:
     undecided                otherwise: under none better, under some undecided or not run
     """
     outcomes = set(conditions.values())
-    named = {
-        outcome: [name for name, found in conditions.items() if found == outcome]
-        for outcome in ("better", "worse", "no gain", "undecided", "not run")
-    }
-    words = "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in named.items() if names)
+    words = by_outcome(conditions, get_args(Outcome))
     if outcomes <= {"not run"}:
         return "not run", words
     if outcomes == {"better"}:
@@ -93,6 +89,12 @@ def verdict(conditions: Mapping[str, Outcome]) -> tuple[Verdict, str]:
     if outcomes <= {"worse", "no gain"}:
         return "does not hold", words
     return "undecided", words
+
+
+def by_outcome(conditions: Mapping[str, Outcome], outcomes: Sequence[str]) -> str:
+    """`better: addition, sorting; worse: copying`."""
+    named = {o: [name for name, found in conditions.items() if found == o] for o in outcomes}
+    return "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in named.items() if names)
 
 
 def same(gain: Difference, margin: float) -> Outcome:
