@@ -362,7 +362,7 @@ def test_outcomes_of_made_up_cells(made_up):
     assert found[5].conditions["20 steps"] == "better"  # 2 s against 200
     assert found[6].conditions["20 steps"] == "better"
     assert found[7].conditions["fine-tuning clean"] == "worse"
-    assert found[8].verdict[0] == found[9].verdict[0] == "holds"
+    assert found[8].verdict == found[9].verdict == ("holds", "as claimed: text")
 
 
 def test_the_page_says_what_was_found_and_what_was_not_run(made_up, pages, tmp_path):

@@ -56,7 +56,11 @@ class Claim(NamedTuple):
 
     @property
     def verdict(self) -> tuple[Verdict, str]:
-        return verdict(self.conditions)
+        """And the outcomes in words; without single comparisons it is a figure that is judged."""
+        found, words = verdict(self.conditions)
+        if not self.single:
+            words = words.replace("better:", "as claimed:").replace("worse:", "not as claimed:")
+        return found, words
 
 
 def outcome(found: Compared | None) -> Outcome:
