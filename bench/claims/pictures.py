@@ -45,6 +45,10 @@ def draw(store: Store, folder: Path) -> dict[str, str]:
 
 def forest(axes, gains: list[Compared | None], names: list[str], unit: float = 100) -> None:
     """A row for each gain: its mean, its interval, the margin; coloured where it excludes 0."""
+    if not any(gains):
+        axes.text(0.5, 0.5, "not run", ha="center", transform=axes.transAxes)
+        axes.grid(False)
+        return
     for row, found in enumerate(gains):
         if found is None:
             continue
@@ -80,6 +84,8 @@ def of_losses(plt, store: Store):
 
 def of_coba(plt, store: Store):
     """Validation losses of each task by step, mean over the seeds."""
+    from matplotlib import ticker
+
     mixes = [m for m in coba.MIXES if any(f"coba/{m}/{w}" in store for w in coba.WEIGHTS)]
     if not mixes:
         return None
@@ -100,6 +106,9 @@ def of_coba(plt, store: Store):
         for axes, name in zip(row, coba.NAMES, strict=True):
             axes.set_title(f"{mix}: {name}")
             axes.set_yscale("log")
+            for part in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                part(ticker.FormatStrFormatter("%.2g"))
+            axes.tick_params(axis="y", which="both", labelsize=7)
             axes.set_xlabel("step")
         row[0].set_ylabel("validation loss, nats")
     grid[0][-1].legend(fontsize=7)
