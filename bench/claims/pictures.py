@@ -17,6 +17,7 @@ from bench.claims.findings import (
     weighting_gain,
 )
 from bench.claims.verdicts import Compared
+from bench.report.drawing import plain_log
 
 COLORS = {"better": "tab:green", "worse": "tab:red"}
 
@@ -84,8 +85,6 @@ def of_losses(plt, store: Store):
 
 def of_coba(plt, store: Store):
     """Validation losses of each task by step, mean over the seeds."""
-    from matplotlib import ticker
-
     mixes = [m for m in coba.MIXES if any(f"coba/{m}/{w}" in store for w in coba.WEIGHTS)]
     if not mixes:
         return None
@@ -106,9 +105,7 @@ def of_coba(plt, store: Store):
         for axes, name in zip(row, coba.NAMES, strict=True):
             axes.set_title(f"{mix}: {name}")
             axes.set_yscale("log")
-            for part in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                part(ticker.FormatStrFormatter("%.2g"))
-            axes.tick_params(axis="y", which="both", labelsize=7)
+            plain_log(axes.yaxis)
             axes.set_xlabel("step")
         row[0].set_ylabel("validation loss, nats")
     grid[0][-1].legend(fontsize=7)
