@@ -17,6 +17,7 @@ from bench.claims.findings import (
     weighting_gain,
 )
 from bench.claims.verdicts import Compared
+from bench.report.drawing import plain_log
 
 COLORS = {"better": "tab:green", "worse": "tab:red"}
 
@@ -45,6 +46,10 @@ def draw(store: Store, folder: Path) -> dict[str, str]:
 
 def forest(axes, gains: list[Compared | None], names: list[str], unit: float = 100) -> None:
     """A row for each gain: its mean, its interval, the margin; coloured where it excludes 0."""
+    if not any(gains):
+        axes.text(0.5, 0.5, "not run", ha="center", transform=axes.transAxes)
+        axes.grid(False)
+        return
     for row, found in enumerate(gains):
         if found is None:
             continue
@@ -100,6 +105,7 @@ def of_coba(plt, store: Store):
         for axes, name in zip(row, coba.NAMES, strict=True):
             axes.set_title(f"{mix}: {name}")
             axes.set_yscale("log")
+            plain_log(axes.yaxis)
             axes.set_xlabel("step")
         row[0].set_ylabel("validation loss, nats")
     grid[0][-1].legend(fontsize=7)
