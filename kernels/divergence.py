@@ -386,7 +386,7 @@ def mixture_triton(student: Rows, pair: Pair) -> None:
         pair.valid.view(torch.uint8),
         pair.numbers,
         pair.beta,
-        **row_tile(student),
+        **row_tile(student, halved=True),  # sm_100 spills a whole one
     )
 
 
@@ -465,7 +465,8 @@ def mixed(
     """The two numbers of "jsd", of one block of rows; the logarithms are spent, of the rest are p,
     q and room for log m."""
     p, q, log_m = rest
-    torch.mul(q, pair.beta, out=log_m).add_(p, alpha=1 - pair.beta).log_()
+    # the least p and q have a mixture of 0
+    torch.mul(q, pair.beta, out=log_m).add_(p, alpha=1 - pair.beta).log_().clamp_(min=-1e4)
     center.copy_(row_dot(p, log_p.sub_(log_m)))
     value.copy_(pair.beta * row_dot(q, log_q.sub_(log_m)) + (1 - pair.beta) * center)
 
@@ -582,7 +583,7 @@ def block_divergence_grad(pair: Pair, raw: Tensor, here: slice, buffers: list[Te
     elif pair.kind == "jsd":
         log_p, q = u.clamp_(min=-1e30).sub_(student_sum), exp_(w.sub_(teacher_sum))
         p = exp_(t.copy_(log_p))
-        log_m = q.mul_(pair.beta).add_(p, alpha=1 - pair.beta).log_().clamp_(min=-1e30)
+        log_m = q.mul_(pair.beta).add_(p, alpha=1 - pair.beta).log_().clamp_(min=-1e4)
         log_p.sub_(log_m).sub_(center).mul_(upstream * (1 - pair.beta)).mul_(p)
     elif pair.kind == "targets":
         w.copy_(raw_rows(pair.teacher, here))

@@ -319,7 +319,8 @@ class RowVectors:
     # plain cross-entropy's `p * coefficient` is one exponential: the shift (N, 1) of its exponent,
     # and signs where some coefficient is negative
     shift: Tensor | None = None
-    target_last: bool = False  # nothing is added to the target's element, nor is it multiplied
+    # nothing is added to the target's element, nor is it multiplied: the caller writes it, once
+    target_last: bool = False
     sign: Tensor | None = None
     entry_place: Tensor | None = None  # (M,)
     entry_value: Tensor | None = None  # (M,)
@@ -350,10 +351,6 @@ class RowVectors:
             log_size = terms.prob_coef.abs().log2()
             lse = terms.row_max + terms.log_sum
             vectors.shift = (log_size - lse * math.log2(math.e))[:, None]
-            untransformed = rows.softcap is None and rows.scale == 1.0
-            vectors.target_last = (
-                untransformed and terms.sum_grad is None and terms.entry_grad is None
-            )
             if bool((terms.prob_coef < 0).any()):
                 vectors.sign = terms.prob_coef.sign()[:, None]
         if terms.entry_row is not None:
@@ -374,6 +371,9 @@ def logit_grad_torch(rows: Rows, terms: GradTerms, dlogits: Tensor) -> None:
     """The twin adds the three passes up in one float32 row block, then rounds it once."""
     groups = rows.blocks()
     vectors = RowVectors.of(rows, terms, groups)
+    untransformed = rows.softcap is None and rows.scale == 1.0
+    nothing_more = terms.sum_grad is None and terms.entry_grad is None
+    vectors.target_last = vectors.shift is not None and untransformed and nothing_more
     # where z is read again after p has been formed, it needs a buffer of its own
     z_again = terms.sum_grad is not None or rows.softcap is not None
 

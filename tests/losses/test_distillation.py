@@ -186,6 +186,48 @@ def test_every_dtype(kind, dtype):
         assert relative_error(a, true) <= 2 * relative_error(b, true) + allowance
 
 
+@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
+@every_kind
+def test_float32_sums_with_cross_entropy(kind, head):
+    """Cross-entropy's part has an arithmetic of its own in float32, on a CPU."""
+    logits, target = example(3, 11, 300)
+    weight = torch.randn(300, 11, generator=torch.Generator().manual_seed(2)) / 4
+    leaves = [logits.float()]
+    if head:
+        leaves = [torch.randn(3, 11, 11, generator=torch.Generator().manual_seed(1)), weight]
+    ours = [leaf.requires_grad_() for leaf in leaves]
+    theirs = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    teacher = teacher_logits(3, 11, 300)
+    criterion = 0.3 * segloss.CrossEntropyLoss() + 0.7 * DistillationLoss(kind)
+    source = LinearLogits(*ours) if head else ours[0]
+    value = criterion(source, target, teacher=teacher.float())
+    z = theirs[0] @ theirs[1].T if head else theirs[0]
+    true = 0.3 * reference.cross_entropy(z, target)
+    true = true + 0.7 * reference.distillation_loss(z, target, teacher=teacher, divergence=kind)
+    assert_near(value.detach().double(), true.detach(), 1e-6)
+    for grad, true_grad in zip(grads(value, ours), grads(true, theirs), strict=True):
+        assert relative_error(grad.double(), true_grad) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [10, 40, 200])
+@every_kind
+def test_float32_logits_of_any_size(kind, scale):
+    """Probabilities down to the least that float32 has, whose mixture is 0."""
+    logits = scale * teacher_logits(64, 300, seed=1)
+    teacher = scale * teacher_logits(64, 300, seed=2)
+    target = torch.zeros(64, dtype=torch.int64)
+    ours, theirs = logits.float().requires_grad_(), logits.float().double().requires_grad_()
+    value = DistillationLoss(kind)(ours, target, teacher=teacher.float())
+    true = reference.distillation_loss(
+        theirs, target, teacher=teacher.float().double(), divergence=kind
+    )
+    assert_near(value.detach().double(), true.detach(), 1e-6)
+    (grad,), (true_grad,) = grads(value, [ours]), grads(true, [theirs])
+    # where each has all of its probability at another class the gradient is a difference of numbers
+    # near 1 / 64
+    assert (grad - true_grad).norm() < 5e-5 * true_grad.norm() + 1e-7
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @every_kind
 def test_gradcheck(kind, temperature):
