@@ -459,14 +459,19 @@ def sum_of_exp(shifted: Tensor, into: Tensor) -> Tensor:
     return total
 
 
+def log_mixture_torch(pair: Pair, p: Tensor, q: Tensor, out: Tensor) -> Tensor:
+    """`log(beta q + (1 - beta) p)` in `out`, which may be q; finite where the least p and q have a
+    mixture of 0."""
+    return torch.mul(q, pair.beta, out=out).add_(p, alpha=1 - pair.beta).log_().clamp_(min=-1e4)
+
+
 def mixed(
     pair: Pair, log_p: Tensor, log_q: Tensor, rest: list[Tensor], value: Tensor, center: Tensor
 ) -> None:
     """The two numbers of "jsd", of one block of rows; the logarithms are spent, of the rest are p,
     q and room for log m."""
     p, q, log_m = rest
-    # the least p and q have a mixture of 0
-    torch.mul(q, pair.beta, out=log_m).add_(p, alpha=1 - pair.beta).log_().clamp_(min=-1e4)
+    log_mixture_torch(pair, p, q, log_m)
     center.copy_(row_dot(p, log_p.sub_(log_m)))
     value.copy_(pair.beta * row_dot(q, log_q.sub_(log_m)) + (1 - pair.beta) * center)
 
@@ -583,7 +588,7 @@ def block_divergence_grad(pair: Pair, raw: Tensor, here: slice, buffers: list[Te
     elif pair.kind == "jsd":
         log_p, q = u.clamp_(min=-1e30).sub_(student_sum), exp_(w.sub_(teacher_sum))
         p = exp_(t.copy_(log_p))
-        log_m = q.mul_(pair.beta).add_(p, alpha=1 - pair.beta).log_().clamp_(min=-1e4)
+        log_m = log_mixture_torch(pair, p, q, out=q)
         log_p.sub_(log_m).sub_(center).mul_(upstream * (1 - pair.beta)).mul_(p)
     elif pair.kind == "targets":
         w.copy_(raw_rows(pair.teacher, here))
@@ -658,11 +663,12 @@ def divergence(pair: Pair, known: tuple[Tensor, Tensor] | None = None) -> Pair:
 def fresh(pair: Pair) -> bool:
     """Numbers to be filled, as they are where there is no column; whether there is anything."""
     student = pair.student
-    pair.numbers = PairNumbers(*(student.new(student.num_rows).zero_() for _ in range(6)))
+    n = student.num_rows
+    pair.numbers = PairNumbers(*(student.new(n).zero_() for _ in PairNumbers._fields))
     if student.num_classes == 0:
         pair.numbers.student_sum.fill_(-torch.inf)
         pair.numbers.teacher_sum.fill_(0 if pair.kind == "targets" else -torch.inf)
-    return student.num_rows > 0 and student.num_classes > 0
+    return n > 0 and student.num_classes > 0
 
 
 # Where more columns lie elsewhere, the two passes of "jsd" are apart: between them the normalisers

@@ -244,9 +244,13 @@ def row_stats_torch(
 
 
 def sums_from_target(
-    rows: Rows, z_y: Tensor, blocks: list[list[Block]], valid_before: dict[int, int], stats
+    rows: Rows,
+    z_y: Tensor,  # (N,)
+    blocks: list[list[Block]],
+    valid_before: dict[int, int],
+    stats: RowStats,
 ) -> None:
-    """Sums of exponentials relative to the target's logit z_y (N,): a pass less than relative to
+    """Sums of exponentials relative to the target's logit z_y: a pass less than relative to
     the maximum, and the same where p is near 1.
 
     Where the maximum is so far above that float32's range might not do, the row is read again.

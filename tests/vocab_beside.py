@@ -18,6 +18,7 @@ from vocab_cases import (
     Mesh,
     N,
     V,
+    assert_parts,
     cases,
     leaves,
     own_part,
@@ -276,36 +277,9 @@ def results(shape: tuple[int, int]) -> dict:
 
 
 def assert_same(found: list[dict], case: Case, name: str, shape: tuple[int, int]) -> None:
-    """Every rank has the value of one process and its part of the gradients, to 1e-12."""
-    rows, parts = shape
-    true = one_process(case, name, rows)
-    slices, spans = spans_of(case, parts)
-    each = N // rows
-    for rank, own in enumerate(found):
-        t, p = divmod(rank, parts)
-        tokens = slice(t * each, (t + 1) * each)
-        expected = {k: true[k][tokens] for k in ("log_prob", "column_log_prob") if k in true}
-        expected["value"] = true["value"][tokens] if true["value"].dim() else true["value"]
-        for what in expected:
-            assert torch.equal(own[what], found[t * parts][what]), f"rank {rank} {what}"
-        for trained in case.trained:
-            grad = true[trained]
-            if trained == "hidden":
-                grad = grad[tokens]
-                grad = grad.chunk(parts)[p] if case.sequence else grad
-            elif trained != "lora_a":
-                dim = int(trained == "logits")
-                grad = grad[tokens].T if dim else grad
-                first, width = spans[p]
-                padding = grad.new_zeros(slices[p] - width, *grad.shape[1:])
-                grad = torch.cat([grad[first : first + width], padding])
-                grad = grad.T if dim else grad
-            expected[trained] = grad
-        for what, value in expected.items():
-            assert own[what].shape == value.shape, f"rank {rank} {what}"
-            if value.numel():
-                error = (own[what] - value).abs().max() / value.abs().max().clamp(min=1)
-                assert error <= 1e-12, f"rank {rank} {what} differs by {error:.3g}"
+    true = one_process(case, name, shape[0])
+    per_row = [what for what in ("log_prob", "column_log_prob") if what in true]
+    assert_parts(found, case, shape, true, per_row + ["value"] * (true["value"].dim() > 0))
 
 
 def assert_collectives(found: list[dict], shape: tuple[int, int]) -> None:

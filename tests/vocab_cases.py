@@ -274,10 +274,10 @@ def spans_of(case: Case, parts: int) -> tuple[list[int], list[tuple[int, int]]]:
     return rows, [(s, min(n, V - s)) for s, n in zip(starts, rows, strict=True)]
 
 
-def sliced(x: Tensor, rows: int, span: tuple[int, int]) -> Tensor:
+def sliced(x: Tensor, rows: int, span: tuple[int, int], fill: float = 7.0) -> Tensor:
     """A rank's slice of a head's tensor (V, ...), padded with what must not be read."""
     first, width = span
-    return torch.cat([x[first : first + width], x.new_full((rows - width, *x.shape[1:]), 7.0)])
+    return torch.cat([x[first : first + width], x.new_full((rows - width, *x.shape[1:]), fill)])
 
 
 def own_part(case: Case, mesh: Mesh, whole: dict[str, Tensor]) -> tuple[dict, dict]:
@@ -338,37 +338,40 @@ def results(shape: tuple[int, int]) -> dict:
 
 
 def assert_same(found: list[dict], case: Case, name: str, shape: tuple[int, int]) -> None:
-    """Every rank has the value of one process and its part of the gradients, to 1e-12."""
+    true = one_process(case, name, shape[0])
+    per_row = ["lse", "log_prob", "entropy", "argmax"]
+    assert_parts(found, case, shape, true, per_row + ["value"] * ("none" in name))
+
+
+def assert_parts(
+    found: list[dict], case: Case, shape: tuple[int, int], true: dict, per_row: list[str]
+) -> None:
+    """Every rank has the value of one process, its tokens of what is `per_row` and its part of the
+    gradients, to 1e-12; the same bits on all ranks of the vocabulary."""
     rows, parts = shape
-    true = one_process(case, name, rows)
     slices, spans = spans_of(case, parts)
     each = N // rows
     for rank, own in enumerate(found):
         t, p = divmod(rank, parts)
         tokens = slice(t * each, (t + 1) * each)
-        expected = {k: true[k][tokens] for k in ("lse", "log_prob", "entropy", "argmax")}
-        expected["value"] = true["value"] if true["value"].dim() == 0 else true["value"][tokens]
-        if "none" not in name:
-            expected["value"] = true["value"]
+        expected = {"value": true["value"]} | {what: true[what][tokens] for what in per_row}
+        for what in expected:
+            assert torch.equal(own[what], found[t * parts][what]), f"rank {rank} {what}"
         for trained in case.trained:
             grad = true[trained]
             if trained == "hidden":
                 grad = grad[tokens]
                 grad = grad.chunk(parts)[p] if case.sequence else grad
+            elif trained == "logits":
+                grad = sliced(grad[tokens].T, slices[p], spans[p], 0).T
             elif trained != "lora_a":
-                first, width = spans[p]
-                padding = grad.new_zeros(slices[p] - width, *grad.shape[1:])
-                grad = torch.cat([grad[first : first + width], padding])
+                grad = sliced(grad, slices[p], spans[p], 0)
             expected[trained] = grad
         for what, value in expected.items():
             assert own[what].shape == value.shape, f"rank {rank} {what}"
             if value.numel():
                 error = (own[what] - value).abs().max() / value.abs().max().clamp(min=1)
                 assert error <= 1e-12, f"rank {rank} {what} differs by {error:.3g}"
-        # the same bits on all ranks of the vocabulary
-        first = found[t * parts]
-        for what in ("value", "lse", "log_prob", "entropy", "argmax"):
-            assert torch.equal(own[what], first[what]), f"rank {rank} {what}"
 
 
 # sharding.md: collectives of (phase, ranks), whatever the data; hidden is trained, one chunk

@@ -6,6 +6,7 @@ K tasks.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -68,16 +69,17 @@ def task_losses(model: nn.Module, batch: Data) -> Tensor:
 # ------------------------------------------------------------------------------------ balancers
 
 
-class Balancer:
+class Balancer(ABC):
     """`loss(losses)` of the tasks' losses (K,); `parameters` are trained with the model's."""
 
     parameters: tuple[Tensor, ...] = ()
 
-    def loss(self, losses: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def loss(self, losses: Tensor) -> Tensor: ...
 
     def after_step(self, validation: Callable[[], Tensor]) -> None:
         """`validation()`: the tasks' losses on a small batch, if they are needed."""
+        return
 
 
 class Fixed(Balancer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import itertools
 import json
 import os
@@ -19,8 +18,8 @@ import segloss
 from segloss.train.config import ALIASES, Options, Settings, doc, settings
 from segloss.train.data import content_of, load, say
 from segloss.train.errors import UserError
-from segloss.train.report import read_json
-from segloss.train.run import write
+from segloss.train.model import require
+from segloss.train.report import read_json, write
 from segloss.train.trainer import locked
 
 from .page import write_page
@@ -68,8 +67,7 @@ class Variant:
 def compare(words: Sequence[str]) -> None:
     """Run the command line; prints the table and sentences. Raises `UserError`."""
     for package in ("matplotlib", "jinja2"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{PROGRAM} needs {package}: pip install {package}")
+        require(package, PROGRAM)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"{PROGRAM} starts its runs itself: call it without torchrun")
     words, vary = varied(words)

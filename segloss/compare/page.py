@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator
 
 from segloss.train.figures import COLORS, DARK, GREY, Picture, new_figure
-from segloss.train.page import TEMPLATE, png, shown
+from segloss.train.page import html, png, shown
 from segloss.train.report import SCORES
 
 from .result import NOTES, Score, table
@@ -38,28 +38,21 @@ def page(
     given: dict[str, dict],
     drawn: list[tuple[Picture, str]],
 ) -> str:
-    from jinja2 import Environment
-
     header, rows = table(scores)
     # a line ends before an interval, not in it
     rows = [[cell.replace(" (", "\xa0(").replace(" to ", "\xa0to\xa0") for cell in r] for r in rows]
     options = sorted({name for options in given.values() for name in options} - {"seed"})
     seeds = len(next(score.by_seed for score in scores if score.by_seed))
-    return (
-        Environment(autoescape=True)
-        .from_string(TEMPLATE)
-        .render(
-            title=f"segloss: {folder.resolve().name}",
-            words=3,
-            stories=sentences,
-            results=(header, rows),
-            notes=NOTES,
-            pictures=drawn,
-            chosen=[],
-            names=list(given),
-            settings=[[name, *(shown(of.get(name)) for of in given.values())] for name in options],
-            where=f"Each with {seeds} seeds. What is not listed had its default.",
-        )
+    return html(
+        title=f"segloss: {folder.resolve().name}",
+        stories=sentences,
+        results=(header, rows),
+        notes=NOTES,
+        pictures=drawn,
+        chosen=[],
+        names=list(given),
+        settings=[[name, *(shown(of.get(name)) for of in given.values())] for name in options],
+        where=f"Each with {seeds} seeds. What is not listed had its default.",
     )
 
 

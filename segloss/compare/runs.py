@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from segloss.train.data import say
-from segloss.train.report import RESULTS, SETTINGS
-from segloss.train.run import TRAINED, write
+from segloss.train.report import RESULTS, SETTINGS, write
+from segloss.train.run import TRAINED
 from segloss.train.trainer import PREFIX
 
 POLL_SECONDS = 0.2

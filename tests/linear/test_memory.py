@@ -120,23 +120,35 @@ EXPLAINED = {
 }  # fmt: skip
 
 
-def planned_and_made(loss, size, trained, dtype, autocast, options, spread=1.0):
-    """(bytes that `explain` says, the allocator's peak without gradients)."""
+def planned_and_made(
+    loss, size, trained, dtype, autocast, options, kind="", ignored=False, spread=1.0
+):
+    """(what `explain` says, the allocator's peak without gradients).
+
+    `trained` is None for logits given, whose gradient is counted: it is all there is; `kind` is the
+    teacher's, `ignored` whether every fourth token is.
+    """
     n, v, d = size
     draw = torch.Generator().manual_seed(0)
     leaves = {
         name: (spread * torch.randn(rows, d, generator=draw))
         .to(dtype)
-        .requires_grad_(name in trained)
+        .requires_grad_(name in (trained or ()))
         for name, rows in (("hidden", n), ("weight", v))
     }
     target = torch.randint(64, (n,), generator=draw)
+    if ignored:
+        target[::4] = -100
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits = segloss.LinearLogits(**leaves, **options)
-        plan = logits.explain(loss, target)
+        if trained is None:
+            logits = (leaves["hidden"] @ leaves["weight"].T).requires_grad_()
+        else:
+            logits = segloss.LinearLogits(**leaves, **options)
+        beside = {"teacher": teacher_of(kind, n, v, d, dtype)} if kind else {}
+        plan = loss.explain(logits, target, **beside)
         with Operations() as made:
-            value = loss(logits, target).sum()
-            if trained:
+            value = loss(logits, target, **beside).sum()
+            if value.requires_grad:
                 value.backward()
     grads = sum(x.grad.nbytes for x in leaves.values() if x.grad is not None)
     return plan, made.peak - grads
@@ -207,27 +219,9 @@ def teacher_of(kind: str, n: int, v: int, d: int, dtype: torch.dtype):
 
 @pytest.mark.parametrize("case", TAUGHT)
 def test_explain_says_the_peak_with_a_teacher(case):
-    loss, (n, v, d), trained, dtype, autocast, options, kind, ignored = TAUGHT[case]
-    draw = torch.Generator().manual_seed(0)
-    leaves = {
-        name: torch.randn(rows, d, generator=draw).to(dtype).requires_grad_(name in (trained or ()))
-        for name, rows in (("hidden", n), ("weight", v))
-    }
-    target = torch.randint(64, (n,), generator=draw)
-    target[:: 4 if ignored else n + 1] = -100
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        if trained is None:  # the logits' gradient is counted: it is all there is
-            logits = (leaves["hidden"] @ leaves["weight"].T).requires_grad_()
-        else:
-            logits = segloss.LinearLogits(**leaves, **options)
-        teacher = teacher_of(kind, n, v, d, dtype)
-        plan = loss.explain(logits, target, teacher=teacher)
-        with Operations() as made:
-            value = loss(logits, target, teacher=teacher).sum()
-            if value.requires_grad:
-                value.backward()
-    grads = sum(x.grad.nbytes for x in leaves.values() if x.grad is not None)
-    assert explained(plan) == pytest.approx(made.peak - grads, rel=limits.EXPLAINED)
+    *_, kind, ignored = TAUGHT[case]
+    plan, made = planned_and_made(*TAUGHT[case])
+    assert explained(plan) == pytest.approx(made, rel=limits.EXPLAINED)
     assert "teacher    " in plan or kind == "renormalise" or (kind == "dense" and not ignored)
 
 
