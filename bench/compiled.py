@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import Lock
 from unittest.mock import patch
@@ -16,7 +16,7 @@ from unittest.mock import patch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
-from triton.runtime.jit import JITCallable, JITFunction
+from triton.runtime.jit import JITFunction
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -43,6 +43,15 @@ class AbsentDevice:
 
 
 @contextmanager
+def active(device: AbsentDevice) -> Iterator[None]:
+    triton.runtime.driver.set_active(device)
+    try:
+        yield
+    finally:
+        triton.runtime.driver.reset_active()
+
+
+@contextmanager
 def compiling_for(target: str) -> Iterator[dict[JITFunction, list[CompiledKernel]]]:
     """Inside, a kernel launch on CPU tensors compiles what it would run on `target`, no more.
 
@@ -64,10 +73,11 @@ def compiling_for(target: str) -> Iterator[dict[JITFunction, list[CompiledKernel
         ThreadPoolExecutor(os.cpu_count()) as pool,
         # what users of a GPU get by default today; Triton 3.10 changes its default
         patch.dict(os.environ, TRITON_DEFAULT_FP_FUSION="1"),
-        patch.object(triton.runtime.driver, "_active", AbsentDevice(target)),
+        active(AbsentDevice(target)),
         patch.object(JITFunction, "run", compile_only),
-        patch.object(JITCallable, "parse", parse_alone),
-        triton.AsyncCompileMode(pool),
+        patch.object(JITFunction, "parse", parse_alone),
+        # which Triton 3.4 has not: it compiles one kernel after the other
+        getattr(triton, "AsyncCompileMode", nullcontext)(pool),
     ):
         yield compiled
     for versions in compiled.values():

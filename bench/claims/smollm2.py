@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,10 @@ def learn(loss: str, rate: float, seed: int, split: int, steps: int, held_out: i
         )
         code = "import sys; from segloss.command import main; sys.exit(main())"
         medmcqa.main(str(data))
-        subprocess.run([sys.executable, "-c", code, *map(str, words)], check=True)
+        # the same numbers whatever the machine's cores
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", code, *map(str, words)]
+        subprocess.run(command, check=True, env=environment)
         text = (output / "answers-after.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     true = [row["expected"].strip() for row in rows]
