@@ -22,6 +22,10 @@ RUN := $(RUN)
 BENCH ?=
 # rows of the table that `make compat` writes; none for all
 COMPAT ?=
+# files of tests in as many processes as there are cores, four at most; where there are several,
+# pytest-benchmark says that it measures nothing, which no test wants
+WORKERS ?= --numprocesses=logical --maxprocesses=4 --dist=loadfile \
+	-W ignore::pytest_benchmark.logger.PytestBenchmarkWarning
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,7 +35,7 @@ DEEPSPEED := .venv-deepspeed
 DEEPSPEED_READY := $(DEEPSPEED)/.ready
 PEERS_READY := $(VENV)/.peers
 
-.PHONY: help setup test test-kernels test-package test-models test-deepspeed compat demo bench results kernels gpu
+.PHONY: help setup test test-kernels test-package test-engines test-models test-deepspeed compat demo bench results kernels gpu
 .PHONY: lint lint-style lint-types lint-layers lint-rules stubs
 .PHONY: format clean distclean
 
@@ -54,16 +58,19 @@ $(READY): pyproject.toml Makefile
 
 # Two processes, because under the interpreter a Triton kernel cannot be compiled. All that tests
 # need is in .venv, so one that is skipped fails.
-test: test-kernels test-package ## run every test (-k: both parts, even if the first fails)
+test: test-kernels test-package ## run the tests, the sweeps below aside (-k: both parts, even if the first fails)
 
 test-kernels: $(READY)
-	SEGLOSS_NO_SKIPS=1 TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
+	SEGLOSS_NO_SKIPS=1 TRITON_INTERPRET=1 $(BIN)/pytest $(WORKERS) tests/kernels
 
 test-package: $(READY)
-	SEGLOSS_NO_SKIPS=1 $(BIN)/pytest --ignore=tests/kernels
+	SEGLOSS_NO_SKIPS=1 $(BIN)/pytest $(WORKERS) --ignore=tests/kernels --ignore=tests/distributed
+
+test-engines: $(READY) ## DDP, FSDP, HSDP, vocabulary shards on two and four processes
+	SEGLOSS_NO_SKIPS=1 $(BIN)/pytest $(WORKERS) tests/distributed
 
 test-models: $(READY) ## every model class of transformers against docs/models.md
-	SEGLOSS_NO_SKIPS=1 $(BIN)/pytest -m models tests/models
+	SEGLOSS_NO_SKIPS=1 $(BIN)/pytest $(WORKERS) -m models tests/models
 
 test-deepspeed: $(DEEPSPEED_READY) ## ZeRO-1, 2 and 3 on two processes
 	# DeepSpeed builds an extension at its first start; a build that was killed leaves a lock behind
