@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bench.claims import coba, gradex, irdro, losses, own, report, smollm2
-from bench.claims.cells import Cell, Store, execute, ordered, rerun
+from bench.claims.cells import Cell, Store, commit, execute, ordered, rerun
 
 KINDS = {
     "losses": losses, "coba": coba, "gradex": gradex, "own": own, "irdro": irdro,
@@ -82,6 +82,9 @@ def repeated(names: Sequence[str], store: Store) -> int:
             say(f"--rerun {name}: it {what}; it takes one of bench/results/claims")
             return 2
         lines = rerun(cells[name], store)
+        by = store.whole(name)["machine"]["commit"]
+        if lines and by != commit():
+            say(f"{name} is of commit {by}, this is {commit()}: the last digits may differ")
         say(f"{name}: {'the same numbers' if not lines else f'{len(lines)} numbers differ'}")
         for line in lines[:10]:
             say(f"  {line}")

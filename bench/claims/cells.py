@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -88,8 +89,20 @@ class Store:
 
 
 def where() -> dict[str, str]:
-    every = machine()
-    return {name: every[name] for name in ("processor", "AVX-512", "torch", "threads", "date")}
+    every = machine() | {"commit": commit()}
+    return {
+        name: every[name] for name in ("commit", "processor", "AVX-512", "torch", "threads", "date")
+    }
+
+
+def commit() -> str:
+    """Of the code that runs, with a `+` where files of it are not as committed."""
+    words = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        found = subprocess.run(words, cwd=RESULTS.parents[1], capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
 
 
 def ordered(cells: Iterable[Cell]) -> list[Cell]:

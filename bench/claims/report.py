@@ -119,8 +119,10 @@ def machines(store: Store) -> str:
         whole = store.whole(name)
         spent += whole["cpu_seconds"]
         where = whole["machine"]
-        found[f"{where['processor']}, AVX-512: {where['AVX-512']}, torch {where['torch']}"] += 1
-    lines = [f"- {count} cells on {where}, one thread" for where, count in found.items()]
+        processor = f"{where['processor']}, AVX-512: {where['AVX-512']}, torch {where['torch']}"
+        found[f"{where['commit']}` on {processor}"] += 1
+    lines = [f"- {count} cells by commit `{by}, one thread" for by, count in found.items()]
+    lines.append("\nTo the last digit a rerun gives the same numbers with that commit alone.")
     return "\n".join([f"{spent / 60:.0f} minutes of one core in all.\n", *lines, ""])
 
 
