@@ -19,7 +19,6 @@ from segloss.integrations.forward import (
     has_head,
     loss_of,
     model_inputs,
-    read,
     reads_labels,
     virtual_tokens,
 )
@@ -33,7 +32,7 @@ from segloss.integrations.window import (
     target_of,
 )
 from segloss.losses import Loss
-from segloss.models.head import check_no_loss, innermost, replaced
+from segloss.models.head import check_no_loss, innermost, read, replaced
 
 # of the loss, among the arguments of a model's forward
 OPTIONS = ("num_items_in_batch", "token_weight", "sample_ids")

@@ -16,7 +16,7 @@ import copy
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -533,12 +533,18 @@ class Call:
 
 def check_no_loss(model: Any, outputs: Any) -> None:
     """Refuse what a model made a loss of though it was given no labels: it would be left out."""
-    loss = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
-    if isinstance(loss, Tensor):
+    if isinstance(read(outputs, "loss"), Tensor):
         raise TypeError(
             f"{type(innermost(model)).__name__} returned a loss of its own without labels, of "
             "another of its inputs, which would be left out; leave out that input, or keep its loss"
         )
+
+
+def read(outputs: Any, name: str) -> Any:
+    """A field of a model's outputs, None where they have none."""
+    # releases before 5 keep what is set as an attribute, and was None, from the items
+    value = getattr(outputs, name, None)
+    return outputs.get(name) if value is None and isinstance(outputs, Mapping) else value
 
 
 def forward_name(module: Any) -> str:
