@@ -169,7 +169,10 @@ class Case:
 
 CASES = [Case(model, loss) for model in MODELS for loss in (*LOSSES, "sum")]
 OWN = [Case(model, loss) for model in OWN_FORWARD for loss in ("ce", "sum")]
-EMPTY = [Case(model, "sum", True) for model in ("trainable", "lora", "frozen")]
+EMPTY = [
+    *(Case("trainable", loss, True) for loss in (*LOSSES, "sum")),
+    *(Case(model, "sum", True) for model in ("lora", "frozen")),
+]
 
 
 def decoder(model):
