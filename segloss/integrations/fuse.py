@@ -281,9 +281,7 @@ class Guard:
 # ------------------------------------------------------------ from logits that the model makes
 
 
-def compute_loss_func(
-    loss: Loss, *, shift: bool | None = None, model: nn.Module | None = None
-) -> ComputeLoss:
+def compute_loss_func(loss: Loss, *, shift: bool | None = None) -> ComputeLoss:
     """For `Trainer(..., compute_loss_func=...)`, from the model's logits (B, T, V)::
 
         loss(outputs.logits, next_tokens(labels), normalizer=num_items_in_batch)
@@ -292,27 +290,28 @@ def compute_loss_func(
     the router loss of a mixture of experts, as the model adds it. The mean runs over the tokens of
     the whole accumulated batch, as the Trainer counts them. `LossMixin` does without logits.
 
-    A Trainer hands on its model's outputs alone: the model and its inputs are read where it calls.
+    A Trainer hands on its model's outputs alone. The model and its inputs, which say where labels
+    and packed samples stand, are read where it calls: in the nearest function, through wrappers,
+    whose `outputs` are these and which has a `model` and `inputs`, as `Trainer.compute_loss` does.
 
     Args:
         shift: whether labels are the next tokens'. Default: what the model's class says.
-        model: where a Trainer calls by way of another function.
 
-    Errors: ValueError where nothing says where labels stand, and for an encoder-decoder whose batch
-    has no decoder_input_ids, which its collator makes (DataCollatorForSeq2Seq(model=model)).
+    Errors: TypeError where no such function calls; ValueError where nothing says where labels
+    stand, and for an encoder-decoder whose batch has no decoder_input_ids, which its collator makes
+    (DataCollatorForSeq2Seq(model=model)).
     """
     check_mean(loss)
-    return ComputeLoss(loss, shift, model)
+    return ComputeLoss(loss, shift)
 
 
 class ComputeLoss:
-    def __init__(self, loss: Loss, shift: bool | None, model: nn.Module | None):
-        self.loss, self.model = loss, model
+    def __init__(self, loss: Loss, shift: bool | None):
+        self.loss = loss
         self.shift = Shift(shift).known
 
     def __call__(self, outputs, labels, num_items_in_batch=None) -> Tensor:
-        outer, inputs = held(sys._getframe(1).f_locals)
-        outer = outer if self.model is None else self.model
+        outer, inputs = caller_of(outputs, sys._getframe(1))
         model = innermost(outer)
         logits = read(outputs, "logits")
         if not isinstance(labels, Tensor) or not isinstance(logits, Tensor):
@@ -321,6 +320,7 @@ class ComputeLoss:
                 "compute_loss_func takes a batch with labels and a model that returns logits"
             )
         check_classes(labels)
+        check_no_loss(model, outputs)
         labels = labels.to(logits.device)
         if labels.dim() > 1:
             labels = before(labels, virtual_tokens(outer), self.loss.ignore_index)
@@ -336,53 +336,46 @@ class ComputeLoss:
             sample_ids=packed_index(of_labels, target.shape),
             normalizer=num_items_in_batch,
         )
-        check_no_loss(model, outputs)
-        if model is not None:
-            auxiliary = auxiliary_loss(model, outputs)
-            return value if auxiliary is None else value + auxiliary.to(value.device)
-        if any(isinstance(read(outputs, name), Tensor) for name in ("aux_loss", "encoder_z_loss")):
-            raise ValueError(
-                "the model returned an auxiliary loss, which compute_loss_func does not know the "
-                "factor of; give compute_loss_func(loss, model=model), or set output_router_logits "
-                "to False in its config"
-            )
-        return value
+        auxiliary = auxiliary_loss(model, outputs)
+        return value if auxiliary is None else value + auxiliary.to(value.device)
 
     def shifts(self, model: Any, outputs: Any) -> bool:
         if self.shift is not None:
             return self.shift
-        found = None if model is None else shifts_labels(model)
+        found = shifts_labels(model)
         if found is not None:
             return found
         name = type(outputs).__name__
         if any(part in name for part in ("MaskedLM", "TokenClassifier", "SequenceClassifier")):
             return False
-        if model is None:
-            raise ValueError(
-                f"a {name} does not say whether labels are the next tokens'; give "
-                "compute_loss_func model=model, or shift: True, or False (labels at their places)"
-            )
         raise ValueError(
             f"{type(model).__name__} does not say whether labels are the next tokens'; give "
             "compute_loss_func shift=True, or False (labels at their places); LossMixin finds out"
         )
 
 
-def held(local: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-    """The model and its inputs among the names of `Trainer.compute_loss`."""
-    model, inputs = local.get("model"), local.get("inputs")
-    return (
-        model if isinstance(model, nn.Module) else None,
-        inputs if isinstance(inputs, Mapping) else {},
+def caller_of(outputs: Any, frame: Any) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The model that made the outputs, and its inputs, among the names of who calls."""
+    while frame is not None:
+        local = frame.f_locals
+        model, inputs = local.get("model"), local.get("inputs")
+        known = isinstance(model, nn.Module) and isinstance(inputs, Mapping)
+        if known and local.get("outputs") is outputs:
+            return model, inputs
+        frame = frame.f_back
+    raise TypeError(
+        "compute_loss_func reads a model and its inputs where a Trainer calls it, after "
+        "outputs = model(**inputs), and nobody who called has these outputs, a model and inputs; "
+        "call the loss itself: loss(outputs.logits, next_tokens(labels), normalizer=...)"
     )
 
 
 def decodes(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> bool:
     """Whether the logits are a decoder's, which then has to have read the labels."""
-    if model is None or labels.dim() < 2 or not reads_labels(model):
+    if labels.dim() < 2 or not reads_labels(model):
         return False
     names = ("decoder_input_ids", "decoder_inputs_embeds")
-    if inputs and all(inputs.get(name) is None for name in names):
+    if all(inputs.get(name) is None for name in names):
         raise ValueError(
             f"{type(model).__name__} was given no decoder_input_ids, so its decoder does not read "
             "the labels; take DataCollatorForSeq2Seq(tokenizer, model=model), or LossMixin"
