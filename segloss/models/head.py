@@ -118,6 +118,8 @@ def loss_at_head(
     head = head_of(inner)
     state = learnt_state(model, inner, head, inputs)
     state.calls += 1
+    due = is_due(state.calls) or inner.training not in state.modes
+    state.modes.add(inner.training)
 
     prompt = prompt_length(model, inputs)
 
@@ -137,7 +139,7 @@ def loss_at_head(
             )
         return criterion(source, target.to(hidden.device)), call.last_logits(hidden)
 
-    with Call(inner, head, inside, is_due(state.calls)) as call:
+    with Call(inner, head, inside, due) as call:
         outputs = model(**inputs)
     call.check_called()
     value = call.value
@@ -383,6 +385,7 @@ class Call:
         self.kind = kind_of(head)
         if self.kind.owners is None:
             check_one_unit(core_of(head))
+        self.check_hooks()
         self.calls = 0
         self.value: Any = None
         self.own: Tensor | None = None  # the head's logits of the last place, by its own forward
@@ -438,6 +441,15 @@ class Call:
         if takes_dtensors(self.head):
             last = on_mesh(last, core_of(self.head).weight)
         return (tensors, last) if tensors else last
+
+    def check_hooks(self) -> None:
+        for module in (self.head, core_of(self.head)):
+            if module._backward_hooks or module._backward_pre_hooks:
+                raise TypeError(
+                    f"a backward hook on the head of {type(self.inner).__name__} waits for the "
+                    "gradient of its logits, which are never made; remove the hook, or give the "
+                    'loss model(...).logits (LossMixin: head="logits")'
+                )
 
     def check_group(self) -> None:
         from torch.distributed.fsdp import FSDPModule
@@ -637,6 +649,7 @@ class State:
     rows: int | None  # of its weight
     transform: Transform
     calls: int = 0
+    modes: set[bool] = dataclasses.field(default_factory=set)  # training or not, compared in
 
 
 STATES: WeakKeyDictionary = WeakKeyDictionary()  # of unwrapped models

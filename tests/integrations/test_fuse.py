@@ -467,12 +467,28 @@ def test_the_first_label_of_a_packed_sample_is_predicted_by_nothing(put, name):
             torch.testing.assert_close(found, expected)
 
 
-def test_sample_weights_are_refused():
+@pytest.mark.parametrize("put", [fuse_loss, set_loss_function])
+def test_padding_on_the_left_packs_nothing(put):
+    """Places that begin after it do not change the loss of rows that are padded on the left."""
+    model, ids = tiny_model(), batch()["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[1, :5] = 0
+    places = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
+    labels = ids.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        target = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        expected = plain_cross_entropy(model(**inputs, use_cache=False).logits, target)
+        put(model, segloss.CrossEntropyLoss())
+        found = model(**inputs, labels=labels, use_cache=False).loss
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("put", [fuse_loss, set_loss_function])
+def test_sample_weights_are_refused(put):
     model = tiny_model()
-    fuse_loss(model, segloss.CrossEntropyLoss())
-    with pytest.raises(
-        TypeError, match=r"given sample_weights, .*: take LossMixin, or token_weight"
-    ):
+    put(model, segloss.CrossEntropyLoss())
+    with pytest.raises(TypeError, match=r"has sample_weights, .*: take LossMixin, or token_weight"):
         model(**batch(), sample_weights=torch.ones(4))
 
 

@@ -419,6 +419,30 @@ def test_compute_loss_func_where_nobody_has_the_inputs(way, tmp_path):
             of_trainer(model, tmp_path, other)({"input_ids": ids, "labels": ids})
 
 
+def test_compute_loss_func_of_weighed_tokens(tmp_path):
+    """A Llama lets the column pass, where the Trainer does."""
+    model, ids, weight = llama(), torch.randint(3, 60, (2, 9)), torch.rand(2, 9)
+    call = of_trainer(model, tmp_path)
+    batch = {"input_ids": ids, "labels": ids, "token_weight": weight}
+    nll = F.cross_entropy(
+        model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
+    expected = (weight[:, 1:].flatten() * nll).sum() / weight[:, 1:].sum()
+    torch.testing.assert_close(call(dict(batch)), expected)
+    with pytest.raises(TypeError, match=r"the batch has sample_weights, .* or token_weight"):
+        call({**batch, "sample_weights": torch.ones(2)})
+
+
+def test_compute_loss_func_beside_label_smoothing(tmp_path):
+    """A Trainer that has both smooths nothing, and says nothing."""
+    model, ids = llama(), torch.randint(3, 60, (2, 9))
+    arguments = training_arguments(tmp_path, label_smoothing_factor=0.1)
+    call = compute_loss_func(segloss.CrossEntropyLoss())
+    trainer = transformers.Trainer(model, arguments, compute_loss_func=call)
+    with pytest.raises(ValueError, match="with which a Trainer smooths nothing; set it to 0 and"):
+        trainer.compute_loss(model, {"input_ids": ids, "labels": ids})
+
+
 def test_an_auxiliary_loss_without_a_factor():
     config = transformers.LlamaConfig(**SIZES)
     outputs = SimpleNamespace(aux_loss=torch.tensor(2.0))
