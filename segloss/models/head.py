@@ -118,7 +118,7 @@ def loss_at_head(
     head = head_of(inner)
     state = learnt_state(model, inner, head, inputs)
     state.calls += 1
-    due = is_due(state.calls) or inner.training not in state.modes
+    due = is_due(state, inner.training)
     state.modes.add(inner.training)
 
     prompt = prompt_length(model, inputs)
@@ -710,9 +710,11 @@ def copied(cache: Any) -> Any:
     return copy.deepcopy(cache, {id(t): t.detach() for t in graded})
 
 
-def is_due(calls: int) -> bool:
-    """Whether this call's logits are compared: the first, and then ever more rarely."""
-    return calls & (calls - 1) == 0 if calls < 1024 else calls % 1024 == 0
+def is_due(state: State, training: bool) -> bool:
+    """Whether this call's logits are compared: the first of each mode, then ever more rarely."""
+    calls = state.calls
+    often = calls & (calls - 1) == 0 if calls < 1024 else calls % 1024 == 0
+    return often or training not in state.modes
 
 
 def check_logits(name: str, state: State, call: Call, logits: Tensor) -> None:
