@@ -47,7 +47,7 @@ def gpt2(**options):
     drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     special = {"bos_token_id": 1, "eos_token_id": 2}
     options = {"tie_word_embeddings": False, "attn_implementation": "eager"} | options
-    return GPT2LMHeadModel(GPT2Config(**sizes, **drops, **special, **options))
+    return GPT2LMHeadModel(GPT2Config(**(sizes | drops | special | options)))
 
 
 def soft_capped():
@@ -112,6 +112,8 @@ MODELS: dict[str, Callable] = {
     "soft-capped": soft_capped,
     "checkpointed": checkpointed,
 }
+# as many classes on each of two ranks
+EVEN_CLASSES = {"tied, even": lambda: gpt2(tie_word_embeddings=True, vocab_size=V + 1)}
 OWN_FORWARD = {
     "dora": lambda: lora("lm_head", use_dora=True),
     "own head": own_head,
@@ -130,7 +132,7 @@ class Case:
 
     def make(self):
         torch.manual_seed(0)
-        model = (MODELS | OWN_FORWARD)[self.model]().to(self.dtype).train()
+        model = (MODELS | EVEN_CLASSES | OWN_FORWARD)[self.model]().to(self.dtype).train()
         head = model.get_output_embeddings()
         weight = getattr(getattr(head, "base_layer", head), "weight", None)
         if weight is not None:  # a head that is sure of something
@@ -168,8 +170,12 @@ class Case:
 
 
 CASES = [Case(model, loss) for model in MODELS for loss in (*LOSSES, "sum")]
+EVEN = [Case(model, loss) for model in EVEN_CLASSES for loss in (*LOSSES, "sum")]
 OWN = [Case(model, loss) for model in OWN_FORWARD for loss in ("ce", "sum")]
-EMPTY = [Case(model, "sum", True) for model in ("trainable", "lora", "frozen")]
+EMPTY = [
+    *(Case("trainable", loss, True) for loss in (*LOSSES, "sum")),
+    *(Case(model, "sum", True) for model in ("lora", "frozen")),
+]
 
 
 def decoder(model):
@@ -198,7 +204,7 @@ def train(case: Case, wrap: Callable, read: Callable = gradients, averages: bool
     for step in range(STEPS):
         ids, target = case.data(step, rank, ranks)
         loss, outputs = head_loss(model, criterion, target, input_ids=ids)
-        assert outputs.logits.shape == (len(ids), 1, V) and outputs.loss is loss
+        assert outputs.logits.shape[:2] == (len(ids), 1) and outputs.loss is loss
         optimizer.zero_grad()
         (loss * ranks if averages else loss).backward()
         steps.append((loss.item(), read(model)))

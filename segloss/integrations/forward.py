@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segloss.integrations.window import LOSS_COLUMNS
-from segloss.models.head import check_no_loss, head_loss, prompt_length
+from segloss.models.head import check_no_loss, head_loss, prompt_length, read
 
 # of the model's class or its config, the factor of the router loss of a mixture of experts
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_aux_loss_coef")
@@ -71,13 +71,6 @@ def has_head(model: Any) -> bool:
     """Whether the logits are a vocabulary's, of a head that a fused loss could take over."""
     get = getattr(model, "get_output_embeddings", None)
     return get is not None and get() is not None
-
-
-def read(outputs: Any, name: str) -> Any:
-    """A field of a model's outputs, None where they have none."""
-    if isinstance(outputs, Mapping):
-        return outputs.get(name)
-    return getattr(outputs, name, None)
 
 
 def takes(model: Any, name: str) -> bool:
@@ -163,14 +156,16 @@ def auxiliary_loss(model: Any, outputs: Any) -> Tensor | None:
     ):
         for name in names:
             value = read(outputs, name)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor):  # Switch has the number 0 for one that it leaves out
                 terms.append(coefficient(model, name, factor_names) * value)
     for name in ("aux_loss", "encoder_aux_loss"):
         router_logits = read(outputs, name.replace("aux_loss", "router_logits"))
-        if not terms and hasattr(outputs, name) and router_logits is not None:
+        left_out = hasattr(outputs, name) and read(outputs, name) is None
+        if left_out and router_logits is not None:
             raise ValueError(
-                f"{type(model).__name__} makes its router loss only where it makes its own loss; "
-                "set output_router_logits to False in its config, to train without it"
+                f"{type(model).__name__} returned its router's logits and, without labels, no loss "
+                "of them, which would be left out; set output_router_logits to False in its config,"
+                " to train without it"
             )
     return sum(terms[1:], terms[0]) if terms else None
 

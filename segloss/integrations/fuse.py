@@ -19,21 +19,19 @@ from segloss.integrations.forward import (
     has_head,
     loss_of,
     model_inputs,
-    read,
     reads_labels,
     virtual_tokens,
 )
 from segloss.integrations.labels import Shift, calls_loss_function, shifts_labels, standard_loss
 from segloss.integrations.window import (
     IGNORE,
+    at_predictions,
     check_classes,
-    next_tokens,
     packed_index,
-    per_place,
     target_of,
 )
 from segloss.losses import Loss
-from segloss.models.head import check_no_loss, innermost, replaced
+from segloss.models.head import check_no_loss, innermost, read, replaced
 
 # of the loss, among the arguments of a model's forward
 OPTIONS = ("num_items_in_batch", "token_weight", "sample_ids")
@@ -192,11 +190,7 @@ class Fused(InPlace):
             if batch.get("labels") is None and batch.get("shift_labels") is None:
                 check_labels_kept(batch)
                 return self.original(*arguments, **keywords)
-            if batch.get("sample_weights") is not None:
-                raise TypeError(
-                    "a model with fuse_loss was given sample_weights, which weigh the samples of a "
-                    "step: take LossMixin, or token_weight"
-                )
+            check_no_sample_weights(batch)
             with_loss = self.with_loss
             if "torch._dynamo" in sys.modules:  # a compiled model: nothing of ours can be traced
                 with_loss = torch.compiler.disable(with_loss)
@@ -235,10 +229,7 @@ class Fused(InPlace):
             found["normalizer"] = options["num_items_in_batch"]
         if isinstance(self.criterion, Loss):
             found["sample_ids"] = packed_index(of_labels, target.shape)
-            weight = options["token_weight"]
-            if weight is not None:
-                weight = per_place("token_weight", weight, target.shape)
-                found["token_weight"] = next_tokens(weight, 0) if shift else weight
+            found["token_weight"] = at_predictions(options["token_weight"], target.shape, shift)
         return found
 
     @torch.no_grad()
@@ -256,6 +247,14 @@ def check_labels_kept(batch: Mapping[str, Any]) -> None:
             "the model was given num_items_in_batch and no labels: its trainer makes the loss "
             "itself (label_smoothing_factor, compute_loss_func) and would not read the model's; "
             "set label_smoothing_factor to 0 and give the loss its label_smoothing"
+        )
+
+
+def check_no_sample_weights(batch: Mapping[str, Any]) -> None:
+    if batch.get("sample_weights") is not None:
+        raise TypeError(
+            "the batch has sample_weights, which weigh the samples of a whole step: take LossMixin,"
+            " or token_weight"
         )
 
 
@@ -282,9 +281,7 @@ class Guard:
 # ------------------------------------------------------------ from logits that the model makes
 
 
-def compute_loss_func(
-    loss: Loss, *, shift: bool | None = None, model: nn.Module | None = None
-) -> ComputeLoss:
+def compute_loss_func(loss: Loss, *, shift: bool | None = None) -> ComputeLoss:
     """For `Trainer(..., compute_loss_func=...)`, from the model's logits (B, T, V)::
 
         loss(outputs.logits, next_tokens(labels), normalizer=num_items_in_batch)
@@ -293,28 +290,39 @@ def compute_loss_func(
     the router loss of a mixture of experts, as the model adds it. The mean runs over the tokens of
     the whole accumulated batch, as the Trainer counts them. `LossMixin` does without logits.
 
-    A Trainer hands on its model's outputs alone: the model and its inputs are read where it calls.
+    A Trainer hands on its model's outputs alone. The model and its inputs, which say where labels
+    and packed samples stand, are read where it calls: in the nearest function, through wrappers,
+    whose `outputs` are these and which has a `model` and `inputs`, as `Trainer.compute_loss` does.
+
+    A column `token_weight` (B, T), of the labels, reaches the loss where `remove_unused_columns` is
+    off and the model's forward lets it pass.
 
     Args:
         shift: whether labels are the next tokens'. Default: what the model's class says.
-        model: where a Trainer calls by way of another function.
 
-    Errors: ValueError where nothing says where labels stand, and for an encoder-decoder whose batch
-    has no decoder_input_ids, which its collator makes (DataCollatorForSeq2Seq(model=model)).
+    Errors: TypeError where no such function calls, and for sample_weights; ValueError under
+    `label_smoothing_factor`, where nothing says where labels
+    stand, and for an encoder-decoder whose batch has no decoder_input_ids, which its collator makes
+    (DataCollatorForSeq2Seq(model=model)).
     """
     check_mean(loss)
-    return ComputeLoss(loss, shift, model)
+    return ComputeLoss(loss, shift)
 
 
 class ComputeLoss:
-    def __init__(self, loss: Loss, shift: bool | None, model: nn.Module | None):
-        self.loss, self.model = loss, model
+    def __init__(self, loss: Loss, shift: bool | None):
+        self.loss = loss
         self.shift = Shift(shift).known
 
     def __call__(self, outputs, labels, num_items_in_batch=None) -> Tensor:
-        outer, inputs = held(sys._getframe(1).f_locals)
-        outer = outer if self.model is None else self.model
+        trainer, outer, inputs = caller_of(outputs, sys._getframe(1))
         model = innermost(outer)
+        if getattr(trainer, "label_smoother", None) is not None:
+            raise ValueError(
+                "label_smoothing_factor is given beside compute_loss_func, with which a Trainer "
+                "smooths nothing; set it to 0 and give the loss its label_smoothing"
+            )
+        check_no_sample_weights(inputs)
         logits = read(outputs, "logits")
         if not isinstance(labels, Tensor) or not isinstance(logits, Tensor):
             raise TypeError(
@@ -322,9 +330,13 @@ class ComputeLoss:
                 "compute_loss_func takes a batch with labels and a model that returns logits"
             )
         check_classes(labels)
+        check_no_loss(model, outputs)
         labels = labels.to(logits.device)
+        weight = at_predictions(inputs.get("token_weight"), labels.shape, False)
         if labels.dim() > 1:
-            labels = before(labels, virtual_tokens(outer), self.loss.ignore_index)
+            prompt = virtual_tokens(outer)
+            labels = before(labels, prompt, self.loss.ignore_index)
+            weight = None if weight is None else before(weight.to(logits.device), prompt, 0)
         self.loss.to(logits.device)
         of_labels = {"labels": labels}
         if not decodes(model, inputs, labels):  # where positions are not those of the labels
@@ -334,56 +346,50 @@ class ComputeLoss:
         value = self.loss(
             logits,
             target,
+            token_weight=at_predictions(weight, target.shape, shift),
             sample_ids=packed_index(of_labels, target.shape),
             normalizer=num_items_in_batch,
         )
-        check_no_loss(model, outputs)
-        if model is not None:
-            auxiliary = auxiliary_loss(model, outputs)
-            return value if auxiliary is None else value + auxiliary.to(value.device)
-        if any(isinstance(read(outputs, name), Tensor) for name in ("aux_loss", "encoder_z_loss")):
-            raise ValueError(
-                "the model returned an auxiliary loss, which compute_loss_func does not know the "
-                "factor of; give compute_loss_func(loss, model=model), or set output_router_logits "
-                "to False in its config"
-            )
-        return value
+        auxiliary = auxiliary_loss(model, outputs)
+        return value if auxiliary is None else value + auxiliary.to(value.device)
 
     def shifts(self, model: Any, outputs: Any) -> bool:
         if self.shift is not None:
             return self.shift
-        found = None if model is None else shifts_labels(model)
+        found = shifts_labels(model)
         if found is not None:
             return found
         name = type(outputs).__name__
         if any(part in name for part in ("MaskedLM", "TokenClassifier", "SequenceClassifier")):
             return False
-        if model is None:
-            raise ValueError(
-                f"a {name} does not say whether labels are the next tokens'; give "
-                "compute_loss_func model=model, or shift: True, or False (labels at their places)"
-            )
         raise ValueError(
             f"{type(model).__name__} does not say whether labels are the next tokens'; give "
             "compute_loss_func shift=True, or False (labels at their places); LossMixin finds out"
         )
 
 
-def held(local: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-    """The model and its inputs among the names of `Trainer.compute_loss`."""
-    model, inputs = local.get("model"), local.get("inputs")
-    return (
-        model if isinstance(model, nn.Module) else None,
-        inputs if isinstance(inputs, Mapping) else {},
+def caller_of(outputs: Any, frame: Any) -> tuple[Any, nn.Module, Mapping[str, Any]]:
+    """(the trainer, the model that made the outputs, its inputs) by the names of who calls."""
+    while frame is not None:
+        local = frame.f_locals
+        model, inputs = local.get("model"), local.get("inputs")
+        known = isinstance(model, nn.Module) and isinstance(inputs, Mapping)
+        if known and local.get("outputs") is outputs:
+            return local.get("self"), model, inputs
+        frame = frame.f_back
+    raise TypeError(
+        "compute_loss_func reads a model and its inputs where a Trainer calls it, after "
+        "outputs = model(**inputs), and nobody who called has these outputs, a model and inputs; "
+        "call the loss itself: loss(outputs.logits, next_tokens(labels), normalizer=...)"
     )
 
 
 def decodes(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> bool:
     """Whether the logits are a decoder's, which then has to have read the labels."""
-    if model is None or labels.dim() < 2 or not reads_labels(model):
+    if labels.dim() < 2 or not reads_labels(model):
         return False
     names = ("decoder_input_ids", "decoder_inputs_embeds")
-    if inputs and all(inputs.get(name) is None for name in names):
+    if all(inputs.get(name) is None for name in names):
         raise ValueError(
             f"{type(model).__name__} was given no decoder_input_ids, so its decoder does not read "
             "the labels; take DataCollatorForSeq2Seq(tokenizer, model=model), or LossMixin"
@@ -457,9 +463,8 @@ class LossFunction:
         ignore = given.get("ignore_index", self.loss.ignore_index)
         labels = given["labels"] if given.get("shift_labels") is None else given["shift_labels"]
         shift = self.shift and given.get("shift_labels") is None and labels.dim() > 1
-        weight = given.get("token_weight")
-        if weight is not None:
-            weight = per_place("token_weight", weight, labels.shape).to(logits.device)
+        check_no_sample_weights(given)
+        weight = at_predictions(given.get("token_weight"), labels.shape, shift)
         self.loss.to(logits.device)
         of_labels = {**self.columns, **given}
         target = target_of(of_labels, shift, ignore)
@@ -467,7 +472,7 @@ class LossFunction:
         return self.loss(
             logits,
             target.to(logits.device),
-            token_weight=next_tokens(weight, 0) if shift and weight is not None else weight,
+            token_weight=None if weight is None else weight.to(logits.device),
             sample_ids=None if samples is None else samples.to(logits.device),
             normalizer=given.get("num_items_in_batch"),
         )

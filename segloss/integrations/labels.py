@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segloss.integrations.forward import check_own_loss, read
+from segloss.integrations.forward import check_own_loss
 from segloss.integrations.window import IGNORE, next_tokens
+from segloss.models.head import read
 
 ALIGNED = ("ForMaskedLM", "ForTokenClassification", "Classification", "ForMultipleChoice")
 

@@ -210,6 +210,14 @@ def check_weights(name: str, column: Tensor, valid: Tensor) -> None:
         raise ValueError(f"{name} has the value {column[wrong][0].item()}; it takes floats >= 0")
 
 
+def at_predictions(column: Tensor | None, shape: torch.Size, shift: bool) -> Tensor | None:
+    """token_weight (B,) or (B, T) of labels of a shape, where these are predicted."""
+    if column is None:
+        return None
+    column = per_place("token_weight", column, shape)
+    return next_tokens(column, 0) if shift and len(shape) > 1 else column
+
+
 def check_task_ids(column: Tensor, valid: Tensor) -> None:
     if column.is_floating_point() or column.is_complex() or column.dtype == torch.bool:
         raise TypeError(f"task_ids is {describe(column)}; it takes integers 0 to K - 1")
@@ -250,9 +258,12 @@ def packed_index(batch: Mapping[str, Tensor], shape: torch.Size) -> Tensor | Non
         if batch["position_ids"].dim() == 2:  # a restart at another place than 0
             starts |= positions < F.pad(positions, (1, 0))[..., :-1]
     if attended is not None:
-        starts &= attended != 0
+        real = attended != 0
+        starts &= real
         if numbered:
             starts |= attended != F.pad(attended, (1, 0))[..., :-1]
+        # padding at the front of a row belongs to its first sample
+        starts &= F.pad(real, (1, 0))[..., :-1].cumsum(-1) > 0
     starts[:, 0] = True
     return starts.reshape(-1).cumsum(0).view(shape)
 

@@ -16,7 +16,7 @@ import copy
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -118,6 +118,8 @@ def loss_at_head(
     head = head_of(inner)
     state = learnt_state(model, inner, head, inputs)
     state.calls += 1
+    due = is_due(state, inner.training)
+    state.modes.add(inner.training)
 
     prompt = prompt_length(model, inputs)
 
@@ -137,7 +139,7 @@ def loss_at_head(
             )
         return criterion(source, target.to(hidden.device)), call.last_logits(hidden)
 
-    with Call(inner, head, inside, is_due(state.calls)) as call:
+    with Call(inner, head, inside, due) as call:
         outputs = model(**inputs)
     call.check_called()
     value = call.value
@@ -383,6 +385,7 @@ class Call:
         self.kind = kind_of(head)
         if self.kind.owners is None:
             check_one_unit(core_of(head))
+        self.check_hooks()
         self.calls = 0
         self.value: Any = None
         self.own: Tensor | None = None  # the head's logits of the last place, by its own forward
@@ -438,6 +441,15 @@ class Call:
         if takes_dtensors(self.head):
             last = on_mesh(last, core_of(self.head).weight)
         return (tensors, last) if tensors else last
+
+    def check_hooks(self) -> None:
+        for module in (self.head, core_of(self.head)):
+            if module._backward_hooks or module._backward_pre_hooks:
+                raise TypeError(
+                    f"a backward hook on the head of {type(self.inner).__name__} waits for the "
+                    "gradient of its logits, which are never made; remove the hook, or give the "
+                    'loss model(...).logits (LossMixin: head="logits")'
+                )
 
     def check_group(self) -> None:
         from torch.distributed.fsdp import FSDPModule
@@ -533,12 +545,18 @@ class Call:
 
 def check_no_loss(model: Any, outputs: Any) -> None:
     """Refuse what a model made a loss of though it was given no labels: it would be left out."""
-    loss = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
-    if isinstance(loss, Tensor):
+    if isinstance(read(outputs, "loss"), Tensor):
         raise TypeError(
             f"{type(innermost(model)).__name__} returned a loss of its own without labels, of "
             "another of its inputs, which would be left out; leave out that input, or keep its loss"
         )
+
+
+def read(outputs: Any, name: str) -> Any:
+    """A field of a model's outputs, None where they have none."""
+    # releases before 5 keep what is set as an attribute, and was None, from the items
+    value = getattr(outputs, name, None)
+    return outputs.get(name) if value is None and isinstance(outputs, Mapping) else value
 
 
 def forward_name(module: Any) -> str:
@@ -631,6 +649,7 @@ class State:
     rows: int | None  # of its weight
     transform: Transform
     calls: int = 0
+    modes: set[bool] = dataclasses.field(default_factory=set)  # training or not, compared in
 
 
 STATES: WeakKeyDictionary = WeakKeyDictionary()  # of unwrapped models
@@ -691,9 +710,11 @@ def copied(cache: Any) -> Any:
     return copy.deepcopy(cache, {id(t): t.detach() for t in graded})
 
 
-def is_due(calls: int) -> bool:
-    """Whether this call's logits are compared: the first, and then ever more rarely."""
-    return calls & (calls - 1) == 0 if calls < 1024 else calls % 1024 == 0
+def is_due(state: State, training: bool) -> bool:
+    """Whether this call's logits are compared: the first of each mode, then ever more rarely."""
+    calls = state.calls
+    often = calls & (calls - 1) == 0 if calls < 1024 else calls % 1024 == 0
+    return often or training not in state.modes
 
 
 def check_logits(name: str, state: State, call: Call, logits: Tensor) -> None:

@@ -319,14 +319,15 @@ def test_a_picture_within_a_sample_begins_none():
 
 
 def test_padding_on_the_left_begins_no_sample():
+    """The row is one sample, whose first label is predicted from padding, as in a model's own loss
+    and as where no position_ids are given."""
     labels = torch.tensor([[-100, -100, 5, 6, 7]])
     for places in ([0, 0, 0, 1, 2], [1, 1, 0, 1, 2]):
         batch = {
             "labels": labels, "position_ids": torch.tensor([places]),
             "attention_mask": torch.tensor([[0, 0, 1, 1, 1]]),
         }  # fmt: skip
-        # the first token that is attended to begins the sample, and is not predicted
-        assert sum(Samples.of(batch).num_tokens().tolist()) == 2
+        assert Samples.of(batch).num_tokens().tolist() == [3]
 
 
 def test_lengths_that_are_no_vector():

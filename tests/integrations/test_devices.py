@@ -36,7 +36,7 @@ def test_training_without_float64(accumulation, tmp_path, monkeypatch):
 
     # what a model does to its logits is learnt on the CPU, in float64
     monkeypatch.setattr(head, "learn", lambda *given: head.Transform())
-    monkeypatch.setattr(head, "is_due", lambda calls: False)
+    monkeypatch.setattr(head, "is_due", lambda *given: False)
 
     def run(mode):
         balancer, weighting = coba(), segloss.SampleWeighting("irdro", temperature=0.05)

@@ -286,8 +286,8 @@ ALIKE = {
         "output_router_logits": True, "pad_token_id": 0,
     },
     "SwitchTransformersForConditionalGeneration": {
-        "vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2,
-        "num_decoder_layers": 1, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
+        "vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2,
+        "num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
         "num_experts": 2, "expert_capacity": 64, "decoder_start_token_id": 0, "dropout_rate": 0.0,
         "output_router_logits": True, "router_z_loss_coef": 0.3, "router_aux_loss_coef": 0.5,
         "router_jitter_noise": 0.0,
@@ -310,6 +310,15 @@ def model_of(name):
     return model
 
 
+def check_router_loss(model, own, call):
+    """JetMoe of transformers 4.57 makes no loss of its router's logits, though its config asks for
+    one: refused, and then trained without."""
+    if getattr(own, "router_logits", None) is not None and own.aux_loss is None:
+        with pytest.raises(ValueError, match="set output_router_logits to False in its config, to"):
+            call()
+        model.config.output_router_logits = False
+
+
 @pytest.mark.parametrize("name", ALIKE)
 def test_cross_entropy_is_the_model_s_own_loss(name):
     """With its auxiliary losses, and with the labels where the model has them."""
@@ -323,12 +332,26 @@ def test_cross_entropy_is_the_model_s_own_loss(name):
     grads = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     fuse_loss(model, segloss.CrossEntropyLoss())
+    check_router_loss(model, own, lambda: model(**inputs))
     outputs = model(**inputs)
     outputs.loss.backward()
     torch.testing.assert_close(outputs.loss, own.loss, rtol=1e-5, atol=1e-6)
     for key, grad in grads.items():
         found = dict(model.named_parameters())[key].grad
         assert (found - grad).norm() <= 1e-4 * grad.norm() + 1e-7, key
+
+
+def test_a_model_that_leaves_its_router_loss_out():
+    """Switch with every layer sparse has the number 0 for it, in its own loss too."""
+    torch.manual_seed(0)
+    name = "SwitchTransformersForConditionalGeneration"
+    sizes = ALIKE[name] | {"num_layers": 1, "num_decoder_layers": 1}
+    model = getattr(transformers, name)(transformers.SwitchTransformersConfig(**sizes)).train()
+    inputs = {"input_ids": torch.randint(3, 60, (2, 9)), "labels": torch.randint(3, 60, (2, 9))}
+    own = model(**inputs)
+    assert not own.get("encoder_aux_loss") and not own.get("decoder_z_loss")
+    fuse_loss(model, segloss.CrossEntropyLoss())
+    torch.testing.assert_close(model(**inputs).loss, own.loss, rtol=1e-5, atol=1e-6)
 
 
 def test_tokens_of_gpt2_are_counted_as_it_predicts_them(tmp_path):
@@ -444,12 +467,28 @@ def test_the_first_label_of_a_packed_sample_is_predicted_by_nothing(put, name):
             torch.testing.assert_close(found, expected)
 
 
-def test_sample_weights_are_refused():
+@pytest.mark.parametrize("put", [fuse_loss, set_loss_function])
+def test_padding_on_the_left_packs_nothing(put):
+    """Places that begin after it do not change the loss of rows that are padded on the left."""
+    model, ids = tiny_model(), batch()["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[1, :5] = 0
+    places = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
+    labels = ids.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        target = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        expected = plain_cross_entropy(model(**inputs, use_cache=False).logits, target)
+        put(model, segloss.CrossEntropyLoss())
+        found = model(**inputs, labels=labels, use_cache=False).loss
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("put", [fuse_loss, set_loss_function])
+def test_sample_weights_are_refused(put):
     model = tiny_model()
-    fuse_loss(model, segloss.CrossEntropyLoss())
-    with pytest.raises(
-        TypeError, match=r"given sample_weights, .*: take LossMixin, or token_weight"
-    ):
+    put(model, segloss.CrossEntropyLoss())
+    with pytest.raises(TypeError, match=r"has sample_weights, .*: take LossMixin, or token_weight"):
         model(**batch(), sample_weights=torch.ones(4))
 
 

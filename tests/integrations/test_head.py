@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import segloss
 
@@ -173,6 +174,23 @@ def test_a_change_is_found_later():
     assert_same(model)
 
 
+def test_another_scale_in_training_is_found_on_the_first_call_in_it():
+    """Here the third, on which nothing would be due."""
+
+    class Other(transformers.LlamaForCausalLM):
+        def forward(self, *arguments, **keywords):
+            outputs = super().forward(*arguments, **keywords)
+            outputs.logits = outputs.logits * (2.0 if self.training else 1.0)
+            return outputs
+
+    model = llama(Other).eval()
+    for _ in range(2):
+        head_loss(model, CE, TARGET, input_ids=TOKENS)
+    with pytest.raises(ValueError, match=r"differ .* by 50\.0% of the largest"):
+        head_loss(model.train(), CE, TARGET, input_ids=TOKENS)
+    assert_same(model)
+
+
 def test_another_head_is_learnt():
     model = llama()
     assert_same(model)
@@ -320,6 +338,35 @@ def test_a_head_whose_weight_is_no_float_tensor(loss):
     model = llama()
     model.lm_head = Int8Head(model.lm_head.weight.detach())
     assert_same(model, LOSSES[loss])
+
+
+MADE = {
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "pruned": lambda head: prune.l1_unstructured(head, "weight", 0.3),
+    "hidden states scaled": lambda head: head.register_forward_pre_hook(lambda _, x: (0.3 * x[0],)),
+    "gradient of the weight changed": lambda head: head.weight.register_hook(lambda grad: 3 * grad),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_weight_that_is_made_of_others(name):
+    model = llama()
+    MADE[name](model.lm_head)
+    assert_same(model, LOSSES["sum"])
+    assert isinstance(head_logits(model, input_ids=TOKENS), segloss.LinearLogits)
+
+
+@pytest.mark.parametrize(
+    "register", ["register_full_backward_hook", "register_full_backward_pre_hook"]
+)
+def test_a_backward_hook_on_the_head_is_refused(register):
+    """As Opacus has them: it would see no gradient and change nothing."""
+    model = llama()
+    handle = getattr(model.lm_head, register)(lambda *arguments: None)
+    with pytest.raises(TypeError, match="a backward hook on the head of LlamaForCausalLM waits"):
+        head_loss(model, CE, TARGET, input_ids=TOKENS)
+    handle.remove()
+    assert_same(model)
 
 
 def test_a_head_for_inference_alone():

@@ -1,5 +1,6 @@
 """Where labels stand: for causal models one place on, for all others where they are."""
 
+import concurrent.futures
 import functools
 import pickle
 from types import SimpleNamespace
@@ -274,24 +275,29 @@ def test_nothing_is_learnt_of_a_batch_without_labels(tmp_path):
 # --------------------------------------------------------------------------- compute_loss_func
 
 
+def called(outputs, labels, model, **options):
+    """As a Trainer calls: with the names that it has."""
+    inputs: dict = {}
+    return compute_loss_func(segloss.CrossEntropyLoss(), **options)(outputs, labels), inputs
+
+
 def test_compute_loss_func_says_what_it_needs():
-    call = compute_loss_func(segloss.CrossEntropyLoss())
     outputs = transformers.modeling_outputs
+    model = Own(transformers.LlamaConfig(**SIZES))
     logits, labels = torch.randn(2, 4, 7), torch.randint(7, (2, 4))
-    with pytest.raises(ValueError, match="a Seq2SeqLMOutput does not say whether labels are"):
-        call(outputs.Seq2SeqLMOutput(logits=logits), labels)
-    same = compute_loss_func(segloss.CrossEntropyLoss(), shift=False)
+    with pytest.raises(ValueError, match="Own does not say whether labels are the next tokens"):
+        called(outputs.CausalLMOutput(logits=logits), labels, model)
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    torch.testing.assert_close(same(outputs.Seq2SeqLMOutput(logits=logits), labels), expected)
+    found, _ = called(outputs.CausalLMOutput(logits=logits), labels, model, shift=False)
+    torch.testing.assert_close(found, expected)
     with pytest.raises(TypeError, match="labels are a NoneType and logits a Tensor"):
-        call(outputs.CausalLMOutput(logits=logits), None)
+        called(outputs.CausalLMOutput(logits=logits), None, model)
     with pytest.raises(ValueError, match="shift is 'yes'; it takes True, False or None"):
         compute_loss_func(segloss.CrossEntropyLoss(), shift="yes")
     with pytest.raises(ValueError, match="loss has reduction='sum'"):
         compute_loss_func(segloss.CrossEntropyLoss(reduction="sum"))
-    torch.testing.assert_close(
-        pickle.loads(pickle.dumps(same))({"logits": logits}, labels), expected
-    )
+    again = pickle.loads(pickle.dumps(compute_loss_func(segloss.FocalLoss(), shift=False)))
+    assert again.shift is False and isinstance(again.loss, segloss.FocalLoss)
 
 
 @pytest.mark.parametrize(
@@ -338,8 +344,6 @@ def test_compute_loss_func_of_a_model_that_does_not_say(name, tmp_path):
     with pytest.raises(ValueError, match=f"{name} does not say .* give compute_loss_func shift=Tr"):
         of_trainer(model, tmp_path)(dict(batch))
     loss = segloss.CrossEntropyLoss()
-    with pytest.raises(ValueError, match=f"{name} does not say"):
-        of_trainer(model, tmp_path, compute_loss_func(loss, model=model))(dict(batch))
     found = of_trainer(model, tmp_path, compute_loss_func(loss, shift=False))(dict(batch))
     torch.testing.assert_close(found, model(**batch).loss, rtol=1e-5, atol=1e-6)
     trainer = LossTrainer(model, training_arguments(tmp_path))
@@ -352,7 +356,7 @@ def test_compute_loss_func_of_an_encoder_decoder(tmp_path):
     model = model_of("BartForConditionalGeneration")
     ids, labels = torch.randint(3, 60, (2, 9)), torch.randint(3, 60, (2, 9))
     batch = {"input_ids": ids, "labels": labels}
-    for options in ({}, {"shift": False}, {"model": model}):
+    for options in ({}, {"shift": False}):
         call = compute_loss_func(segloss.CrossEntropyLoss(), **options)
         call = of_trainer(model, tmp_path, call)
         with pytest.raises(ValueError, match="was given no decoder_input_ids, so its decoder does"):
@@ -362,29 +366,81 @@ def test_compute_loss_func_of_an_encoder_decoder(tmp_path):
         torch.testing.assert_close(found, model(**batch).loss)
 
 
-def test_compute_loss_func_of_packed_rows(tmp_path):
+def wrapped(call):
+    @functools.wraps(call)
+    def wrapper(outputs, labels, **keywords):
+        return call(outputs, labels, **keywords)
+
+    return wrapper
+
+
+def as_lambda(call):
+    return lambda o, *rest, **keywords: wrapped(call)(o, *rest, **keywords)
+
+
+def in_a_thread(call):
+    def within(*arguments, **keywords):
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            return pool.submit(call, *arguments, **keywords).result()
+
+    return within
+
+
+WRAPPERS = {"plain": lambda call: call, "wrapped": wrapped, "lambda": as_lambda}
+
+
+@pytest.mark.parametrize("way", WRAPPERS)
+def test_compute_loss_func_of_packed_rows(way, tmp_path):
+    """What packs them is among the inputs, which a wrapper around the call does not have."""
     model = llama()
     ids = torch.randint(3, 60, (1, 9))
     places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    found = of_trainer(model, tmp_path)({"input_ids": ids, "labels": ids, "position_ids": places})
+    call = WRAPPERS[way](compute_loss_func(segloss.CrossEntropyLoss(), shift=True))
+    call = of_trainer(model, tmp_path, call)
+    found = call({"input_ids": ids, "labels": ids, "position_ids": places})
     logits = model(input_ids=ids, position_ids=places).logits
     kept = [0, 1, 2, 4, 5, 6, 7]
     expected = F.cross_entropy(logits[0, kept], ids[0, [place + 1 for place in kept]])
     torch.testing.assert_close(found, expected)
 
 
-def test_compute_loss_func_outside_of_a_trainer():
-    def call(outputs, **options):
-        return compute_loss_func(segloss.CrossEntropyLoss(), **options)(outputs, ids)
+@pytest.mark.parametrize("way", ["no trainer", "in a thread", "other outputs"])
+def test_compute_loss_func_where_nobody_has_the_inputs(way, tmp_path):
+    """Without them it would take the seams of packed rows for next tokens."""
+    model, ids = llama(), torch.randint(3, 60, (2, 9))
+    call = compute_loss_func(segloss.CrossEntropyLoss(), shift=True)
+    with pytest.raises(TypeError, match=r"nobody who called has .*: loss\(outputs\."):
+        if way == "no trainer":
+            call(model(input_ids=ids), ids)
+        elif way == "in a thread":
+            of_trainer(model, tmp_path, in_a_thread(call))({"input_ids": ids, "labels": ids})
+        else:
+            other = lambda o, labels, **k: call({"logits": o.logits * 2}, labels, **k)  # noqa: E731
+            of_trainer(model, tmp_path, other)({"input_ids": ids, "labels": ids})
 
-    model, ids = model_of("MixtralForCausalLM"), torch.randint(3, 60, (2, 9))
-    outputs = model(input_ids=ids)
-    with pytest.raises(ValueError, match=r"does not say .* give compute_loss_func model=model, or"):
-        call(outputs)
-    with pytest.raises(ValueError, match=r"give compute_loss_func\(loss, model=model\)"):
-        call(outputs, shift=True)
-    expected = model(input_ids=ids, labels=ids).loss
-    torch.testing.assert_close(call(outputs, model=model), expected, rtol=1e-5, atol=1e-6)
+
+def test_compute_loss_func_of_weighed_tokens(tmp_path):
+    """A Llama lets the column pass, where the Trainer does."""
+    model, ids, weight = llama(), torch.randint(3, 60, (2, 9)), torch.rand(2, 9)
+    call = of_trainer(model, tmp_path)
+    batch = {"input_ids": ids, "labels": ids, "token_weight": weight}
+    nll = F.cross_entropy(
+        model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
+    expected = (weight[:, 1:].flatten() * nll).sum() / weight[:, 1:].sum()
+    torch.testing.assert_close(call(dict(batch)), expected)
+    with pytest.raises(TypeError, match=r"the batch has sample_weights, .* or token_weight"):
+        call({**batch, "sample_weights": torch.ones(2)})
+
+
+def test_compute_loss_func_beside_label_smoothing(tmp_path):
+    """A Trainer that has both smooths nothing, and says nothing."""
+    model, ids = llama(), torch.randint(3, 60, (2, 9))
+    arguments = training_arguments(tmp_path, label_smoothing_factor=0.1)
+    call = compute_loss_func(segloss.CrossEntropyLoss())
+    trainer = transformers.Trainer(model, arguments, compute_loss_func=call)
+    with pytest.raises(ValueError, match="with which a Trainer smooths nothing; set it to 0 and"):
+        trainer.compute_loss(model, {"input_ids": ids, "labels": ids})
 
 
 def test_an_auxiliary_loss_without_a_factor():
@@ -513,7 +569,7 @@ def test_a_router_loss_that_is_made_with_labels_alone(tmp_path):
     batch = {"input_ids": ids, "labels": ids}
     trainer = LossTrainer(model, training_arguments(tmp_path))
     model.eval()
-    with pytest.raises(ValueError, match="makes its router loss only where it makes its own loss"):
+    with pytest.raises(ValueError, match="returned its router's logits and, without labels, no"):
         trainer.compute_loss(model, dict(batch))
     model.config.output_router_logits = False
     torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), model(**batch).loss)

@@ -571,15 +571,18 @@ def test_steps_without_a_label(accumulation, tmp_path):
 
 def test_router_loss_by_another_name(tmp_path):
     """Of JetMoe; `test_fuse.py` has more."""
-    from integrations.test_fuse import model_of
+    from integrations.test_fuse import check_router_loss, model_of
 
     model = model_of("JetMoeForCausalLM")
     ids = torch.randint(3, 60, (2, 9))
     ours = trainer(tmp_path, model)
     model.train()
+    own = model(input_ids=ids, labels=ids)
+    check_router_loss(
+        model, own, lambda: ours.compute_loss(model, {"input_ids": ids, "labels": ids})
+    )
     found = ours.compute_loss(model, {"input_ids": ids, "labels": ids})
-    own = model(input_ids=ids, labels=ids).loss
-    torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, own.loss, rtol=1e-5, atol=1e-6)
 
 
 # -------------------------------------------------------------------------------------- errors

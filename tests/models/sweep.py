@@ -134,7 +134,8 @@ def own_loss(model, inputs: dict, labels) -> tuple[torch.Tensor | None, str]:
 
 
 def from_logits(model, inputs: dict, labels, shift: bool | None) -> torch.Tensor:
-    return compute_loss_func(CRITERION, shift=shift, model=model)(model(**inputs), labels)
+    outputs = model(**inputs)
+    return compute_loss_func(CRITERION, shift=shift)(outputs, labels)
 
 
 def difference(model, loss, own, true: dict) -> str:
