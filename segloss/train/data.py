@@ -37,7 +37,7 @@ import trl
 from accelerate import PartialState
 
 from .config import Settings
-from .errors import UserError, first_line
+from .errors import UserError, first_line, json_rows, parsed, text_of
 
 STORED = ("teacher_ids", "teacher_log_prob")
 PER_TOKEN = ("token_weight", *STORED)
@@ -100,11 +100,9 @@ def read(
     load: Callable[[], Any] | None = None,
 ) -> dict[str, Any]:
     """Pairs of (where, raw row) of the two splits, or the stream that there is."""
-    path = Path(source)
-    if path.suffix in (".jsonl", ".ndjson", ".json"):
-        return {"train": json_rows(source)}
-    if path.suffix in (".csv", ".tsv"):
-        return {"train": csv_rows(source)}
+    path, rows_of_file = Path(source), READERS.get(Path(source).suffix)
+    if rows_of_file:
+        return {"train": rows_of_file(source)}
     try:
         if path.suffix == ".parquet":
             found: Any = datasets.load_dataset("parquet", data_files=source)
@@ -129,45 +127,19 @@ def read(
     }
 
 
-def decoded(source: str) -> str:
-    try:
-        content = Path(source).read_bytes()
-        return content.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {source}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        lines = content[: error.start].split(b"\n")
-        place = f"{error.reason} at byte {len(lines[-1]) + 1}"
-        raise UserError(f"{source}, line {len(lines)}: not UTF-8 ({place})") from None
-
-
-def json_rows(source: str) -> Iterator[tuple[str, dict]]:
+def rows_of_json(source: str) -> Iterable[tuple[str, Any]]:
     """An array of objects, or one object a line."""
-    text = decoded(source)
-    if source.endswith(".json") and text.lstrip().startswith("["):
-        for number, row in enumerate(parsed(text, source), start=1):
-            yield f"{source}, item {number}", row
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{source}, line {number}", parsed(line, f"{source}, line {number}")
+    text = text_of(source)
+    if not (source.endswith(".json") and text.lstrip().startswith("[")):
+        return json_rows(text, source)
+    return [(f"{source}, item {i}", row) for i, row in enumerate(parsed(text, source), start=1)]
 
 
-def parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where += f", line {error.lineno}" if error.lineno > 1 else ""
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise UserError(f"{where}: not JSON that can be read (nested too deeply)") from None
-
-
-def csv_rows(source: str) -> Iterator[tuple[str, dict]]:
+def rows_of_csv(source: str) -> Iterator[tuple[str, dict]]:
     """Cells are text; those of lists and numbers are JSON. An empty cell is not there."""
     csv.field_size_limit(1 << 30)
     delimiter = "\t" if source.endswith(".tsv") else ","
-    text = io.StringIO(decoded(source), newline="")
+    text = io.StringIO(text_of(source), newline="")
     reader = csv.DictReader(text, strict=True, delimiter=delimiter)
     try:
         for row in reader:
@@ -184,6 +156,9 @@ def csv_rows(source: str) -> Iterator[tuple[str, dict]]:
     except csv.Error as error:
         raise UserError(f"{source}, line {reader.reader.line_num}: not CSV ({error})") from None
 
+
+READERS = dict.fromkeys((".jsonl", ".ndjson", ".json"), rows_of_json)
+READERS |= dict.fromkeys((".csv", ".tsv"), rows_of_csv)
 
 # ----------------------------------------------------------------------------------- one row
 
@@ -202,12 +177,8 @@ def is_turn(value: Any) -> bool:
     return turn and (value.get("content") == "" or is_text(value.get("content")))
 
 
-def is_class(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def is_weight(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
 
 
 TEXT = (0, is_text, "text that is not blank")
@@ -215,13 +186,15 @@ TURNS = (1, is_turn, '{"role": ..., "content": ...}, both strings')
 TAKES: dict[str, tuple[int, Callable[[Any], bool], str]] = {
     "task": (0, lambda v: is_text(v) and v.isprintable(), "a name on one line"),
     "options": (1, is_text, "text that is not blank"),
-    "weight": (0, is_weight, "a number from 0 up"),
-    "token_weight": (1, is_weight, "a number from 0 up"),
-    "input_ids": (1, is_class, "whole numbers from 0 up"),
-    "labels": (1, lambda v: is_class(v) or v == -100, "tokens, or -100 where there is no label"),
-    "teacher_ids": (2, lambda v: is_class(v) or v == -1, "whole numbers from 0 up, or -1 for none"),
+    "weight": (0, lambda v: is_number(v) and v >= 0, "a number from 0 up"),
+    "token_weight": (1, lambda v: is_number(v) and v >= 0, "a number from 0 up"),
+    "input_ids": (1, lambda v: type(v) is int and v >= 0, "whole numbers from 0 up"),
+    "labels": (1, lambda v: type(v) is int and (v >= 0 or v == -100),
+               "tokens, or -100 where there is no label"),
+    "teacher_ids": (2, lambda v: type(v) is int and v >= -1,
+                    "whole numbers from 0 up, or -1 for none"),
     "teacher_log_prob": (2, lambda v: type(v) in (int, float) and v <= 0.01, "numbers up to 0"),
-}
+}  # fmt: skip
 """Of a column: how deep in lists its values are, whether one will do, and what will."""
 
 
@@ -247,9 +220,8 @@ def checked(raw: Any, task: str, text_field: str, chat: bool) -> dict[str, Any]:
     own: dict[str, Any] = {"task": task}
     own |= {name: row[name] for name in ("task", "options", "weight", *PER_TOKEN) if name in row}
     for name, value in (result | own).items():
-        check(
-            name, value, *TAKES.get(name, TURNS if name == "messages" or is_list(value) else TEXT)
-        )
+        many = name == "messages" or is_list(value)
+        check(name, value, *TAKES.get(name, TURNS if many else TEXT))
         if value == []:
             raise ValueError(f'"{name}" is empty')
     options, answer = own.setdefault("options", None), own.setdefault("answer", answer_of(result))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from pandas import DataFrame, json_normalize
 
 from .report import SCORES, Record, scored
 
@@ -40,6 +44,16 @@ class Picture:
     caption: str
     figure: Figure
 
+    def save(self, folder: Path) -> str:
+        """Write it as PNG; the same in base64, as a page has it."""
+        file = io.BytesIO()
+        with warnings.catch_warnings():
+            # a task's name in a script that the font lacks is drawn as boxes
+            warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+            self.figure.savefig(file, dpi=130, format="png")
+        (folder / f"{self.name}.png").write_bytes(file.getvalue())
+        return base64.b64encode(file.getvalue()).decode()
+
 
 def pictures(records: Sequence[Record]) -> list[Picture]:
     """Every picture that the records have data for."""
@@ -48,15 +62,10 @@ def pictures(records: Sequence[Record]) -> list[Picture]:
         return [picture for function in draw if (picture := function(records)) is not None]
 
 
-def new_figure(height: float) -> Figure:
-    figure = Figure(figsize=(11.0, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def panels_of(height: float, columns: int, count: int, **options: Any) -> tuple[Figure, Any]:
     """(figure, array of so many axes in it)."""
-    figure = new_figure(height)
+    figure = Figure(figsize=(11.0, height), layout="constrained")
+    FigureCanvasAgg(figure)
     axes = figure.subplots(-(-count // columns), columns, squeeze=False, **options).ravel()
     for axis in axes[count:]:
         axis.remove()
@@ -110,22 +119,27 @@ def training(records: Sequence[Record]) -> Picture | None:
         "task_weight": "weights of the tasks",
         "validation_loss": "validation loss of the tasks",
     }
-    names = [name for name in titles if any(record.series(name) for record in records)]
+    curves: dict[str, list[tuple[str, str, Any]]] = {}
+    for record in [record for record in records if record.metrics]:
+        metrics = json_normalize(record.metrics, sep="\n").set_index("step")
+        for column in metrics:
+            name, _, part = column.partition("\n")
+            series = metrics[column].astype(float).dropna()
+            curves.setdefault(name, []).append((record.name, part, series))
+    names = [name for name in titles if name in curves]
     if not names:
         return None
     columns = min(4, len(names))
     figure, grid = panels_of(0.4 + 3.2 * -(-len(names) // columns), columns, len(names))
     for name, axis in zip(names, grid, strict=True):
-        curves = {
-            (record.name, part): series
-            for record in records
-            for part, series in record.series(name).items()
-        }
-        for index, ((run, part), series) in enumerate(curves.items()):
+        for index, (run, part, series) in enumerate(curves[name]):
             label = part if len(records) == 1 else f"{run}: {part}"
-            curve(axis, *series, color(index), label if part else run)
-        axis.set_title(titles[name])
-        if isinstance(part, str) and part:
+            axis.plot(series, ".", color=color(index), alpha=0.35, ms=4)
+            around = series.rolling(2 * (len(series) // 20) + 1, center=True, min_periods=1)
+            axis.plot(around.mean(), color=color(index), lw=1.8, label=label if part else run)
+        axis.set(title=titles[name], xlabel="step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if part:
             axis.legend()
     if len(records) > 1:
         figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -147,22 +161,18 @@ def selection(records: Sequence[Record]) -> Picture | None:
         return None
     figure, (axis,) = panels_of(4.4, 1, 1)
     for index, record in enumerate(records):
-        subsets = sorted(record.selection["subsets"], key=lambda subset: subset["estimated"])
-        places = range(1, len(subsets) + 1)
-        estimated = [subset["estimated"] for subset in subsets]
-        axis.plot(
-            places, estimated, "o", ms=4, color=color(index), label=f"{record.name}: estimated"
-        )
-        true = [(i, s) for i, s in zip(places, subsets, strict=True) if s.get("true") is not None]
-        if true:
-            values = [subset["true"] for _, subset in true]
-            label = f"{record.name}: after training on it"
-            axis.plot(
-                [i for i, _ in true], values, "D", mfc="none", color=color(index), label=label
-            )
-        for i, subset in true if len(true) <= 12 else ():
+        subsets = DataFrame(record.selection["subsets"], columns=["tasks", "estimated", "true"])
+        subsets = subsets.sort_values("estimated", ignore_index=True)
+        subsets.index += 1
+        shade, name = color(index), record.name
+        axis.plot(subsets.estimated, "o", ms=4, color=shade, label=f"{name}: estimated")
+        true = subsets.dropna(subset="true")
+        if len(true):
+            label = f"{name}: after training on it"
+            axis.plot(true.true, "D", mfc="none", color=shade, label=label)
+        for i, subset in true.iterrows() if len(true) <= 12 else ():
             axis.annotate(
-                "+".join(subset["tasks"]), (i, subset["true"]), xytext=(0, 7), ha="center",
+                "+".join(subset.tasks), (i, subset.true), xytext=(0, 7), ha="center",
                 fontsize=8, textcoords="offset points",
             )  # fmt: skip
     axis.set(xlabel="subset of tasks, best estimate first", ylabel="loss (nats per token)")
@@ -175,22 +185,6 @@ def selection(records: Sequence[Record]) -> Picture | None:
         "that diamonds further right are further up."
     )
     return Picture("selection", "Selection of tasks: estimated and true losses", caption, figure)
-
-
-def curve(axis: Any, steps: Any, values: Any, shade: str, label: str) -> None:
-    """Faint dots and the mean of a tenth of the values around each; nothing without values."""
-    if not values:
-        return
-    reach = np.ones(2 * (len(values) // 20) + 1)
-    smooth = np.convolve(values, reach, "same") / np.convolve(np.ones(len(values)), reach, "same")
-    axis.plot(steps, values, ".", color=shade, alpha=0.35, ms=4)
-    axis.plot(steps, smooth, color=shade, lw=1.8, label=label)
-    on_steps(axis)
-
-
-def on_steps(axis: Any) -> None:
-    axis.set_xlabel("step")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def color(index: int) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from jinja2 import Environment
 
 from .errors import UserError
 from .model import require
-from .report import NOTES, Record, read_records, story, subsets, summary, table
+from .report import NOTES, read_records, story, subsets, summary, table
 
 PAGE = "report.html"
 
@@ -55,35 +52,44 @@ figcaption, .note { color: #52606d; font-size: 0.92rem; max-width: 52rem; }
 {{ grid(*subsets(record.selection)) }}
 {% endfor %}
 <h2>Settings</h2>
-{{ grid(["setting"] + names, settings) }}
-<p class="note">{{ where }}</p>
+{{ grid(["setting"] + given|list, settings) }}
+<p class="note">{{ where }} What is not listed had its default.</p>
 </body>
 </html>
 """
 
 
-def report(paths: Sequence[str], output: str = "") -> None:
+def report(runs: Sequence[str], output: str = "") -> None:
     """Write report.html and its pictures for the runs in some folders.
 
     Raises `UserError` for a folder that is no run's, or where nothing can be written.
     """
-    require("matplotlib", "segloss report")
-    records = read_records(paths)
-    folder = Path(output or Path(paths[0]) / "report")
+    for package in ("matplotlib", "pandas"):
+        require(package, "segloss report")
+    records = read_records(runs)
+    folder = Path(output or Path(runs[0]) / "report")
     taken = os.path.lexists(folder) and not (folder / PAGE).exists()
     if taken and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and holds no report; give another --output")
 
     from .figures import pictures
 
+    given = {record.name: record.given for record in records if record.given}
+    about = next((record.description for record in records if record.given), {})
+    versions = [f"{name} {version}" for name, version in about.get("versions", {}).items()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        drawn = []
-        for picture in pictures(records):
-            image = png(picture.figure)
-            (folder / f"{picture.name}.png").write_bytes(image)
-            drawn.append((picture, base64.b64encode(image).decode()))
-        (folder / PAGE).write_text(page(records, drawn), encoding="utf-8")
+        write_page(
+            folder / PAGE,
+            title="segloss: " + ", ".join(record.name for record in records),
+            stories=map(story, records),
+            results=table(records),
+            notes=NOTES,
+            pictures=[(picture, picture.save(folder)) for picture in pictures(records)],
+            chosen=[record for record in records if record.selection],
+            given=given,
+            where=f"Device {about.get('device', '?')}; {', '.join(versions)}.",
+        )
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
     if table(records)[1]:
@@ -91,42 +97,11 @@ def report(paths: Sequence[str], output: str = "") -> None:
     print(folder / PAGE)
 
 
-def png(figure: Any) -> bytes:
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        # a task's name in a script that the font lacks is drawn as boxes
-        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
-        figure.savefig(file, dpi=130, format="png")
-    return file.getvalue()
-
-
-def page(records: Sequence[Record], drawn: Sequence[tuple[Any, str]]) -> str:
-    trained = [record for record in records if record.given]
-    options = sorted({name for record in trained for name in record.given})
-    about = trained[0].description if trained else {}
-    facts = [f"{package} {version}" for package, version in about.get("versions", {}).items()]
-    return html(
-        title="segloss: " + ", ".join(record.name for record in records),
-        stories=map(story, records),
-        results=table(records),
-        notes=NOTES,
-        pictures=drawn,
-        chosen=[record for record in records if record.selection],
-        names=[record.name for record in trained],
-        settings=[[n, *(shown(record.given.get(n)) for record in trained)] for n in options],
-        where=f"Device {about.get('device', '?')}; {', '.join(facts)}. What is not listed had its "
-        "default.",
-    )
-
-
-def html(**parts: Any) -> str:
-    """The template filled in."""
-    return Environment(autoescape=True).from_string(TEMPLATE).render(subsets=subsets, **parts)
-
-
-def shown(value: Any) -> str:
-    return (
-        " ".join(map(str, value))
-        if isinstance(value, list)
-        else str("" if value is None else value)
-    )
+def write_page(path: Path, given: dict[str, dict[str, Any]], **parts: Any) -> None:
+    """The template filled in; `given` are the settings of each run or variant."""
+    names = sorted({name for options in given.values() for name in options})
+    values = [[name, *(options.get(name, "") for options in given.values())] for name in names]
+    rows = [[" ".join(map(str, v)) if isinstance(v, list) else v for v in row] for row in values]
+    template = Environment(autoescape=True).from_string(TEMPLATE)
+    text = template.render(subsets=subsets, given=given, settings=rows, **parts)
+    path.write_text(text, encoding="utf-8")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import trl
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import EarlyStoppingCallback
 
@@ -28,22 +29,12 @@ import segloss
 from segloss.integrations.transformers import CoBaCallback
 
 from . import data as of_data
-from . import evaluation
+from . import evaluation, report
 from . import model as of_model
 from .config import Settings
 from .data import PER_TOKEN, STORED, Data, say
 from .errors import UserError, first_line
-from .report import (
-    METRICS,
-    RESULTS,
-    SETTINGS,
-    Record,
-    read_json,
-    read_record,
-    story,
-    summary,
-    write,
-)
+from .report import SETTINGS, read_json, write
 from .trainer import Recorder, Trainer, last_whole, locked
 
 TRAINED, BEFORE, TABLE = "trained.json", "before.json", "results.md"
@@ -62,24 +53,31 @@ def train(settings: Settings, resumed: bool = False) -> None:
     Raises `UserError` for anything the user can put right.
     """
     start = time.monotonic()
+    output = Path(settings.training.output_dir)
     if not resumed:
         require_new(settings)
+    elif all((output / name).exists() for name in (report.RESULTS, TRAINED)):
+        raise UserError(f"--resume {output}: the run is finished, its results are in {TABLE}")
     run = prepare(settings)
     run.start, run.resumed = start, resumed
     run.timing["load"] = time.monotonic() - start
     run.open()
-    with locked(run.output / METRICS) if run.is_main else contextlib.nullcontext():
+    with locked(run.output / report.METRICS) if run.is_main else contextlib.nullcontext():
         before = run.before()
         trained = run.fit()
         run.after(before, trained)
 
 
 def require_new(settings: Settings) -> None:
-    """A run's folder is never written twice."""
-    output = Path(settings.training.output_dir)
-    if settings.training.resume_from_checkpoint:
-        return
-    if (output / SETTINGS).exists() or (output.exists() and not output.is_dir()):
+    """Have a folder that is no run's yet: a new one, unless it is given, on every process."""
+    training = settings.training
+    if "output_dir" not in settings.given:
+        PartialState()  # of the backend that the arguments say
+        names = [time.strftime("runs/%Y%m%d-%H%M%S")]
+        training.output_dir = broadcast_object_list(names)[0]
+    output = Path(training.output_dir)
+    held = (output / SETTINGS).exists() or (output.exists() and not output.is_dir())
+    if held and not training.resume_from_checkpoint:
         raise UserError(
             f"{output} holds a run already: segloss train --resume {output} goes on with it, "
             "another --output_dir begins anew"
@@ -161,7 +159,7 @@ class Run:
         if self.is_main and self.output.is_dir():
             answers = [{"task": i.task, "expected": i.answer, **i.found} for i in self.held_out]
             name = f"answers-{title.rpartition(' ')[2]}.jsonl"
-            self.save(name, "".join(json.dumps(answer) + "\n" for answer in answers))
+            self.save(name, report.json_lines(answers))
         return evaluation.results(self.held_out, self.data, options, self.trainer.args.seed)
 
     def fit(self) -> dict[str, Any]:
@@ -211,16 +209,12 @@ class Run:
         trainer, options, coba = self.trainer, self.settings.options, self.trainer.task_weights
         if not isinstance(coba, segloss.CoBa):
             return None
-        by_task: list[list[dict]] = [[] for _ in self.data.tasks]
-        for row in trainer.validation:
-            kept = {name: row[name] for name in ("input_ids", "labels", "task_ids")}
-            by_task[row["task_ids"]].append(kept)
-        count = options.validation_batch
-        parts = [
-            [row for rows in by_task for row in rows[i : i + count]]
+        tasks, count = range(len(self.data.tasks)), options.validation_batch
+        by_task = [[row for row in trainer.validation if row["task_ids"] == i] for i in tasks]
+        batches = [
+            trainer.data_collator([row for rows in by_task for row in rows[i : i + count]])
             for i in range(0, max(map(len, by_task)), count)
         ]
-        batches = [trainer.data_collator(rows) for rows in parts]
         callback = CoBaCallback(coba, batches, head=options.head)
         trainer.add_callback(callback)
         return callback
@@ -259,9 +253,9 @@ class Run:
                 args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "stopped": trained["stopped"],
         }  # fmt: skip
-        self.save(RESULTS, found)
-        record = Record(self.output.name, self.description, results=found)
-        self.finish(f"{summary([record])}\n\n{story(record)}\n")
+        self.save(report.RESULTS, found)
+        record = report.Record(self.output.name, self.description, results=found)
+        self.finish(f"{report.summary([record])}\n\n{report.story(record)}\n")
 
     def finish(self, text: str) -> None:
         """Write and print what came out; raises `UserError` of what could not be written."""
@@ -305,11 +299,6 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
     refuse(settings, data, loss, teacher)
     if not to_train and not data.held_out:
         raise UserError("no items are held out, so there is nothing to evaluate (--eval_items)")
-    steps = training.max_steps
-    if steps <= 0 and data.tasks:
-        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        epoch = math.ceil(len(data.train) / (batch * training.world_size))
-        steps = math.ceil(epoch * training.num_train_epochs)
     train = data.train
     if training.packing:  # which keeps only tokens
         training.eval_packing = False
@@ -327,15 +316,17 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
                 peft_config=trl.get_peft_config(settings.model) if to_train else None,
                 callbacks=[EarlyStoppingCallback(options.patience)] if options.patience else [],
                 loss=loss, teacher=teacher, teacher_rest=options.teacher_rest, head=options.head,
-                task_weights=coba(options, len(data.tasks), max(steps, 0), training.device),
-                sample_weights=sample_weighting(options),
+                **weights_of(options, training, data),
             )  # fmt: skip
     except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
         raise UserError(first_line(error)) from None
     given = {"train": train, **evaluated} if to_train else evaluated
     prepared = of_data.fitted(trainer, settings, given)
     trainer.train_dataset = prepared["train"]
-    trainer.validation = list(prepared.get("validation", ()))
+    kept = ["task", "task_ids", "input_ids", "labels"]
+    trainer.validation = (
+        list(prepared["validation"].select_columns(kept)) if data.validation else []
+    )
     trainer.eval_dataset = prepared.get("validation", prepared.get("held_out"))
     held_out = [evaluation.item_of(row, data, trainer) for row in prepared.get("held_out", ())]
     if trainer.is_fsdp_enabled or getattr(trainer, "is_deepspeed_enabled", False):
@@ -372,8 +363,6 @@ def model_options(settings: Settings) -> dict[str, Any]:
     found = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
     found |= {"dtype": model.dtype or "float32", "attn_implementation": model.attn_implementation}
     found |= training.model_init_kwargs or {}
-    if isinstance(found["dtype"], str) and found["dtype"] != "auto":
-        found["dtype"] = getattr(torch, found["dtype"])
     if model.load_in_4bit or model.load_in_8bit:
         of_model.require("bitsandbytes", "--load_in_4bit and --load_in_8bit")
         found["quantization_config"] = trl.get_quantization_config(model)
@@ -416,24 +405,26 @@ def refuse(settings: Settings, data: Data, loss: Any, teacher: Any) -> None:
             raise UserError(message)
 
 
-def coba(options: Any, num_tasks: int, steps: int, device: Any) -> Any:
-    if options.task_weights == "none":
-        return None
-    warmup = options.coba_warmup or max(2, steps // 10)
-    return segloss.CoBa(
-        num_tasks, warmup=warmup, history=options.coba_history or 4 * warmup,
-        tau=options.coba_tau, mode=options.coba_mode, divergence_window=steps + 1, device=device,
-    )  # fmt: skip
-
-
-def sample_weighting(options: Any) -> Any:
-    if options.sample_weights == "none":
-        return None
-    return segloss.SampleWeighting(
-        *(options.sample_weights, options.sample_temperature, options.sample_burn_in),
-        fraction=options.sample_fraction,
-        band=options.sample_band,
-    )
+def weights_of(options: Any, training: Any, data: Data) -> dict[str, Any]:
+    """What weighs tasks and samples, by the names of the trainer's arguments."""
+    found: dict[str, Any] = {}
+    if options.task_weights == "coba":
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        epoch = math.ceil(len(data.train) / (batch * training.world_size))
+        steps = max(training.max_steps, 0) or math.ceil(epoch * training.num_train_epochs)
+        warmup = options.coba_warmup or max(2, steps // 10)
+        found["task_weights"] = segloss.CoBa(
+            len(data.tasks), warmup=warmup, history=options.coba_history or 4 * warmup,
+            tau=options.coba_tau, mode=options.coba_mode, divergence_window=steps + 1,
+            device=training.device,
+        )  # fmt: skip
+    if options.sample_weights != "none":
+        found["sample_weights"] = segloss.SampleWeighting(
+            *(options.sample_weights, options.sample_temperature, options.sample_burn_in),
+            fraction=options.sample_fraction,
+            band=options.sample_band,
+        )
+    return found
 
 
 def describe(settings: Settings, trainer: Trainer, data: Data, network: Any) -> dict[str, Any]:
@@ -468,10 +459,7 @@ def beginnings(network: Any) -> Iterator[list]:
 
 
 def digest(values: Iterable[list]) -> str:
-    found = hashlib.sha256()
-    for value in values:
-        found.update(json.dumps(value).encode())
-    return found.hexdigest()
+    return hashlib.sha256("".join(map(json.dumps, values)).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------- commands
@@ -479,10 +467,27 @@ def digest(values: Iterable[list]) -> str:
 
 def stored(path: str) -> dict[str, Any]:
     """The settings of a run that trains, from its folder. Raises `UserError` without one."""
-    record = read_record(Path(path), path)
+    record = report.read_record(Path(path), path)
     if record.selection or "target" in record.given:
         raise UserError(f"{path} is a run of segloss select, which leaves no model")
     return record.given | {"output_dir": path}
+
+
+def evaluated(target: str, told: dict[str, Any]) -> dict[str, Any]:
+    """Of a run its settings with its model, but for those that are told; or a model's name."""
+    folder = Path(target)
+    if not (folder / SETTINGS).is_file():
+        return {"model_name_or_path": target}
+    past = stored(target)
+    if not (folder / TRAINED).is_file():
+        raise UserError(f"{target} has no model yet; segloss train --resume goes on with it")
+    merged = folder / "merged"
+    past["model_name_or_path"] = str(merged if merged.is_dir() else target)
+    unread = {"use_peft", "task_weights", "resume_from_checkpoint"}
+    unread |= {"fsdp", "fsdp_config", "deepspeed"}  # of several processes
+    if told.keys() & {"data", "dataset_name"}:  # other rows than the run's
+        unread |= {"data", "dataset_name", "datasets"}
+    return {name: value for name, value in past.items() if name not in unread}
 
 
 def evaluate(settings: Settings) -> None:
@@ -492,7 +497,7 @@ def evaluate(settings: Settings) -> None:
         raise UserError(f"--json {file} exists already; remove it or give another name")
     run = prepare(settings, to_train=False)
     found = {"tasks": run.evaluate("evaluating"), "before": None, "model": name}
-    print(f"\n{summary([Record(name, run.description, results=found)])}")
+    print(f"\n{report.summary([report.Record(name, run.description, results=found)])}")
     if file:
         try:
             write(Path(file), found)

@@ -27,7 +27,7 @@ from segloss.selection import Comparison, GradEx, Sample, Selection
 
 from .config import Options, Settings, doc
 from .errors import UserError
-from .report import SELECTION, aligned, subsets
+from .report import SELECTION, aligned, json_lines, subsets
 from .run import Run, prepare, require_new
 from .trainer import Recorder, Trainer
 
@@ -217,7 +217,7 @@ class Selecting:
         every = [*run.data.train, *run.data.held_out, *run.data.validation]
         rows = {row["where"]: row for row in every}
         kept = [row_of_user(row) for row in rows.values() if row["task"] in found.chosen]
-        run.save("chosen.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        run.save("chosen.jsonl", json_lines(kept))
         run.save(config.name, self._settings())
         checked = f"checked by fine-tuning, from the model as it was:\n{comparison}\n\n"
         run.finish(

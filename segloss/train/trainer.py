@@ -19,18 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from segloss.integrations.trl import SFTTrainer
 
 from .data import say
 from .errors import UserError, first_line
-from .report import METRICS, read_lines, write
+from .report import METRICS, json_lines, write
 
 MANIFEST, PREFIX = "manifest.json", "checkpoint-"
 
@@ -47,8 +47,7 @@ class Trainer(SFTTrainer):
         self.keep, self.args.save_total_limit = self.args.save_total_limit, None
         self.save_callbacks = self.callback_handler.on_save
         self.callback_handler.on_save = lambda args, state, control: control
-        self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any) -> Any:
         """TRL ends a text with the end of text, and some tokenizers do so again."""
@@ -124,12 +123,10 @@ def damage(folder: Path) -> str:
 
 def last_whole(output: Path, remove: bool) -> Path | None:
     """The newest whole checkpoint; damaged ones are named, and with `remove` make room."""
-    names = [path.name.removeprefix(PREFIX) for path in output.glob(f"{PREFIX}*")]
-    for step in sorted((int(name) for name in names if name.isdigit()), reverse=True):
-        folder = output / f"{PREFIX}{step}"
+    for folder in map(Path, reversed(sort_checkpoints(str(output)))):
         found = damage(folder)
         if not found:
-            say(f"resuming after step {step}")
+            say(f"resuming after step {folder.name.removeprefix(PREFIX)}")
             return folder
         say(f"{folder} is damaged: {found}; trying the one before")
         if remove:
@@ -165,7 +162,9 @@ class Recorder(TrainerCallback):
             if "num_tokens" in row:
                 self.trainer._num_tokens.fill_(row["num_tokens"] * state.is_world_process_zero)
         if state.is_world_process_zero and not self.title:
-            self._file = reopened(Path(args.output_dir) / METRICS, state.global_step)
+            path = Path(args.output_dir) / METRICS
+            write(path, json_lines(state.log_history))
+            self._file = path.open("ab", buffering=0)
         try:
             self._previous = signal.signal(signal.SIGINT, self._interrupted)
         except ValueError:  # not in the main thread
@@ -192,31 +191,33 @@ class Recorder(TrainerCallback):
         now = time.monotonic()
         if 2 * now - self._step_begun > self.deadline and not self.stopped:
             self.stopped = "time limit"
-        if self._any(bool(self.stopped)) and state.global_step < state.max_steps:
+        # where one process stops, all do, at the same step
+        if any(gather_object([bool(self.stopped)])) and state.global_step < state.max_steps:
             self.stopped = self.stopped or "interrupt"
             control.should_training_stop = True
             control.should_save = self.stopped == "interrupt" or args.save_strategy != "no"
         # what is summed for the next line of metrics is not in a checkpoint
         control.should_log = control.should_log or control.should_save
 
-    def _any(self, flag: bool) -> bool:
-        """Whether it is so on any process: they have to stop at the same step."""
-        if self.trainer.accelerator.num_processes == 1:
-            return flag
-        flags = torch.tensor(int(flag), device=self.trainer.args.device)
-        return bool(self.trainer.accelerator.reduce(flags).item())
-
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "grad_norm"):
-            if not math.isfinite((logs or {}).get(name, 0.0)):
+            if not math.isfinite(logs.get(name, 0.0)):
                 raise UserError(
                     f"the training's {name} is {logs[name]} at step {state.global_step}; a lower "
                     f"--learning_rate may help; the steps before are in {args.output_dir}"
                 )
-        if not logs or not state.is_world_process_zero or "train_runtime" in logs:
+        if not state.is_world_process_zero or "train_runtime" in logs:
             return
+        row: dict[str, Any] = {}
+        row |= {k: v for k, v in state.log_history[-1].items() if isinstance(v, int | float)}
+        if "task_weight_0" in row:
+            weights = [row.pop(f"task_weight_{i}") for i in range(len(self.tasks))]
+            row["task_weight"] = dict(zip(self.tasks, weights, strict=True))
+            losses = self.coba.losses.tolist()
+            row["validation_loss"] = dict(zip(self.tasks, losses, strict=True))
+        state.log_history[-1] = row  # which a checkpoint holds
         if self._file is not None:
-            self._write(self._row(logs, state))
+            self._write(row)
         if "loss" in logs:
             done = state.global_step - self._first
             each = (time.monotonic() - self._begun) / max(1, done)
@@ -227,34 +228,14 @@ class Recorder(TrainerCallback):
                 "left"
             )
 
-    def _row(self, logs: dict[str, Any], state: Any) -> dict[str, Any]:
-        row: dict[str, Any] = {"step": state.global_step}
-        row |= {k: v for k, v in logs.items() if isinstance(v, int | float)}
-        if "task_weight_0" in row:
-            weights = [row.pop(f"task_weight_{i}") for i in range(len(self.tasks))]
-            row["task_weight"] = dict(zip(self.tasks, weights, strict=True))
-            row["divergence_factor"] = float(self.coba.coba.divergence_factor)
-            losses = self.coba.losses.tolist()
-            row["validation_loss"] = dict(zip(self.tasks, losses, strict=True))
-        return row
-
     def _write(self, row: dict[str, Any]) -> None:
         """Lines of a full disk wait in memory until there is room again."""
-        self._pending += json.dumps(row).encode() + b"\n"
+        self._pending += json_lines([row]).encode()
         try:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError:
             pass
-
-
-def reopened(path: Path, step: int) -> Any:
-    """metrics.jsonl without the lines after a step, to append to."""
-    kept = [row for row in read_lines(path) if step and row["step"] <= step]
-    text = "".join(json.dumps(row) + "\n" for row in kept)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        write(path, text)
-    return path.open("ab", buffering=0)
 
 
 @contextlib.contextmanager
