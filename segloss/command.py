@@ -14,6 +14,9 @@ import segloss
 from segloss.train.errors import UserError, first_line
 
 PACKAGES = ("trl", "transformers", "datasets", "accelerate", "peft", "safetensors", "yaml")
+REPORT = """\
+Write report.html, which needs no other file and no network, and its pictures as PNG: results,
+losses, task and sample weights, and what a selection estimated."""
 HELP = "segloss COMMAND --help lists a command's options; segloss --version says which this is."
 TRAIN = """\
 TRL's SFTTrainer with any loss, task and sample weights, and honest tables. All its options and
@@ -58,7 +61,7 @@ def run(words: list[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else "segloss --help lists them"
         raise UserError(f"there is no command {name}; {hint}")
     if name not in ("report", "doctor"):
-        require_packages()
+        require_packages(*PACKAGES)
     return commands[name](rest) or 0
 
 
@@ -109,18 +112,12 @@ def select(words: list[str]) -> None:
 
 def report(words: list[str]) -> None:
     """one web page and pictures of one or several runs, side by side"""
-    parser = argparse.ArgumentParser(
-        prog="segloss report",
-        description="Write report.html, which needs no other file and no network, and its pictures "
-        "as PNG: results, losses, task and sample weights, and what a selection estimated.",
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser("segloss report", description=REPORT, allow_abbrev=False)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, also unfinished")
-    parser.add_argument(
-        "--output", metavar="FOLDER", default="", help="(default: report/ in the first run folder)"
-    )
+    parser.add_argument("--output", metavar="FOLDER", help="(default: report/ in the first run)")
     parser.error = refuse  # type: ignore[method-assign, assignment]
     arguments = parser.parse_args(words)
+    require_packages("matplotlib", "pandas")
     from segloss.train.page import report as write
 
     write(arguments.runs, arguments.output)
@@ -137,8 +134,8 @@ def refuse(message: str) -> None:
     raise UserError(f"{message} (segloss report --help lists the options)")
 
 
-def require_packages() -> None:
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+def require_packages(*names: str) -> None:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         needed = " ".join("pyyaml" if name == "yaml" else name for name in missing)
         raise UserError(f"{', '.join(missing)} not installed: pip install {needed}")

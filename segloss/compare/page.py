@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from segloss.train.figures import COLORS, DARK, GREY, Picture, panels_of
+from segloss.train.page import COLORS, DARK, GREY, Picture, note, panels_of
 from segloss.train.page import write_page as write
 from segloss.train.report import SCORES
 
@@ -83,8 +83,5 @@ def draw(axis: Any, place: float, score: Score) -> None:
     axis.plot(seeds, [place - 0.25] * len(seeds), "o", color=shade, ms=3, alpha=0.7, mew=0)
     axis.plot([scale * found.low, scale * found.high], [place, place], color=shade, lw=2)
     axis.plot([scale * found.mean], [place], "o", color=shade, ms=7)
-    axis.annotate(
-        form.replace("{:", "{:+").format(scale * found.mean), (scale * found.mean, place),
-        xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8, color=DARK,
-        bbox={"color": "white", "pad": 0.5},
-    )  # fmt: skip
+    signed = form.replace("{:", "{:+").format(scale * found.mean)
+    note(axis, signed, scale * found.mean, place, color=DARK, bbox={"color": "white", "pad": 0.5})

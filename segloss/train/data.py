@@ -26,10 +26,10 @@ import random
 import re
 import reprlib
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import datasets
@@ -58,17 +58,13 @@ SLACK_TOKENS = 4
 class Data:
     """What a run trains on and is evaluated on."""
 
-    tasks: list[str]
-    """In the order that `task_ids` mean."""
-    train: Any
-    """A `datasets.Dataset`, or a stream that nothing was checked or held out of."""
+    tasks: list[str]  # in the order that `task_ids` mean
+    train: Any  # a `datasets.Dataset`, or a stream that nothing was checked or held out of
     held_out: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     counts: dict[str, dict[str, int]]
-    majority: dict[str, str]
-    """The most frequent answer of each task's training rows."""
-    answers: dict[str, list[str]]
-    """Of a task whose answers are few and repeat: all of them."""
+    majority: dict[str, str]  # the most frequent answer of each task's training rows
+    answers: dict[str, list[str]]  # of a task whose answers are few and repeat: all of them
 
 
 def say(text: str) -> None:
@@ -100,9 +96,11 @@ def read(
     load: Callable[[], Any] | None = None,
 ) -> dict[str, Any]:
     """Pairs of (where, raw row) of the two splits, or the stream that there is."""
-    path, rows_of_file = Path(source), READERS.get(Path(source).suffix)
-    if rows_of_file:
-        return {"train": rows_of_file(source)}
+    path = Path(source)
+    if path.suffix in (".jsonl", ".ndjson", ".json", ".csv", ".tsv"):
+        return {
+            "train": rows_of_csv(source) if path.suffix.endswith("sv") else rows_of_json(source)
+        }
     try:
         if path.suffix == ".parquet":
             found: Any = datasets.load_dataset("parquet", data_files=source)
@@ -156,9 +154,6 @@ def rows_of_csv(source: str) -> Iterator[tuple[str, dict]]:
     except csv.Error as error:
         raise UserError(f"{source}, line {reader.reader.line_num}: not CSV ({error})") from None
 
-
-READERS = dict.fromkeys((".jsonl", ".ndjson", ".json"), rows_of_json)
-READERS |= dict.fromkeys((".csv", ".tsv"), rows_of_csv)
 
 # ----------------------------------------------------------------------------------- one row
 
@@ -332,10 +327,8 @@ def load(settings: Settings, chat: bool, to_train: bool = True) -> Data:
     pieces: dict[str, list[dict]] = {"train": [], "held_out": [], "validation": []}
     counts = {}
     for task in tasks:
-        rows = [row for row in parts["train"] if row["task"] == task]
-        distinct, test = (
-            {content_of(row): row for row in part if row["task"] == task} for part in parts.values()
-        )
+        rows, held = ([row for row in part if row["task"] == task] for part in parts.values())
+        distinct, test = ({content_of(row): row for row in some} for some in (rows, held))
         found = split(task, distinct, test, settings, to_train)
         for name, some in found.items():
             pieces[name] += [row | {"task_ids": tasks.index(task)} for row in some]
@@ -349,9 +342,8 @@ def load(settings: Settings, chat: bool, to_train: bool = True) -> Data:
         )
     train = pieces["train"]
     for name in ("sample_weights", *PER_TOKEN):
-        known = sum(name in row for row in train)
+        known, column = sum(name in row for row in train), name.replace("sample_weights", "weight")
         if 0 < known < len(train):
-            column = "weight" if name == "sample_weights" else name
             raise UserError(f"{known} of {len(train)} rows have a {column}; all or none must")
     weighs = [row.get("sample_weights", 1) and any(row.get("token_weight", [1])) for row in train]
     if train and not any(weighs):
@@ -364,9 +356,7 @@ def load(settings: Settings, chat: bool, to_train: bool = True) -> Data:
         data = datasets.interleave_datasets(of_task, stopping_strategy="all_exhausted")
     return Data(
         *(tasks, data, pieces["held_out"], pieces["validation"], counts),
-        majority={
-            t: Counter(a).most_common(1)[0][0] for t, a in answers.items() if a and None not in a
-        },
+        majority={t: mode(a) for t, a in answers.items() if a and None not in a},
         answers={t: sorted(set(a)) for t, a in answers.items() if closed(a)},
     )
 
@@ -385,19 +375,18 @@ def closed(answers: Sequence[str | None]) -> bool:
 def rows_of(source: str, pairs: Iterable, task: str, settings: Settings, chat: bool) -> list[dict]:
     """Checked rows; columns that nothing reads are named."""
     text_field = settings.training.dataset_text_field
-    rows, unread = [], dict[str, None]()
+    rows, unread = [], dict[str, str]()
     for where, raw in pairs:
         try:
             rows.append({**checked(raw, task, text_field, chat), "where": where})
         except ValueError as error:
             raise UserError(f"{where}: {first_line(error)}") from None
-        unread |= dict.fromkeys(name for name in raw if name not in {*KNOWN, text_field})
+        unread |= {name: "" for name in raw if name not in KNOWN and name != text_field}
+    for name in unread:
+        near = difflib.get_close_matches(str(name), KNOWN, n=1, cutoff=0.75)
+        unread[name] = f"{name} (did you mean {near[0]}?)" if near else str(name)
     if unread:
-        names = []
-        for name in unread:
-            near = difflib.get_close_matches(str(name), KNOWN, n=1, cutoff=0.75)
-            names.append(f"{name} (did you mean {near[0]}?)" if near else str(name))
-        say(f"{source}: columns that nothing reads: {', '.join(names)}")
+        say(f"{source}: columns that nothing reads: {', '.join(unread.values())}")
     return rows
 
 
@@ -462,13 +451,10 @@ def take(groups: list[list[dict]], count: int, rng: random.Random) -> list[dict]
     first = {int((i + 0.5) * len(groups) / number) for i in range(number)}
     order = [order[i] for i in sorted(first)] + [g for i, g in enumerate(order) if i not in first]
     taken: list[dict] = []
-    used: set[int] = set()
-    for group in order:
-        if len(taken) >= count:
-            break
-        taken += group
-        used.add(id(group))
-    groups[:] = [group for group in groups if id(group) not in used]
+    while order and len(taken) < count:
+        taken += order.pop(0)
+    left = set(map(id, order))
+    groups[:] = [group for group in groups if id(group) in left]
     return taken[:count]
 
 
@@ -483,18 +469,16 @@ def fitted(trainer: Any, settings: Settings, given: dict[str, Any]) -> dict[str,
     """
     training, parts = settings.training, {"train": trainer.train_dataset}
     parts |= trainer.eval_dataset or {}
+    longest, limit = 0, training.max_length
     options = {
-        "limit": training.max_length,
-        "at_end": training.truncation_mode == "keep_end",
+        "limit": limit, "at_end": training.truncation_mode == "keep_end",
         "number": trainer.model.get_input_embeddings().num_embeddings,
         "taught": trainer.loss.reads_teacher,
-    }
-    longest, limit = 0, training.max_length
+    }  # fmt: skip
     for name in given:
-        rows = parts[name]
-        if not hasattr(rows, "__len__"):  # a stream
+        if not hasattr(parts[name], "__len__"):  # a stream
             continue
-        parts[name] = rows = rows.map(fit, fn_kwargs=options)
+        parts[name] = rows = parts[name].map(fit, fn_kwargs=options)
         lengths = [len(ids) for ids in rows["input_ids"]]
         longest = max([longest, *lengths])
         cut, left_out = sum(n == limit for n in lengths), len(given[name]) - len(lengths)

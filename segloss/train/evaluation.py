@@ -5,10 +5,10 @@ Every score is [value, low, high] with a 95 % bootstrap interval over the items.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,8 +37,7 @@ class Item:
     input_ids: list[int]
     labels: list[int]
     answer: str | None = None
-    prompt_ids: list[int] = field(default_factory=list)
-    """What generation starts from, empty where there is no answer to give."""
+    prompt_ids: list[int] = field(default_factory=list)  # empty where there is no answer to give
     options: list[str] = field(default_factory=list)
     option_ids: list[list[int]] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
@@ -89,6 +88,7 @@ class Evaluator:
     trainer: Any
     head: str = "fused"
     generate: bool = True
+    precise: bool = False  # in float32 whatever the training's precision
 
     @torch.no_grad()
     def __call__(self, items: Sequence[Item], title: str = "evaluating") -> None:
@@ -109,11 +109,11 @@ class Evaluator:
         for i, found in gather_object([(i, items[i].found) for i in own]):
             items[i].found = found
 
-    @contextlib.contextmanager
+    @contextmanager
     def _ready(self) -> Iterator[Any]:
         """The model set to evaluate, without what its files say of generation or routers."""
         model, tokenizer = self.trainer.model, self.trainer.processing_class
-        base, training = unwrapped(model), model.training
+        base = unwrapped(model)
         config, theirs = base.config.get_text_config(), base.generation_config
         ends = getattr(theirs, "eos_token_id", None)
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
@@ -124,13 +124,12 @@ class Evaluator:
         )
         model.eval()
         try:
-            with self.trainer.accelerator.autocast():
+            with nullcontext() if self.precise else self.trainer.accelerator.autocast():
                 yield model
         finally:
             base.generation_config = theirs
             if routers:
                 config.output_router_logits = True
-            model.train(training)
 
     def _inputs(self, rows: Sequence[list[int]], side: str = "right") -> Any:
         return self.trainer.processing_class.pad(

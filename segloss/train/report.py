@@ -116,10 +116,8 @@ class Line:
 
     task: str
     label: str
-    scores: dict[str, Any]
-    """[value, low, high] or [value], by the names of `SCORES`."""
-    run: int | None = None
-    """The place of the record that trained the model; None of guesses and before training."""
+    scores: dict[str, Any]  # [value, low, high] or [value], by the names of `SCORES`
+    run: int | None = None  # the place of the record; None of guesses and before training
 
 
 def scored(records: Sequence[Record]) -> tuple[list[Line], list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -13,8 +12,9 @@ import platform
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,12 @@ class Run:
     def is_main(self) -> bool:
         return self.trainer.accelerator.is_main_process
 
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.timing[name] = time.monotonic() - start
+
     def open(self) -> None:
         """Make the folder, or see that it is this run's."""
         file = self.output / SETTINGS
@@ -152,9 +158,8 @@ class Run:
         """One row of scores per task; beside them the answers, in answers-TITLE.jsonl."""
         options = self.settings.options
         evaluator = evaluation.Evaluator(self.trainer, options.head, options.exact_match)
-        start = time.monotonic()
-        evaluator(self.held_out, title)
-        self.timing[title] = time.monotonic() - start
+        with self.timed(title):
+            evaluator(self.held_out, title)
         say(f"{title}: {len(self.held_out)} items in {self.timing[title]:.0f} s")
         if self.is_main and self.output.is_dir():
             answers = [{"task": i.task, "expected": i.answer, **i.found} for i in self.held_out]
@@ -176,19 +181,17 @@ class Run:
             trainer.accelerator.wait_for_everyone()
         reserve = SPARE_SECONDS + SPARE_FACTOR * self.timing.get("evaluating before", 0.0)
         deadline = self.start + limit - reserve if limit else math.inf
-        coba = self.validation_callback()
-        recorder = Recorder(trainer, self.data.tasks, deadline, coba)
+        recorder = Recorder(trainer, self.data.tasks, deadline)
         trainer.add_callback(recorder)
-        begun = time.monotonic()
         past = read_json(Path(checkpoint) / "trainer_state.json") if checkpoint else {}
         last = trainer.args.max_steps if trainer.args.max_steps > 0 else past.get("max_steps")
         if past and past["global_step"] >= last:
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state.global_step = past["global_step"]
         else:
-            trainer.train(str(checkpoint) if checkpoint else None)
+            with self.timed("training"):
+                trainer.train(str(checkpoint) if checkpoint else None)
         steps, stopped = trainer.state.global_step, recorder.stopped
-        self.timing["training"] = time.monotonic() - begun
         if stopped == "interrupt":
             saved = f"{self.output}/checkpoint-{steps}"
             if trainer.failures:
@@ -199,25 +202,11 @@ class Run:
             )
         if not stopped and steps < trainer.state.max_steps:
             stopped = "patience"
-        found = {"steps": steps, "stopped": stopped, "seconds": self.timing["training"]}
+        seconds = self.timing.get("training", 0.0)
+        found = {"steps": steps, "stopped": stopped, "seconds": seconds}
         if self.leave_model():
             self.save(TRAINED, found)
         return found
-
-    def validation_callback(self) -> Any:
-        """What measures CoBa's losses, on items of each task in turn."""
-        trainer, options, coba = self.trainer, self.settings.options, self.trainer.task_weights
-        if not isinstance(coba, segloss.CoBa):
-            return None
-        tasks, count = range(len(self.data.tasks)), options.validation_batch
-        by_task = [[row for row in trainer.validation if row["task_ids"] == i] for i in tasks]
-        batches = [
-            trainer.data_collator([row for rows in by_task for row in rows[i : i + count]])
-            for i in range(0, max(map(len, by_task)), count)
-        ]
-        callback = CoBaCallback(coba, batches, head=options.head)
-        trainer.add_callback(callback)
-        return callback
 
     def leave_model(self) -> bool:
         """The model, or its adapter, with the tokenizer, as `from_pretrained` reads them."""
@@ -323,11 +312,13 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
     given = {"train": train, **evaluated} if to_train else evaluated
     prepared = of_data.fitted(trainer, settings, given)
     trainer.train_dataset = prepared["train"]
-    kept = ["task", "task_ids", "input_ids", "labels"]
-    trainer.validation = (
-        list(prepared["validation"].select_columns(kept)) if data.validation else []
-    )
     trainer.eval_dataset = prepared.get("validation", prepared.get("held_out"))
+    if data.validation:
+        kept = ["task", "task_ids", "input_ids", "labels"]
+        trainer.validation = list(prepared["validation"].select_columns(kept))
+    if isinstance(trainer.task_weights, segloss.CoBa):
+        trainer.coba = watching(trainer, len(data.tasks), options.validation_batch)
+        trainer.add_callback(trainer.coba)
     held_out = [evaluation.item_of(row, data, trainer) for row in prepared.get("held_out", ())]
     if trainer.is_fsdp_enabled or getattr(trainer, "is_deepspeed_enabled", False):
         say(
@@ -427,39 +418,39 @@ def weights_of(options: Any, training: Any, data: Data) -> dict[str, Any]:
     return found
 
 
+def watching(trainer: Trainer, num_tasks: int, count: int) -> CoBaCallback:
+    """What measures the tasks' losses, on so many validation items of each in turn."""
+    tasks: list[list[dict]] = [[] for _ in range(num_tasks)]
+    for row in trainer.validation:
+        tasks[row["task_ids"]].append(row)
+    batches = [
+        trainer.data_collator([row for rows in tasks for row in rows[i : i + count]])
+        for i in range(0, max(map(len, tasks)), count)
+    ]
+    coba: Any = trainer.task_weights
+    return CoBaCallback(coba, batches, head=trainer.head)
+
+
 def describe(settings: Settings, trainer: Trainer, data: Data, network: Any) -> dict[str, Any]:
     names = ("torch", "transformers", "trl", "datasets", "accelerate", "numpy")
     versions = {"python": platform.python_version(), "segloss": segloss.__version__}
     read = ("input_ids", "labels", "teacher_log_prob")
     sets = [s for s in (trainer.train_dataset, trainer.eval_dataset) if hasattr(s, "__len__")]
     rows = (s[i] for s in sets for i in range(0, len(s), max(1, len(s) // 4096)))
-    fingerprints = {
-        "data": digest([row.get(name) for name in read] for row in rows),
-        "model": digest(beginnings(network)),
-    }
-    if trainer.teacher is not None:
-        fingerprints["teacher"] = digest(beginnings(trainer.teacher))
+    read_of = {"data": [[row.get(name) for name in read] for row in rows]}
+    for what, model in {"model": network, "teacher": trainer.teacher}.items():
+        if model is not None:  # enough to tell models apart, without reading them all
+            weights = [w for name, w in model.state_dict().items() if "lora_" not in name]
+            begins = [w.flatten()[:1024].float().tolist() for w in weights]
+            read_of[what] = [[list(w.shape) for w in weights], begins]
+    hashes = {what: sha256(json.dumps(value).encode()) for what, value in read_of.items()}
     return {
-        "given": settings.given,
-        "device": str(trainer.args.device),
-        "processes": trainer.accelerator.num_processes,
-        "threads": torch.get_num_threads(),
+        "given": settings.given, "device": str(trainer.args.device),
+        "processes": trainer.accelerator.num_processes, "threads": torch.get_num_threads(),
         "versions": versions | {name: importlib.metadata.version(name) for name in names},
-        "data": data.counts,
-        "tasks": data.tasks,
-        "fingerprints": fingerprints,
-    }
-
-
-def beginnings(network: Any) -> Iterator[list]:
-    """Of every weight: enough to tell models apart, without reading them all."""
-    for name, value in network.state_dict().items():
-        if "lora_" not in name:
-            yield [list(value.shape), value.flatten()[:1024].float().tolist()]
-
-
-def digest(values: Iterable[list]) -> str:
-    return hashlib.sha256("".join(map(json.dumps, values)).encode()).hexdigest()
+        "data": data.counts, "tasks": data.tasks,
+        "fingerprints": {what: found.hexdigest() for what, found in hashes.items()},
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- commands

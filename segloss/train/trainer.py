@@ -41,6 +41,9 @@ class Trainer(SFTTrainer):
     `failures` says what it was; the checkpoint before is kept.
     """
 
+    validation: Sequence[dict] = ()  # the tokenised rows
+    coba: Any = None  # the `CoBaCallback`, whose losses are noted
+
     def __init__(self, *args: Any, **kwargs: Any):
         self.failures: list[str] = []
         super().__init__(*args, **kwargs)
@@ -143,16 +146,10 @@ class Recorder(TrainerCallback):
     """Metrics on disk as soon as they exist, progress, Ctrl-C, the time limit, and NaN seen."""
 
     trainer: Trainer
-    tasks: Sequence[str]
-    """In the order of `task_ids`."""
-    deadline: float = math.inf
-    """When training must end, by `time.monotonic`."""
-    coba: Any = None
-    """The `CoBaCallback`, whose losses are noted."""
-    title: str = ""
-    """Of the lines of progress; with it nothing is written to disk."""
-    stopped: str = ""
-    """What ended training before its last step: "time limit", "interrupt"."""
+    tasks: Sequence[str]  # in the order of `task_ids`
+    deadline: float = math.inf  # when training must end, by `time.monotonic`
+    title: str = ""  # of the lines of progress; with it nothing is written to disk
+    stopped: str = ""  # what ended training before its last step: "time limit", "interrupt"
     _pending: bytes = b""
     _file: Any = None
 
@@ -213,7 +210,7 @@ class Recorder(TrainerCallback):
         if "task_weight_0" in row:
             weights = [row.pop(f"task_weight_{i}") for i in range(len(self.tasks))]
             row["task_weight"] = dict(zip(self.tasks, weights, strict=True))
-            losses = self.coba.losses.tolist()
+            losses = self.trainer.coba.losses.tolist()
             row["validation_loss"] = dict(zip(self.tasks, losses, strict=True))
         state.log_history[-1] = row  # which a checkpoint holds
         if self._file is not None:

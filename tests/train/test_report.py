@@ -120,7 +120,7 @@ def test_page_and_pictures(command, tmp_path):
 
 def test_pictures_say_what_the_runs_hold(tmp_path):
     """Names and numbers of the figures themselves: nothing overlaps, ticks are whole."""
-    from segloss.train.figures import pictures
+    from segloss.train.page import pictures
 
     runs = [write_run(tmp_path / "ce", "ce"), write_run(tmp_path / "mix", "ce")]
     runs.append(write_selection(tmp_path / "choice"))
