@@ -92,19 +92,12 @@ class Run:
     trainer: Trainer
     data: Data
     held_out: list[evaluation.Item]
-    description: dict[str, Any]
-    """What segloss.json says: enough to do the run again."""
+    description: dict[str, Any]  # what segloss.json says: enough to do the run again
+    output: Path
+    is_main: bool
     start: float = 0.0
     resumed: bool = False
     timing: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def output(self) -> Path:
-        return Path(self.settings.training.output_dir)
-
-    @property
-    def is_main(self) -> bool:
-        return self.trainer.accelerator.is_main_process
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -125,11 +118,10 @@ class Run:
                 if then.get(key) != now:
                     say(f"note: {key} was {then.get(key)}, is {now}: the last bits may differ")
         elif self.is_main:
-            saves = self.trainer.args.save_strategy != "no"  # two checkpoints, with two moments
-            needed = sum(
-                p.nbytes * (1 + 6 * (saves and p.requires_grad))
-                for p in self.trainer.model.parameters()
-            )
+            weights = list(self.trainer.model.parameters())
+            needed = sum(p.nbytes for p in weights)
+            if self.trainer.args.save_strategy != "no":  # two checkpoints, with two moments
+                needed += sum(6 * p.nbytes for p in weights if p.requires_grad)
             try:
                 self.output.mkdir(parents=True, exist_ok=True)
                 free = shutil.disk_usage(self.output).free
@@ -192,13 +184,12 @@ class Run:
             with self.timed("training"):
                 trainer.train(str(checkpoint) if checkpoint else None)
         steps, stopped = trainer.state.global_step, recorder.stopped
+        if stopped == "interrupt" and trainer.failures:
+            raise UserError(f"interrupted, and could not write {'; '.join(trainer.failures)}")
         if stopped == "interrupt":
-            saved = f"{self.output}/checkpoint-{steps}"
-            if trainer.failures:
-                raise UserError(f"interrupted, and could not write {'; '.join(trainer.failures)}")
             raise KeyboardInterrupt(
-                f"interrupted after step {steps}, saved in {saved}: segloss train --resume "
-                f"{self.output} goes on from there"
+                f"interrupted after step {steps}, saved in {self.output}/checkpoint-{steps}: "
+                f"segloss train --resume {self.output} goes on from there"
             )
         if not stopped and steps < trainer.state.max_steps:
             stopped = "patience"
@@ -327,7 +318,9 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
         )
         held_out = []
     torch.manual_seed(training.seed)
-    return Run(settings, trainer, data, held_out, describe(settings, trainer, data, model))
+    description, output = describe(settings, trainer, data, model), Path(training.output_dir)
+    is_main = trainer.is_world_process_zero()
+    return Run(settings, trainer, data, held_out, description, output, is_main)
 
 
 def teacher_of(settings: Settings, loss: Any, tokenizer: Any) -> Any:
@@ -489,8 +482,5 @@ def evaluate(settings: Settings) -> None:
     run = prepare(settings, to_train=False)
     found = {"tasks": run.evaluate("evaluating"), "before": None, "model": name}
     print(f"\n{report.summary([report.Record(name, run.description, results=found)])}")
-    if file:
-        try:
-            write(Path(file), found)
-        except OSError as error:
-            raise UserError(f"cannot write {file}: {error.strerror}") from None
+    if file and run.is_main and not run.trainer.attempt(file, lambda: write(Path(file), found)):
+        raise UserError(f"cannot write {run.trainer.failures[-1]}")

@@ -162,14 +162,10 @@ class Recorder(TrainerCallback):
             path = Path(args.output_dir) / METRICS
             write(path, json_lines(state.log_history))
             self._file = path.open("ab", buffering=0)
-        try:
-            self._previous = signal.signal(signal.SIGINT, self._interrupted)
-        except ValueError:  # not in the main thread
-            self._previous = None
+        self._previous = signal.signal(signal.SIGINT, self._interrupted)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        signal.signal(signal.SIGINT, self._previous)
         if self._file is not None:
             self._file.close()
             if self._pending:
@@ -205,8 +201,8 @@ class Recorder(TrainerCallback):
                 )
         if not state.is_world_process_zero or "train_runtime" in logs:
             return
-        row: dict[str, Any] = {}
-        row |= {k: v for k, v in state.log_history[-1].items() if isinstance(v, int | float)}
+        logged: dict[str, Any] = state.log_history[-1]
+        row: dict[str, Any] = {k: v for k, v in logged.items() if isinstance(v, int | float)}
         if "task_weight_0" in row:
             weights = [row.pop(f"task_weight_{i}") for i in range(len(self.tasks))]
             row["task_weight"] = dict(zip(self.tasks, weights, strict=True))
@@ -219,11 +215,9 @@ class Recorder(TrainerCallback):
             done = state.global_step - self._first
             each = (time.monotonic() - self._begun) / max(1, done)
             left = each * (state.max_steps - state.global_step)
-            say(
-                f"{self.title}step {state.global_step} of {state.max_steps}: loss "
-                f"{logs['loss']:.3f}, {each:.2f} s a step, {left // 60:.0f} min {left % 60:.0f} s "
-                "left"
-            )
+            where = f"{self.title}step {state.global_step} of {state.max_steps}"
+            rest = f"{left // 60:.0f} min {left % 60:.0f} s left"
+            say(f"{where}: loss {logs['loss']:.3f}, {each:.2f} s a step, {rest}")
 
     def _write(self, row: dict[str, Any]) -> None:
         """Lines of a full disk wait in memory until there is room again."""
@@ -242,5 +236,5 @@ def locked(path: Path) -> Iterator[None]:
         with FileLock(f"{path}.lock", timeout=0):
             yield
     except Timeout:
-        text = f"the run in {path.parent} is still going on in another process"
-        raise UserError(text) from None
+        going = f"the run in {path.parent} is still going on in another process"
+        raise UserError(going) from None
