@@ -152,7 +152,8 @@ def settings(
     path = parser.parse_known_args(words)[0].config
     given, spelled = {}, []
     for name, value in ((stored or {}) | (read_file(path) if path else {})).items():
-        listed = isinstance(value, list) and parser.takes_lists(name)
+        action = parser._option_string_actions.get(f"--{name}")
+        listed = isinstance(value, list) and getattr(action, "nargs", None) == "+"
         parts = value if listed else [value]
         if not parts or not all(isinstance(part, str | bool | int | float) for part in parts):
             given[name] = value
@@ -195,9 +196,6 @@ class Parser(trl.TrlParser):
         near = difflib.get_close_matches(name[2:].replace("-", "_"), [*known, *ALIASES], n=1)
         hint = f"did you mean --{near[0]}?" if near else f"{self.prog} --help lists them"
         return UserError(f"there is no option {name}; {hint}")
-
-    def takes_lists(self, name: str) -> bool:
-        return getattr(self._option_string_actions.get(f"--{name}"), "nargs", None) == "+"
 
 
 def full_names(words: Sequence[str]) -> Iterator[str]:

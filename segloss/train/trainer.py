@@ -177,12 +177,10 @@ class Recorder(TrainerCallback):
         self.stopped = "interrupt"
         say("interrupted: saving after this step (again: stop at once)")
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._step_begun = time.monotonic()
-
     def on_step_end(self, args, state, control, **kwargs):
         now = time.monotonic()
-        if 2 * now - self._step_begun > self.deadline and not self.stopped:
+        self._each = (now - self._begun) / (state.global_step - self._first)
+        if now + self._each > self.deadline and not self.stopped:
             self.stopped = "time limit"
         # where one process stops, all do, at the same step
         if any(gather_object([bool(self.stopped)])) and state.global_step < state.max_steps:
@@ -212,12 +210,10 @@ class Recorder(TrainerCallback):
         if self._file is not None:
             self._write(row)
         if "loss" in logs:
-            done = state.global_step - self._first
-            each = (time.monotonic() - self._begun) / max(1, done)
-            left = each * (state.max_steps - state.global_step)
+            left = self._each * (state.max_steps - state.global_step)
             where = f"{self.title}step {state.global_step} of {state.max_steps}"
             rest = f"{left // 60:.0f} min {left % 60:.0f} s left"
-            say(f"{where}: loss {logs['loss']:.3f}, {each:.2f} s a step, {rest}")
+            say(f"{where}: loss {logs['loss']:.3f}, {self._each:.2f} s a step, {rest}")
 
     def _write(self, row: dict[str, Any]) -> None:
         """Lines of a full disk wait in memory until there is room again."""
