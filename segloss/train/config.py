@@ -148,20 +148,19 @@ def settings(
     model and mixture arguments. Raises `UserError` naming the option and the nearest one.
     """
     parser = Parser((options, *THEIRS), prog=prog, description=description, allow_abbrev=False)
-    words = list(full_names(words))
-    path = parser.parse_known_args(words)[0].config
+    path = parser.parse_known_args([*full_names(words)])[0].config
     given, spelled = {}, []
     for name, value in ((stored or {}) | (read_file(path) if path else {})).items():
-        action = parser._option_string_actions.get(f"--{name}")
+        action = parser._option_string_actions.get(f"--{ALIASES.get(name, name)}")
         listed = isinstance(value, list) and getattr(action, "nargs", None) == "+"
         parts = value if listed else [value]
         if not parts or not all(isinstance(part, str | bool | int | float) for part in parts):
-            given[name] = value
+            given[ALIASES.get(name, name)] = value
         else:  # argparse checks them like the command line's
             spelled += [f"--{name}", *map(str, parts)] if listed else [f"--{name}={value}"]
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    namespace, unknown = parser.parse_known_args([*spelled, *words])
+    namespace, unknown = parser.parse_known_args([*full_names([*spelled, *words])])
     if unknown:
         raise parser.unknown(unknown[0].partition("=")[0])
     given |= vars(namespace)
@@ -210,7 +209,7 @@ def full_names(words: Sequence[str]) -> Iterator[str]:
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """The settings in a YAML or JSON file under their full names; its `env` is set, as by TRL."""
+    """The settings in a YAML or JSON file; its `env` is set, as by TRL."""
     kind, read = ("JSON", json.loads) if path.endswith(".json") else ("YAML", yaml.safe_load)
     text = text_of(path)
     try:
@@ -222,11 +221,7 @@ def read_file(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: settings are needed, one `name: value` a line")
     os.environ.update({k: str(v) for k, v in (values.pop("env", None) or {}).items()})
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        found |= IMPLIED.get(name, {}) | {ALIASES.get(name, name): value}
-    return found
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
 def fit_machine(given: dict[str, Any]) -> None:

@@ -464,8 +464,7 @@ def take(groups: list[list[dict]], count: int, rng: random.Random) -> list[dict]
 def fitted(trainer: Any, settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
     """The parts of the data as the trainer has tokenised them; columns per token are cut as these.
 
-    `given` is what they were: rows that were cut or left out are counted. Raises `UserError` naming
-    the row.
+    `given` is what they were: rows that were cut or left out are counted.
     """
     training, parts = settings.training, {"train": trainer.train_dataset}
     parts |= trainer.eval_dataset or {}

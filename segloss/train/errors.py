@@ -8,7 +8,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something the user can put right: one line on stderr and exit code 2."""
+    """Something the user can put right, wherever it is found: one line on stderr, exit code 2."""
 
 
 def first_line(error: BaseException) -> str:

@@ -67,10 +67,7 @@ figcaption, .note { color: #52606d; font-size: 0.92rem; max-width: 52rem; }
 
 
 def report(runs: Sequence[str], output: str | None = None) -> None:
-    """Write report.html and its pictures for the runs in some folders.
-
-    Raises `UserError` for a folder that is no run's, or where nothing can be written.
-    """
+    """Write report.html and its pictures for the runs in some folders."""
     records = read_records(runs)
     folder = Path(output or Path(runs[0]) / "report")
     taken = os.path.lexists(folder) and not (folder / PAGE).exists()

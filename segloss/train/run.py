@@ -49,8 +49,6 @@ def train(settings: Settings, resumed: bool = False) -> None:
     made, and what is finished is on disk before the next thing begins. `resumed`: go on with the
     run that is in the folder, from its last whole checkpoint or its beginning; on a CPU it ends in
     the same bits as it would have.
-
-    Raises `UserError` for anything the user can put right.
     """
     start = time.monotonic()
     output = Path(settings.training.output_dir)
@@ -450,7 +448,7 @@ def describe(settings: Settings, trainer: Trainer, data: Data, network: Any) -> 
 
 
 def stored(path: str) -> dict[str, Any]:
-    """The settings of a run that trains, from its folder. Raises `UserError` without one."""
+    """The settings of a run that trains, from its folder."""
     record = report.read_record(Path(path), path)
     if record.selection or "target" in record.given:
         raise UserError(f"{path} is a run of segloss select, which leaves no model")

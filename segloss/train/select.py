@@ -65,10 +65,7 @@ class SelectOptions(Options):
 
 
 def select(settings: Settings) -> None:
-    """Choose tasks, write the folder, and print the choice and the command that trains on it.
-
-    Raises `UserError` for anything the user can put right.
-    """
+    """Choose tasks, write the folder, and print the choice and the command that trains on it."""
     require_new(settings)
     settings.training.save_strategy = "no"
     if "use_peft" not in settings.given:
