@@ -78,9 +78,6 @@ def tokens(trainer: Any, row: dict, prompt: Any, answer: str | None) -> list[int
     )["input_ids"]
 
 
-# --------------------------------------------------------------------------- the model's passes
-
-
 @dataclass
 class Evaluator:
     """Evaluates a trainer's model on items, those of each process apart."""
@@ -200,9 +197,6 @@ def chosen(item: Item, new: list[int]) -> str:
     """The option that the tokens spell; the shortest, where one begins another."""
     options = zip(item.option_ids, item.options, strict=True)
     return min(options, key=lambda o: (-common_prefix_length(o[0], new), len(o[0])))[1].strip()
-
-
-# --------------------------------------------------------------------------------------- scores
 
 
 def results(items: Sequence[Item], data: Data, options: Any, seed: int = 0) -> list[dict]:

@@ -107,8 +107,6 @@ def write_page(path: Path, given: dict[str, dict[str, Any]], **parts: Any) -> No
     path.write_text(text, encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------ pictures
-
 # Okabe and Ito: told apart with any colour vision
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 GREY, DARK = "#9aa5b1", "#52606d"

@@ -95,8 +95,6 @@ def write(path: Path, value: Any) -> None:
     partial.rename(path)
 
 
-# ---------------------------------------------------------------------------------- one table
-
 SCORES = {
     "nll": ("loss (nats per token)", 1, "{:.3f}"),
     "exact_match": ("exact match (%)", 100, "{:.1f}"),

@@ -96,9 +96,6 @@ class Trainer(SFTTrainer):
         return True
 
 
-# --------------------------------------------------------------------------------- checkpoints
-
-
 def seal(folder: Path) -> None:
     """Have the disk hold all of a checkpoint, then write its manifest."""
     hashes = {}
@@ -136,9 +133,6 @@ def last_whole(output: Path, remove: bool) -> Path | None:
             shutil.rmtree(folder, ignore_errors=True)
     say("there is no whole checkpoint: starting at the beginning")
     return None
-
-
-# ------------------------------------------------------------------------- while a run trains
 
 
 @dataclass(eq=False)
