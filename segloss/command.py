@@ -9,6 +9,9 @@ import pickle
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from filelock import Timeout
 
 import segloss
 from segloss.train.errors import UserError, first_line
@@ -31,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         code, text = 2, f"error: {error}"
+    except Timeout as error:  # of a lock
+        going = f"the run in {Path(error.lock_file).parent} is still going on in another process"
+        code, text = 2, f"error: {going}"
     except pickle.UnpicklingError as error:
         code, text = 2, f"error: a checkpoint's pickle is not loaded: {first_line(error)}"
     except KeyboardInterrupt as interrupt:
@@ -74,8 +80,8 @@ def train(words: list[str]) -> None:
     folder = found.options.resume
     if folder is None:
         return run.train(found)
-    machine = {"use_cpu", "bf16", "logging_nan_inf_filter"}
-    if set(found.given) - machine - {"resume", "time_limit"}:
+    named = {word.partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    if named - {"__resume", "__time_limit"}:
         raise UserError("--resume takes the run's own settings; only --time-limit goes with it")
     run.train(settings(words, run.stored(folder), options=TrainOptions), resumed=True)
 

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 import segloss
 from segloss.train.config import ALIASES, Options, Settings, doc, settings
 from segloss.train.data import content_of, load, say
 from segloss.train.errors import UserError
 from segloss.train.model import require
 from segloss.train.report import read_json, write
-from segloss.train.trainer import locked
 
 from .page import write_page
 from .paired import items_needed
@@ -87,7 +88,7 @@ def compare(words: Sequence[str]) -> None:
         found[run] = outcome(run)
         found[run].require_like(next(iter(found.values())))
 
-    with locked(folder / COMPARISON):
+    with FileLock(f"{folder / COMPARISON}.lock", timeout=0):
         try:
             failed = run_all(runs, options.jobs, options.keep_models, done)
         except KeyboardInterrupt:

@@ -22,7 +22,8 @@ from transformers import GenerationConfig
 from trl.data_utils import common_prefix_length
 
 import segloss
-from segloss.integrations.transformers import head_loss, unwrapped
+from segloss.integrations.forward import loss_of
+from segloss.integrations.transformers import unwrapped
 from segloss.integrations.window import IGNORE, next_tokens
 
 from .data import SLACK_TOKENS, Data, turns
@@ -134,19 +135,17 @@ class Evaluator:
         ).to(self.trainer.args.device)
 
     def _score(self, model: Any, items: list[Item]) -> None:
-        inputs = self._inputs([item.input_ids for item in items])
+        inputs = {**self._inputs([item.input_ids for item in items]), "use_cache": False}
         labels = pad_sequence([torch.tensor(item.labels) for item in items], True, IGNORE)
         target = next_tokens(labels.to(self.trainer.args.device))
-        if self.head == "logits":
-            sums = sums_of(model(**inputs, use_cache=False).logits, target)
-        else:
-            try:
-                sums, _ = head_loss(model, sums_of, target, **inputs, use_cache=False)
-            except (TypeError, ValueError, AttributeError) as error:
-                broken = [n for n, w in model.named_parameters() if not w.isfinite().all()]
-                text = f"{first_line(error)}; --head logits takes the model's own logits"
-                text = f"the weights of {broken[0]} are not finite" if broken else text
-                raise UserError(text) from None
+        try:
+            sums, _ = loss_of(model, sums_of, target, inputs, self.head == "fused")
+        except (TypeError, ValueError, AttributeError) as error:
+            broken = [n for n, w in model.named_parameters() if not w.isfinite().all()]
+            text = f"{first_line(error)}; --head logits takes the model's own logits"
+            raise UserError(
+                f"the weights of {broken[0]} are not finite" if broken else text
+            ) from None
         for item, values in zip(items, sums.T.tolist(), strict=True):
             item.found = dict(zip(("nll", "hits", "entropy", "tokens"), values, strict=True))
 

@@ -23,6 +23,7 @@ import trl
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from filelock import FileLock
 from transformers import EarlyStoppingCallback
 
 import segloss
@@ -35,7 +36,7 @@ from .config import Settings
 from .data import PER_TOKEN, STORED, Data, say
 from .errors import UserError, first_line
 from .report import SETTINGS, read_json, write
-from .trainer import Recorder, Trainer, last_whole, locked
+from .trainer import Recorder, Trainer, last_whole
 
 TRAINED, BEFORE, TABLE = "trained.json", "before.json", "results.md"
 # room in the time limit for what is written, and for evaluation after training being slower
@@ -60,7 +61,8 @@ def train(settings: Settings, resumed: bool = False) -> None:
     run.start, run.resumed = start, resumed
     run.timing["load"] = time.monotonic() - start
     run.open()
-    with locked(run.output / report.METRICS) if run.is_main else contextlib.nullcontext():
+    lock = FileLock(f"{run.output / report.METRICS}.lock", timeout=0)
+    with lock if run.is_main else contextlib.nullcontext():
         before = run.before()
         trained = run.fit()
         run.after(before, trained)

@@ -6,7 +6,6 @@ last: a kill, a disk or a copy that damaged it since is seen.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -14,13 +13,12 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
@@ -217,14 +215,3 @@ class Recorder(TrainerCallback):
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError:
             pass
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Have a file to oneself. Raises `UserError` where another process has it."""
-    try:
-        with FileLock(f"{path}.lock", timeout=0):
-            yield
-    except Timeout:
-        going = f"the run in {path.parent} is still going on in another process"
-        raise UserError(going) from None

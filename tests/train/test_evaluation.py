@@ -207,7 +207,7 @@ def test_a_model_whose_head_cannot_be_fused_says_what_to_do(run, monkeypatch):
     def refuse(*args, **kwargs):
         raise TypeError("BertLMHeadModel has no decoder below its head")
 
-    monkeypatch.setattr("segloss.train.evaluation.head_loss", refuse)
+    monkeypatch.setattr("segloss.train.evaluation.loss_of", refuse)
     with pytest.raises(UserError, match="below its head; --head logits takes the model's own"):
         Evaluator(run.trainer)(fresh(run))
 
