@@ -25,6 +25,7 @@ import segloss
 from segloss.integrations.forward import loss_of
 from segloss.integrations.transformers import unwrapped
 from segloss.integrations.window import IGNORE, next_tokens
+from segloss.models.head import replaced
 
 from .data import SLACK_TOKENS, Data, turns
 from .errors import UserError, first_line
@@ -112,22 +113,19 @@ class Evaluator:
         """The model set to evaluate, without what its files say of generation or routers."""
         model, tokenizer = self.trainer.model, self.trainer.processing_class
         base = unwrapped(model)
-        config, theirs = base.config.get_text_config(), base.generation_config
-        ends = getattr(theirs, "eos_token_id", None)
+        ends = getattr(base.generation_config, "eos_token_id", None)
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        if routers := getattr(config, "output_router_logits", False):
-            config.output_router_logits = False
-        base.generation_config = GenerationConfig(
+        greedy = GenerationConfig(
             eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, do_sample=False
         )
+        off: Any = False
         model.eval()
-        try:
-            with nullcontext() if self.precise else self.trainer.accelerator.autocast():
-                yield model
-        finally:
-            base.generation_config = theirs
-            if routers:
-                config.output_router_logits = True
+        with (
+            replaced(base, "generation_config", greedy),
+            replaced(base.config.get_text_config(), "output_router_logits", off),
+            nullcontext() if self.precise else self.trainer.accelerator.autocast(),
+        ):
+            yield model
 
     def _inputs(self, rows: Sequence[list[int]], side: str = "right") -> Any:
         return self.trainer.processing_class.pad(
