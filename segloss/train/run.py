@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.metadata
-import importlib.util
 import json
 import math
-import platform
 import shutil
 import time
 import warnings
@@ -18,15 +15,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import trl
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from filelock import FileLock
 from transformers import EarlyStoppingCallback
 
 import segloss
+from segloss.doctor import environment
 from segloss.integrations.transformers import CoBaCallback
 
 from . import data as of_data
@@ -113,10 +111,10 @@ class Run:
             for what, value in then.get("fingerprints", {}).items():
                 if value != self.description["fingerprints"][what]:
                     raise UserError(f"--resume {self.output}: the {what} changed since it began")
-            for key in ("versions", "device", "threads", "processes"):
-                now = self.description[key]
-                if then.get(key) != now:
-                    say(f"note: {key} was {then.get(key)}, is {now}: the last bits may differ")
+            both = (then, self.description)
+            was, now = ({"processes": its["processes"], **its["versions"]} for its in both)
+            for name in [name for name in now if was.get(name) != now[name]]:
+                say(f"note: {name} was {was.get(name)}, is {now[name]}: the last bits may differ")
         elif self.is_main:
             weights = list(self.trainer.model.parameters())
             needed = sum(p.nbytes for p in weights)
@@ -275,7 +273,7 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
     teacher = teacher_of(settings, loss, tokenizer)
     data = of_data.load(settings, bool(tokenizer.chat_template), to_train)
     parts = {"held_out": data.held_out, "validation": data.validation}
-    evaluated = {name: Dataset.from_list(rows) for name, rows in parts.items() if rows}
+    evaluated = {name: datasets.Dataset.from_list(rows) for name, rows in parts.items() if rows}
     refuse(settings, data, loss, teacher)
     if not to_train and not data.held_out:
         raise UserError("no items are held out, so there is nothing to evaluate (--eval_items)")
@@ -425,8 +423,6 @@ def watching(trainer: Trainer, num_tasks: int, count: int) -> CoBaCallback:
 
 
 def describe(settings: Settings, trainer: Trainer, data: Data, network: Any) -> dict[str, Any]:
-    names = ("torch", "transformers", "trl", "datasets", "accelerate", "numpy")
-    versions = {"python": platform.python_version(), "segloss": segloss.__version__}
     read = ("input_ids", "labels", "teacher_log_prob")
     sets = [s for s in (trainer.train_dataset, trainer.eval_dataset) if hasattr(s, "__len__")]
     rows = (s[i] for s in sets for i in range(0, len(s), max(1, len(s) // 4096)))
@@ -439,8 +435,8 @@ def describe(settings: Settings, trainer: Trainer, data: Data, network: Any) -> 
     hashes = {what: sha256(json.dumps(value).encode()) for what, value in read_of.items()}
     return {
         "given": settings.given, "device": str(trainer.args.device),
-        "processes": trainer.accelerator.num_processes, "threads": torch.get_num_threads(),
-        "versions": versions | {name: importlib.metadata.version(name) for name in names},
+        "processes": trainer.accelerator.num_processes,
+        "versions": environment() | {"trl": trl.__version__, "datasets": datasets.__version__},
         "data": data.counts, "tasks": data.tasks,
         "fingerprints": {what: found.hexdigest() for what, found in hashes.items()},
     }  # fmt: skip
@@ -467,8 +463,7 @@ def evaluated(target: str, told: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{target} has no model yet; segloss train --resume goes on with it")
     merged = folder / "merged"
     past["model_name_or_path"] = str(merged if merged.is_dir() else target)
-    unread = {"use_peft", "task_weights", "resume_from_checkpoint"}
-    unread |= {"fsdp", "fsdp_config", "deepspeed"}  # of several processes
+    unread = {"task_weights", "fsdp", "fsdp_config", "deepspeed"}  # these of several processes
     if told.keys() & {"data", "dataset_name"}:  # other rows than the run's
         unread |= {"data", "dataset_name", "datasets"}
     return {name: value for name, value in past.items() if name not in unread}
