@@ -35,7 +35,6 @@ def load(name: str, revision: str = "main", trust_remote_code: bool = False, **o
     options = {"dtype": torch.float32, **options}
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if gguf is not None:
-        require("gguf", f"--model {name}")
         where["gguf_file"] = gguf
         options["quantization_config"] = GgufConfig(dequantize=True)  # so that it can be saved
     terminal = sys.stderr.isatty()

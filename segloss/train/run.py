@@ -463,7 +463,7 @@ def evaluated(target: str, told: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{target} has no model yet; segloss train --resume goes on with it")
     merged = folder / "merged"
     past["model_name_or_path"] = str(merged if merged.is_dir() else target)
-    unread = {"task_weights", "fsdp", "fsdp_config", "deepspeed"}  # these of several processes
+    unread = {"task_weights", "fsdp", "fsdp_config", "deepspeed"}  # of training, of processes
     if told.keys() & {"data", "dataset_name"}:  # other rows than the run's
         unread |= {"data", "dataset_name", "datasets"}
     return {name: value for name, value in past.items() if name not in unread}
