@@ -102,6 +102,7 @@ def evaluate(words: list[str]) -> None:
 
 def compare(words: list[str]) -> None:
     """train variants with several seeds, and say whether they differ"""
+    require_packages("matplotlib")
     from segloss.compare.command import compare as run_and_compare
 
     run_and_compare(words)

@@ -20,7 +20,6 @@ import segloss
 from segloss.train.config import ALIASES, Options, Settings, doc, settings
 from segloss.train.data import content_of, load, say
 from segloss.train.errors import UserError
-from segloss.train.model import require
 from segloss.train.report import read_json, write
 
 from .page import write_page
@@ -67,8 +66,6 @@ class Variant:
 
 def compare(words: Sequence[str]) -> None:
     """Run the command line; prints the table and sentences. Raises `UserError`."""
-    for package in ("matplotlib", "jinja2"):
-        require(package, PROGRAM)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"{PROGRAM} starts its runs itself: call it without torchrun")
     words, vary = varied(words)

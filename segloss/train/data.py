@@ -354,11 +354,9 @@ def load(settings: Settings, chat: bool, to_train: bool = True) -> Data:
         of_task = [data.filter(lambda ids, i=i: ids == i, input_columns="task_ids")
                    for i in range(len(tasks))]  # fmt: skip
         data = datasets.interleave_datasets(of_task, stopping_strategy="all_exhausted")
-    return Data(
-        *(tasks, data, pieces["held_out"], pieces["validation"], counts),
-        majority={t: mode(a) for t, a in answers.items() if a and None not in a},
-        answers={t: sorted(set(a)) for t, a in answers.items() if closed(a)},
-    )
+    majority = {t: mode(a) for t, a in answers.items() if a and None not in a}
+    few = {t: sorted(set(a)) for t, a in answers.items() if closed(a)}
+    return Data(tasks, data, pieces["held_out"], pieces["validation"], counts, majority, few)
 
 
 def shape_of(row: dict) -> str:

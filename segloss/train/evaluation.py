@@ -85,7 +85,6 @@ class Evaluator:
     """Evaluates a trainer's model on items, those of each process apart."""
 
     trainer: Any
-    head: str = "fused"
     generate: bool = True
     precise: bool = False  # in float32 whatever the training's precision
 
@@ -137,7 +136,7 @@ class Evaluator:
         labels = pad_sequence([torch.tensor(item.labels) for item in items], True, IGNORE)
         target = next_tokens(labels.to(self.trainer.args.device))
         try:
-            sums, _ = loss_of(model, sums_of, target, inputs, self.head == "fused")
+            sums, _ = loss_of(model, sums_of, target, inputs, self.trainer.head == "fused")
         except (TypeError, ValueError, AttributeError) as error:
             broken = [n for n, w in model.named_parameters() if not w.isfinite().all()]
             text = f"{first_line(error)}; --head logits takes the model's own logits"

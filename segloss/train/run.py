@@ -147,9 +147,8 @@ class Run:
     def evaluate(self, title: str) -> list[dict]:
         """One row of scores per task; beside them the answers, in answers-TITLE.jsonl."""
         options = self.settings.options
-        evaluator = evaluation.Evaluator(self.trainer, options.head, options.exact_match)
         with self.timed(title):
-            evaluator(self.held_out, title)
+            evaluation.Evaluator(self.trainer, options.exact_match)(self.held_out, title)
         say(f"{title}: {len(self.held_out)} items in {self.timing[title]:.0f} s")
         if self.is_main and self.output.is_dir():
             answers = [{"task": i.task, "expected": i.answer, **i.found} for i in self.held_out]

@@ -126,7 +126,7 @@ class Selecting:
 
     def _target_loss(self) -> float:
         """Cross-entropy per token of the target's validation items, averaged over its tasks."""
-        Evaluator(self.run.trainer, self.options.head, precise=True)(self.items)
+        Evaluator(self.run.trainer, precise=True)(self.items)
         found = DataFrame([{"task": item.task, **item.found} for item in self.items])
         sums = found.groupby("task").sum()
         return float((sums.nll / sums.tokens).mean())

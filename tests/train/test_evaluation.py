@@ -30,7 +30,8 @@ def fresh(run):
 def test_sums_answers_and_choices_are_those_of_a_plain_loop(run, tokenizer, head):
     items = fresh(run)
     run.trainer.args.per_device_eval_batch_size = 3
-    Evaluator(run.trainer, head)(items)
+    run.trainer.head = head
+    Evaluator(run.trainer)(items)
     model = run.trainer.model.eval()
     for item in items:
         with torch.no_grad():
