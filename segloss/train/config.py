@@ -53,7 +53,9 @@ class Options:
 
     data: list[str] | None = doc(None, "files, saved data sets or hub ids, each a task of its own")
     eval_items: int | None = doc(None, "held-out rows of a task (default: a tenth, at most 100)")
-    validation_items: int | None = doc(None, "others, for CoBa and --patience (default: a tenth)")
+    validation_items: int | None = doc(
+        None, "further rows, which CoBa, --patience and --eval_strategy read (default: a tenth)"
+    )
     split_seed: int | None = doc(None, "what items are held out (default: seed)")
     equal_tasks: bool = doc(False, "draw every task equally often, instead of by its size")
     loss: str | None = doc(None, "as 0.6*ce+0.4*lovasz or focal(gamma=1.5) (default: loss_type)")
@@ -61,8 +63,12 @@ class Options:
     teacher_rest: Literal["renormalise", "uniform", "ignore"] = doc(
         "renormalise", "what becomes of the probability that teacher_ids leave out"
     )
-    head: Literal["fused", "logits"] = doc("fused", "logits: the model's, if its head does more")
-    task_weights: Literal["none", "coba"] = doc("none", "coba: slowly learnt tasks count more")
+    head: Literal["fused", "logits"] = doc(
+        "fused", "fused: logits are never made; logits: the model's own, for a head that does more"
+    )
+    task_weights: Literal["none", "coba"] = doc(
+        "none", "coba: the slower a task's validation loss falls, the more it counts"
+    )
     coba_warmup: int | None = doc(None, "steps with equal weights (default: a tenth of the steps)")
     coba_history: int | None = doc(None, "steps CoBa's slopes are of (default: 4 x the warm-up)")
     coba_tau: float = doc(5.0, "how sharply CoBa turns to tasks' own histories if one diverges")
