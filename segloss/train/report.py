@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -75,13 +74,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def json_lines(rows: Iterable[Any]) -> str:
     """A line of JSON for each row; null for numbers that are not finite, which JSON has not."""
-    return "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows)
-
-
-def finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: finite(part) for name, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    plain = (json.loads(json.dumps(row), parse_constant=lambda name: None) for row in rows)
+    return "".join(json.dumps(row) + "\n" for row in plain)
 
 
 def write(path: Path, value: Any) -> None:

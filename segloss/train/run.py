@@ -401,10 +401,9 @@ def weights_of(options: Any, training: Any, data: Data) -> dict[str, Any]:
         )  # fmt: skip
     if options.sample_weights != "none":
         found["sample_weights"] = segloss.SampleWeighting(
-            *(options.sample_weights, options.sample_temperature, options.sample_burn_in),
-            fraction=options.sample_fraction,
-            band=options.sample_band,
-        )
+            options.sample_weights, options.sample_temperature, options.sample_burn_in,
+            fraction=options.sample_fraction, band=options.sample_band,
+        )  # fmt: skip
     return found
 
 
