@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import functools
 import io
 import json
 import math
@@ -84,8 +83,8 @@ def sources(settings: Settings) -> Iterator[tuple[str, dict[str, Any], str]]:
         yield "datasets", read("datasets", splits, lambda: trl.get_dataset(mixture)), "data"
     elif name:
         options = {"name": script.dataset_config, "streaming": script.dataset_streaming}
-        load = functools.partial(datasets.load_dataset, name, **options)
-        yield name, read(name, splits, load), Path(name).stem
+        found = read(name, splits, lambda: datasets.load_dataset(name, **options))
+        yield name, found, Path(name).stem
     for source in settings.options.data or ():
         yield source, read(source), Path(source).stem
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import warnings
 from collections.abc import Sequence
@@ -128,13 +127,12 @@ class Picture:
 
     def save(self, folder: Path) -> str:
         """Write it as PNG; the same in base64, as a page has it."""
-        file = io.BytesIO()
+        file = folder / f"{self.name}.png"
         with warnings.catch_warnings():
             # a task's name in a script that the font lacks is drawn as boxes
             warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
-            self.figure.savefig(file, dpi=130, format="png")
-        (folder / f"{self.name}.png").write_bytes(file.getvalue())
-        return base64.b64encode(file.getvalue()).decode()
+            self.figure.savefig(file, dpi=130)
+        return base64.b64encode(file.read_bytes()).decode()
 
 
 def pictures(records: Sequence[Record]) -> list[Picture]:

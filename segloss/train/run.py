@@ -116,10 +116,9 @@ class Run:
             for name in [name for name in now if was.get(name) != now[name]]:
                 say(f"note: {name} was {was.get(name)}, is {now[name]}: the last bits may differ")
         elif self.is_main:
-            weights = list(self.trainer.model.parameters())
-            needed = sum(p.nbytes for p in weights)
+            model, needed = self.trainer.model, self.trainer.model.get_memory_footprint()
             if self.trainer.args.save_strategy != "no":  # two checkpoints, with two moments
-                needed += sum(6 * p.nbytes for p in weights if p.requires_grad)
+                needed += sum(6 * p.nbytes for p in model.parameters() if p.requires_grad)
             try:
                 self.output.mkdir(parents=True, exist_ok=True)
                 free = shutil.disk_usage(self.output).free
@@ -273,9 +272,7 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
     data = of_data.load(settings, bool(tokenizer.chat_template), to_train)
     parts = {"held_out": data.held_out, "validation": data.validation}
     evaluated = {name: datasets.Dataset.from_list(rows) for name, rows in parts.items() if rows}
-    refuse(settings, data, loss, teacher)
-    if not to_train and not data.held_out:
-        raise UserError("no items are held out, so there is nothing to evaluate (--eval_items)")
+    refuse(settings, data, loss, teacher, to_train)
     train = data.train
     if training.packing:  # which keeps only tokens
         training.eval_packing = False
@@ -350,7 +347,7 @@ def model_options(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def refuse(settings: Settings, data: Data, loss: Any, teacher: Any) -> None:
+def refuse(settings: Settings, data: Data, loss: Any, teacher: Any, to_train: bool) -> None:
     """What an option would lose or has nothing to work on is refused by name."""
     options, training = settings.options, settings.training
     watched, evaluates = data.validation or data.held_out, training.eval_strategy != "no"
@@ -380,6 +377,8 @@ def refuse(settings: Settings, data: Data, loss: Any, teacher: Any) -> None:
         f"{blind[0]['where'] if blind else ''}: there is no teacher_ids, which the loss of "
         f"--eval_strategy {training.eval_strategy} reads":
             reads and evaluates and blind,
+        "no items are held out, so there is nothing to evaluate (--eval_items)":
+            not to_train and not data.held_out,
     }  # fmt: skip
     for message, refused in refusals.items():
         if refused:
