@@ -96,10 +96,10 @@ def read(
 ) -> dict[str, Any]:
     """Pairs of (where, raw row) of the two splits, or the stream that there is."""
     path = Path(source)
-    if path.suffix in (".jsonl", ".ndjson", ".json", ".csv", ".tsv"):
-        return {
-            "train": rows_of_csv(source) if path.suffix.endswith("sv") else rows_of_json(source)
-        }
+    if path.suffix in (".jsonl", ".ndjson", ".json"):
+        return {"train": rows_of_json(source)}
+    if path.suffix in (".csv", ".tsv"):
+        return {"train": rows_of_csv(source)}
     try:
         if path.suffix == ".parquet":
             found: Any = datasets.load_dataset("parquet", data_files=source)
