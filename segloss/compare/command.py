@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 import segloss
 from segloss.train.config import ALIASES, Options, Settings, doc, settings
 from segloss.train.data import content_of, load, say
 from segloss.train.errors import UserError
-from segloss.train.model import require
 from segloss.train.report import read_json, write
-from segloss.train.trainer import locked
 
 from .page import write_page
 from .paired import items_needed
@@ -66,8 +66,6 @@ class Variant:
 
 def compare(words: Sequence[str]) -> None:
     """Run the command line; prints the table and sentences. Raises `UserError`."""
-    for package in ("matplotlib", "jinja2"):
-        require(package, PROGRAM)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"{PROGRAM} starts its runs itself: call it without torchrun")
     words, vary = varied(words)
@@ -87,7 +85,7 @@ def compare(words: Sequence[str]) -> None:
         found[run] = outcome(run)
         found[run].require_like(next(iter(found.values())))
 
-    with locked(folder / COMPARISON):
+    with FileLock(f"{folder / COMPARISON}.lock", timeout=0):
         try:
             failed = run_all(runs, options.jobs, options.keep_models, done)
         except KeyboardInterrupt:

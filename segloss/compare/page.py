@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from segloss.train.figures import COLORS, DARK, GREY, Picture, new_figure
-from segloss.train.page import html, png, shown
+from segloss.train.page import COLORS, DARK, GREY, Picture, note, panels_of
+from segloss.train.page import write_page as write
 from segloss.train.report import SCORES
 
 from .result import NOTES, Score, table
 
-PAGE, PICTURE = "report.html", "differences.png"
+PAGE = "report.html"
 COLOR = {"better": COLORS[0], "worse": COLORS[1], "": GREY}
 
 
@@ -24,36 +23,22 @@ def write_page(
 ) -> Path:
     """Write both into the folder; the page's path."""
     picture = differences(scores)
-    image = png(picture.figure)
-    drawn = [(picture, base64.b64encode(image).decode())]
-    (folder / PICTURE).write_bytes(image)
-    (folder / PAGE).write_text(page(folder, scores, sentences, given, drawn), encoding="utf-8")
-    return folder / PAGE
-
-
-def page(
-    folder: Path,
-    scores: Sequence[Score],
-    sentences: Sequence[str],
-    given: dict[str, dict],
-    drawn: list[tuple[Picture, str]],
-) -> str:
     header, rows = table(scores)
     # a line ends before an interval, not in it
     rows = [[cell.replace(" (", "\xa0(").replace(" to ", "\xa0to\xa0") for cell in r] for r in rows]
-    options = sorted({name for options in given.values() for name in options} - {"seed"})
     seeds = len(next(score.by_seed for score in scores if score.by_seed))
-    return html(
+    write(
+        folder / PAGE,
         title=f"segloss: {folder.resolve().name}",
         stories=sentences,
         results=(header, rows),
         notes=NOTES,
-        pictures=drawn,
+        pictures=[(picture, picture.save(folder))],
         chosen=[],
-        names=list(given),
-        settings=[[name, *(shown(of.get(name)) for of in given.values())] for name in options],
-        where=f"Each with {seeds} seeds. What is not listed had its default.",
+        given={v: {k: x for k, x in of.items() if k != "seed"} for v, of in given.items()},
+        where=f"Each with {seeds} seeds.",
     )
+    return folder / PAGE
 
 
 def differences(scores: Sequence[Score]) -> Picture:
@@ -65,8 +50,8 @@ def differences(scores: Sequence[Score]) -> Picture:
     for score in found:
         key = (score.task, score.variant)
         rows.setdefault(key, -len(rows) - 0.6 * tasks.index(score.task))
-    figure = new_figure(1.2 + 0.5 * len(rows) + 0.3 * len(tasks))
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    height, count = 1.2 + 0.5 * len(rows) + 0.3 * len(tasks), len(names)
+    figure, panels = panels_of(height, count, count, sharey=True)
     for name, axis in zip(names, panels, strict=True):
         for score in found:
             if score.name == name:
@@ -98,8 +83,5 @@ def draw(axis: Any, place: float, score: Score) -> None:
     axis.plot(seeds, [place - 0.25] * len(seeds), "o", color=shade, ms=3, alpha=0.7, mew=0)
     axis.plot([scale * found.low, scale * found.high], [place, place], color=shade, lw=2)
     axis.plot([scale * found.mean], [place], "o", color=shade, ms=7)
-    axis.annotate(
-        form.replace("{:", "{:+").format(scale * found.mean), (scale * found.mean, place),
-        xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8, color=DARK,
-        bbox={"color": "white", "pad": 0.5},
-    )  # fmt: skip
+    signed = form.replace("{:", "{:+").format(scale * found.mean)
+    note(axis, signed, scale * found.mean, place, color=DARK, bbox={"color": "white", "pad": 0.5})

@@ -14,10 +14,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from .errors import UserError, first_line
+import torch
+import trl
+import yaml
+
+from segloss import doctor
+
+from .errors import UserError, first_line, text_of
 
 ALIASES = {
     "model": "model_name_or_path", "output": "output_dir", "lr": "learning_rate",
@@ -33,7 +38,7 @@ IMPLIED: dict[str, dict[str, Any]] = {
     "lora_rank": {"use_peft": True}, "lora_targets": {"use_peft": True},
 }  # fmt: skip
 """What a short name says besides."""
-UNSET = object()
+THEIRS = (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
 
 
 def doc(default: Any, text: str) -> Any:
@@ -127,9 +132,6 @@ class Settings:
     given: dict[str, Any]
 
 
-# ------------------------------------------------------------------------------------ parsing
-
-
 def settings(
     words: Sequence[str],
     stored: dict[str, Any] | None = None,
@@ -142,23 +144,23 @@ def settings(
     `words` are hyphened or underscored names of `options`, of `SFTConfig`, and of TRL's script,
     model and mixture arguments. Raises `UserError` naming the option and the nearest one.
     """
-    parser = build_parser(options, prog, description)
-    words = list(full_names(words))
-    path = parser.parse_known_args(words)[0].config
-    values = (stored or {}) | (read_file(path) if path else {})
+    parser = Parser((options, *THEIRS), prog=prog, description=description, allow_abbrev=False)
+    path = parser.parse_known_args([*full_names(words)])[0].config
     given, spelled = {}, []
-    for name, value in values.items():
-        listed = isinstance(value, list) and parser.takes_lists(name)
+    for name, value in ((stored or {}) | (read_file(path) if path else {})).items():
+        action = parser._option_string_actions.get(f"--{ALIASES.get(name, name)}")
+        listed = isinstance(value, list) and getattr(action, "nargs", None) == "+"
         parts = value if listed else [value]
         if not parts or not all(isinstance(part, str | bool | int | float) for part in parts):
-            given[name] = value
+            given[ALIASES.get(name, name)] = value
         else:  # argparse checks them like the command line's
             spelled += [f"--{name}", *map(str, parts)] if listed else [f"--{name}={value}"]
-    unset = argparse.Namespace(**{action.dest: UNSET for action in parser._actions})
-    namespace, unknown = parser.parse_known_args([*spelled, *words], unset)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    namespace, unknown = parser.parse_known_args([*full_names([*spelled, *words])])
     if unknown:
-        raise parser.unknown(unknown[0])
-    given |= {name: value for name, value in vars(namespace).items() if value is not UNSET}
+        raise parser.unknown(unknown[0].partition("=")[0])
+    given |= vars(namespace)
     given.pop("config", None)
     fit_machine(given)
     try:
@@ -170,35 +172,26 @@ def settings(
         raise UserError(first_line(error)) from None
 
 
-def build_parser(
-    options: type = Options, prog: str = "segloss train", description: str = ""
-) -> Any:
-    """TRL's parser, over `options` and TRL's own dataclasses; every fault is a `UserError`."""
-    import trl
+class Parser(trl.TrlParser):
+    """TRL's, with `--config`; every fault is a `UserError`."""
 
-    class Parser(trl.TrlParser):
-        def error(self, message: str) -> Any:
-            raise UserError(message)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.add_argument("--config", metavar="FILE", help="settings in YAML or JSON")
+        for action in self._actions:
+            if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
+                action.nargs, action.const = "?", True  # --bf16 alone is yes
 
-        def unknown(self, name: str) -> UserError:
-            name = name.partition("=")[0]
-            if not name.startswith("--"):
-                return UserError(f"{name!r} is no option")
-            known = [n[2:].replace("-", "_") for n in self._option_string_actions]
-            near = difflib.get_close_matches(name[2:].replace("-", "_"), [*known, *ALIASES], n=1)
-            hint = f"did you mean --{near[0]}?" if near else f"{prog} --help lists them"
-            return UserError(f"there is no option {name}; {hint}")
+    def error(self, message: str) -> Any:
+        raise UserError(message)
 
-        def takes_lists(self, name: str) -> bool:
-            return getattr(self._option_string_actions.get(f"--{name}"), "nargs", None) == "+"
-
-    own = (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
-    parser = Parser((options, *own), prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="settings in YAML or JSON")
-    for action in parser._actions:
-        if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
-            action.nargs, action.const = "?", True  # --bf16 alone is yes
-    return parser
+    def unknown(self, name: str) -> UserError:
+        if not name.startswith("--"):
+            return UserError(f"{name!r} is no option")
+        known = [n[2:].replace("-", "_") for n in self._option_string_actions]
+        near = difflib.get_close_matches(name[2:].replace("-", "_"), [*known, *ALIASES], n=1)
+        hint = f"did you mean --{near[0]}?" if near else f"{self.prog} --help lists them"
+        return UserError(f"there is no option {name}; {hint}")
 
 
 def full_names(words: Sequence[str]) -> Iterator[str]:
@@ -213,14 +206,11 @@ def full_names(words: Sequence[str]) -> Iterator[str]:
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """The settings in a YAML or JSON file under their full names; its `env` is set, as by TRL."""
-    import yaml
-
+    """The settings in a YAML or JSON file; its `env` is set, as by TRL."""
     kind, read = ("JSON", json.loads) if path.endswith(".json") else ("YAML", yaml.safe_load)
+    text = text_of(path)
     try:
-        values = read(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        values = read(text)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not {kind}: {' '.join(str(error).split())}") from None
     if isinstance(values, dict) and "given" in values:  # the segloss.json of a run
@@ -228,22 +218,14 @@ def read_file(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: settings are needed, one `name: value` a line")
     os.environ.update({k: str(v) for k, v in (values.pop("env", None) or {}).items()})
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        found |= IMPLIED.get(name, {}) | {ALIASES.get(name, name): value}
-    return found
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
 def fit_machine(given: dict[str, Any]) -> None:
     """TRL's defaults are for a GPU: without one, the CPU, in bfloat16 only where it has it."""
-    import torch
-
-    from segloss.doctor import cpu_flags
-
     if not torch.accelerator.is_available():
         given.setdefault("use_cpu", True)
-    native = {"amx_bf16", "avx512_bf16", "bf16"} & cpu_flags()
+    native = {"amx_bf16", "avx512_bf16", "bf16"} & doctor.cpu_flags()
     if given.get("use_cpu") and not given.get("fp16") and not native:
         given.setdefault("bf16", False)
     # a NaN is to be seen, not averaged away

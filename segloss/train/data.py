@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import functools
 import io
 import json
 import math
@@ -26,10 +25,10 @@ import random
 import re
 import reprlib
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import datasets
@@ -37,7 +36,7 @@ import trl
 from accelerate import PartialState
 
 from .config import Settings
-from .errors import UserError, first_line
+from .errors import UserError, first_line, json_rows, parsed, text_of
 
 STORED = ("teacher_ids", "teacher_log_prob")
 PER_TOKEN = ("token_weight", *STORED)
@@ -58,17 +57,13 @@ SLACK_TOKENS = 4
 class Data:
     """What a run trains on and is evaluated on."""
 
-    tasks: list[str]
-    """In the order that `task_ids` mean."""
-    train: Any
-    """A `datasets.Dataset`, or a stream that nothing was checked or held out of."""
+    tasks: list[str]  # in the order that `task_ids` mean
+    train: Any  # a `datasets.Dataset`, or a stream that nothing was checked or held out of
     held_out: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     counts: dict[str, dict[str, int]]
-    majority: dict[str, str]
-    """The most frequent answer of each task's training rows."""
-    answers: dict[str, list[str]]
-    """Of a task whose answers are few and repeat: all of them."""
+    majority: dict[str, str]  # the most frequent answer of each task's training rows
+    answers: dict[str, list[str]]  # of a task whose answers are few and repeat: all of them
 
 
 def say(text: str) -> None:
@@ -88,8 +83,8 @@ def sources(settings: Settings) -> Iterator[tuple[str, dict[str, Any], str]]:
         yield "datasets", read("datasets", splits, lambda: trl.get_dataset(mixture)), "data"
     elif name:
         options = {"name": script.dataset_config, "streaming": script.dataset_streaming}
-        load = functools.partial(datasets.load_dataset, name, **options)
-        yield name, read(name, splits, load), Path(name).stem
+        found = read(name, splits, lambda: datasets.load_dataset(name, **options))
+        yield name, found, Path(name).stem
     for source in settings.options.data or ():
         yield source, read(source), Path(source).stem
 
@@ -102,9 +97,9 @@ def read(
     """Pairs of (where, raw row) of the two splits, or the stream that there is."""
     path = Path(source)
     if path.suffix in (".jsonl", ".ndjson", ".json"):
-        return {"train": json_rows(source)}
+        return {"train": rows_of_json(source)}
     if path.suffix in (".csv", ".tsv"):
-        return {"train": csv_rows(source)}
+        return {"train": rows_of_csv(source)}
     try:
         if path.suffix == ".parquet":
             found: Any = datasets.load_dataset("parquet", data_files=source)
@@ -129,45 +124,19 @@ def read(
     }
 
 
-def decoded(source: str) -> str:
-    try:
-        content = Path(source).read_bytes()
-        return content.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {source}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        lines = content[: error.start].split(b"\n")
-        place = f"{error.reason} at byte {len(lines[-1]) + 1}"
-        raise UserError(f"{source}, line {len(lines)}: not UTF-8 ({place})") from None
-
-
-def json_rows(source: str) -> Iterator[tuple[str, dict]]:
+def rows_of_json(source: str) -> Iterable[tuple[str, Any]]:
     """An array of objects, or one object a line."""
-    text = decoded(source)
-    if source.endswith(".json") and text.lstrip().startswith("["):
-        for number, row in enumerate(parsed(text, source), start=1):
-            yield f"{source}, item {number}", row
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{source}, line {number}", parsed(line, f"{source}, line {number}")
+    text = text_of(source)
+    if not (source.endswith(".json") and text.lstrip().startswith("[")):
+        return json_rows(text, source)
+    return [(f"{source}, item {i}", row) for i, row in enumerate(parsed(text, source), start=1)]
 
 
-def parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where += f", line {error.lineno}" if error.lineno > 1 else ""
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise UserError(f"{where}: not JSON that can be read (nested too deeply)") from None
-
-
-def csv_rows(source: str) -> Iterator[tuple[str, dict]]:
+def rows_of_csv(source: str) -> Iterator[tuple[str, dict]]:
     """Cells are text; those of lists and numbers are JSON. An empty cell is not there."""
     csv.field_size_limit(1 << 30)
     delimiter = "\t" if source.endswith(".tsv") else ","
-    text = io.StringIO(decoded(source), newline="")
+    text = io.StringIO(text_of(source), newline="")
     reader = csv.DictReader(text, strict=True, delimiter=delimiter)
     try:
         for row in reader:
@@ -202,12 +171,8 @@ def is_turn(value: Any) -> bool:
     return turn and (value.get("content") == "" or is_text(value.get("content")))
 
 
-def is_class(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def is_weight(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
 
 
 TEXT = (0, is_text, "text that is not blank")
@@ -215,13 +180,15 @@ TURNS = (1, is_turn, '{"role": ..., "content": ...}, both strings')
 TAKES: dict[str, tuple[int, Callable[[Any], bool], str]] = {
     "task": (0, lambda v: is_text(v) and v.isprintable(), "a name on one line"),
     "options": (1, is_text, "text that is not blank"),
-    "weight": (0, is_weight, "a number from 0 up"),
-    "token_weight": (1, is_weight, "a number from 0 up"),
-    "input_ids": (1, is_class, "whole numbers from 0 up"),
-    "labels": (1, lambda v: is_class(v) or v == -100, "tokens, or -100 where there is no label"),
-    "teacher_ids": (2, lambda v: is_class(v) or v == -1, "whole numbers from 0 up, or -1 for none"),
+    "weight": (0, lambda v: is_number(v) and v >= 0, "a number from 0 up"),
+    "token_weight": (1, lambda v: is_number(v) and v >= 0, "a number from 0 up"),
+    "input_ids": (1, lambda v: type(v) is int and v >= 0, "whole numbers from 0 up"),
+    "labels": (1, lambda v: type(v) is int and (v >= 0 or v == -100),
+               "tokens, or -100 where there is no label"),
+    "teacher_ids": (2, lambda v: type(v) is int and v >= -1,
+                    "whole numbers from 0 up, or -1 for none"),
     "teacher_log_prob": (2, lambda v: type(v) in (int, float) and v <= 0.01, "numbers up to 0"),
-}
+}  # fmt: skip
 """Of a column: how deep in lists its values are, whether one will do, and what will."""
 
 
@@ -247,9 +214,8 @@ def checked(raw: Any, task: str, text_field: str, chat: bool) -> dict[str, Any]:
     own: dict[str, Any] = {"task": task}
     own |= {name: row[name] for name in ("task", "options", "weight", *PER_TOKEN) if name in row}
     for name, value in (result | own).items():
-        check(
-            name, value, *TAKES.get(name, TURNS if name == "messages" or is_list(value) else TEXT)
-        )
+        many = name == "messages" or is_list(value)
+        check(name, value, *TAKES.get(name, TURNS if many else TEXT))
         if value == []:
             raise ValueError(f'"{name}" is empty')
     options, answer = own.setdefault("options", None), own.setdefault("answer", answer_of(result))
@@ -360,10 +326,8 @@ def load(settings: Settings, chat: bool, to_train: bool = True) -> Data:
     pieces: dict[str, list[dict]] = {"train": [], "held_out": [], "validation": []}
     counts = {}
     for task in tasks:
-        rows = [row for row in parts["train"] if row["task"] == task]
-        distinct, test = (
-            {content_of(row): row for row in part if row["task"] == task} for part in parts.values()
-        )
+        rows, held = ([row for row in part if row["task"] == task] for part in parts.values())
+        distinct, test = ({content_of(row): row for row in some} for some in (rows, held))
         found = split(task, distinct, test, settings, to_train)
         for name, some in found.items():
             pieces[name] += [row | {"task_ids": tasks.index(task)} for row in some]
@@ -377,9 +341,8 @@ def load(settings: Settings, chat: bool, to_train: bool = True) -> Data:
         )
     train = pieces["train"]
     for name in ("sample_weights", *PER_TOKEN):
-        known = sum(name in row for row in train)
+        known, column = sum(name in row for row in train), name.replace("sample_weights", "weight")
         if 0 < known < len(train):
-            column = "weight" if name == "sample_weights" else name
             raise UserError(f"{known} of {len(train)} rows have a {column}; all or none must")
     weighs = [row.get("sample_weights", 1) and any(row.get("token_weight", [1])) for row in train]
     if train and not any(weighs):
@@ -390,13 +353,9 @@ def load(settings: Settings, chat: bool, to_train: bool = True) -> Data:
         of_task = [data.filter(lambda ids, i=i: ids == i, input_columns="task_ids")
                    for i in range(len(tasks))]  # fmt: skip
         data = datasets.interleave_datasets(of_task, stopping_strategy="all_exhausted")
-    return Data(
-        *(tasks, data, pieces["held_out"], pieces["validation"], counts),
-        majority={
-            t: Counter(a).most_common(1)[0][0] for t, a in answers.items() if a and None not in a
-        },
-        answers={t: sorted(set(a)) for t, a in answers.items() if closed(a)},
-    )
+    majority = {t: mode(a) for t, a in answers.items() if a and None not in a}
+    few = {t: sorted(set(a)) for t, a in answers.items() if closed(a)}
+    return Data(tasks, data, pieces["held_out"], pieces["validation"], counts, majority, few)
 
 
 def shape_of(row: dict) -> str:
@@ -413,19 +372,18 @@ def closed(answers: Sequence[str | None]) -> bool:
 def rows_of(source: str, pairs: Iterable, task: str, settings: Settings, chat: bool) -> list[dict]:
     """Checked rows; columns that nothing reads are named."""
     text_field = settings.training.dataset_text_field
-    rows, unread = [], dict[str, None]()
+    rows, unread = [], dict[str, str]()
     for where, raw in pairs:
         try:
             rows.append({**checked(raw, task, text_field, chat), "where": where})
         except ValueError as error:
             raise UserError(f"{where}: {first_line(error)}") from None
-        unread |= dict.fromkeys(name for name in raw if name not in {*KNOWN, text_field})
+        unread |= {name: "" for name in raw if name not in KNOWN and name != text_field}
+    for name in unread:
+        near = difflib.get_close_matches(str(name), KNOWN, n=1, cutoff=0.75)
+        unread[name] = f"{name} (did you mean {near[0]}?)" if near else str(name)
     if unread:
-        names = []
-        for name in unread:
-            near = difflib.get_close_matches(str(name), KNOWN, n=1, cutoff=0.75)
-            names.append(f"{name} (did you mean {near[0]}?)" if near else str(name))
-        say(f"{source}: columns that nothing reads: {', '.join(names)}")
+        say(f"{source}: columns that nothing reads: {', '.join(unread.values())}")
     return rows
 
 
@@ -490,13 +448,10 @@ def take(groups: list[list[dict]], count: int, rng: random.Random) -> list[dict]
     first = {int((i + 0.5) * len(groups) / number) for i in range(number)}
     order = [order[i] for i in sorted(first)] + [g for i, g in enumerate(order) if i not in first]
     taken: list[dict] = []
-    used: set[int] = set()
-    for group in order:
-        if len(taken) >= count:
-            break
-        taken += group
-        used.add(id(group))
-    groups[:] = [group for group in groups if id(group) not in used]
+    while order and len(taken) < count:
+        taken += order.pop(0)
+    left = set(map(id, order))
+    groups[:] = [group for group in groups if id(group) in left]
     return taken[:count]
 
 
@@ -506,23 +461,20 @@ def take(groups: list[list[dict]], count: int, rng: random.Random) -> list[dict]
 def fitted(trainer: Any, settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
     """The parts of the data as the trainer has tokenised them; columns per token are cut as these.
 
-    `given` is what they were: rows that were cut or left out are counted. Raises `UserError` naming
-    the row.
+    `given` is what they were: rows that were cut or left out are counted.
     """
     training, parts = settings.training, {"train": trainer.train_dataset}
     parts |= trainer.eval_dataset or {}
+    longest, limit = 0, training.max_length
     options = {
-        "limit": training.max_length,
-        "at_end": training.truncation_mode == "keep_end",
+        "limit": limit, "at_end": training.truncation_mode == "keep_end",
         "number": trainer.model.get_input_embeddings().num_embeddings,
         "taught": trainer.loss.reads_teacher,
-    }
-    longest, limit = 0, training.max_length
+    }  # fmt: skip
     for name in given:
-        rows = parts[name]
-        if not hasattr(rows, "__len__"):  # a stream
+        if not hasattr(parts[name], "__len__"):  # a stream
             continue
-        parts[name] = rows = rows.map(fit, fn_kwargs=options)
+        parts[name] = rows = parts[name].map(fit, fn_kwargs=options)
         lengths = [len(ids) for ids in rows["input_ids"]]
         longest = max([longest, *lengths])
         cut, left_out = sum(n == limit for n in lengths), len(given[name]) - len(lengths)

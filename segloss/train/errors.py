@@ -1,13 +1,46 @@
-"""What the command line shows instead of a traceback."""
+"""What the command line shows instead of a traceback, and files read so."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 
 class UserError(Exception):
-    """Something the user can put right: one line on stderr and exit code 2."""
+    """Something the user can put right, wherever it is found: one line on stderr, exit code 2."""
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def text_of(path: str | Path) -> str:
+    try:
+        content = Path(path).read_bytes()
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        lines = content[: error.start].split(b"\n")
+        place = f"{error.reason} at byte {len(lines[-1]) + 1}"
+        raise UserError(f"{path}, line {len(lines)}: not UTF-8 ({place})") from None
+
+
+def parsed(text: str, where: str) -> Any:
+    """What JSON says."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where += f", line {error.lineno}" if error.lineno > 1 else ""
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise UserError(f"{where}: not JSON that can be read (nested too deeply)") from None
+
+
+def json_rows(text: str, source: str | Path) -> list[tuple[str, Any]]:
+    """(where, object) of each line that is not blank."""
+    lines = [(f"{source}, line {number}", line) for number, line in enumerate(text.split("\n"), 1)]
+    return [(where, parsed(line, where)) for where, line in lines if line.strip()]

@@ -5,10 +5,10 @@ Every score is [value, low, high] with a 95 % bootstrap interval over the items.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +19,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
+from trl.data_utils import common_prefix_length
 
 import segloss
-from segloss.integrations.transformers import head_loss, unwrapped
+from segloss.integrations.forward import loss_of
+from segloss.integrations.transformers import unwrapped
 from segloss.integrations.window import IGNORE, next_tokens
+from segloss.models.head import replaced
 
 from .data import SLACK_TOKENS, Data, turns
 from .errors import UserError, first_line
@@ -36,8 +39,7 @@ class Item:
     input_ids: list[int]
     labels: list[int]
     answer: str | None = None
-    prompt_ids: list[int] = field(default_factory=list)
-    """What generation starts from, empty where there is no answer to give."""
+    prompt_ids: list[int] = field(default_factory=list)  # empty where there is no answer to give
     options: list[str] = field(default_factory=list)
     option_ids: list[list[int]] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
@@ -52,7 +54,7 @@ def item_of(row: dict, data: Data, trainer: Any) -> Item:
     prompt = row["prompt"] if row.get("prompt") else row["messages"][:-1]
     item.prompt_ids = tokens(trainer, row, prompt, None)
     if isinstance(prompt, str):  # a tokenizer may end a text of its own accord
-        item.prompt_ids = item.input_ids[: common(item.prompt_ids, item.input_ids)]
+        item.prompt_ids = item.input_ids[: common_prefix_length(item.prompt_ids, item.input_ids)]
     lead = item.answer[: len(item.answer) - len(item.answer.lstrip())]
     options = row.get("options") or data.answers.get(item.task, [])
     item.options = [lead + option.lstrip() for option in options]
@@ -78,30 +80,20 @@ def tokens(trainer: Any, row: dict, prompt: Any, answer: str | None) -> list[int
     )["input_ids"]
 
 
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    pairs = zip(a, b, strict=False)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
-
-
-# --------------------------------------------------------------------------- the model's passes
-
-
 @dataclass
 class Evaluator:
     """Evaluates a trainer's model on items, those of each process apart."""
 
     trainer: Any
-    head: str = "fused"
     generate: bool = True
+    precise: bool = False  # in float32 whatever the training's precision
 
     @torch.no_grad()
     def __call__(self, items: Sequence[Item], title: str = "evaluating") -> None:
         """Fills `found` of every item; a bar on a terminal shows how far it is."""
-        state = self.trainer.accelerator
+        state, size = self.trainer.accelerator, self.trainer.args.per_device_eval_batch_size
         order = sorted(range(len(items)), key=lambda i: len(items[i].input_ids))
         own = order[state.process_index :: state.num_processes]
-        size = self.trainer.args.per_device_eval_batch_size
         hidden = None if state.is_main_process else True  # None: where there is no terminal
         with self._ready() as model:
             for start in tqdm(range(0, len(own), size), desc=title, disable=hidden):
@@ -112,56 +104,45 @@ class Evaluator:
                     self._answer(model, answered)
                 if choosing := [item for item in answered if item.options]:
                     self._choose(model, choosing)
-        if state.num_processes > 1:
-            for i, found in gather_object([(i, items[i].found) for i in own]):
-                items[i].found = found
+        for i, found in gather_object([(i, items[i].found) for i in own]):
+            items[i].found = found
 
-    @contextlib.contextmanager
+    @contextmanager
     def _ready(self) -> Iterator[Any]:
         """The model set to evaluate, without what its files say of generation or routers."""
         model, tokenizer = self.trainer.model, self.trainer.processing_class
-        base, training = unwrapped(model), model.training
-        config, theirs = base.config.get_text_config(), base.generation_config
-        ends = getattr(theirs, "eos_token_id", None)
+        base = unwrapped(model)
+        ends = getattr(base.generation_config, "eos_token_id", None)
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        routers = getattr(config, "output_router_logits", False)
-        if routers:
-            config.output_router_logits = False
-        base.generation_config = GenerationConfig(
+        greedy = GenerationConfig(
             eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, do_sample=False
         )
+        off: Any = False
         model.eval()
-        try:
-            with self.trainer.accelerator.autocast():
-                yield model
-        finally:
-            base.generation_config = theirs
-            if routers:
-                config.output_router_logits = True
-            model.train(training)
+        with (
+            replaced(base, "generation_config", greedy),
+            replaced(base.config.get_text_config(), "output_router_logits", off),
+            nullcontext() if self.precise else self.trainer.accelerator.autocast(),
+        ):
+            yield model
 
-    def _inputs(self, rows: Sequence[list[int]], side: str = "right") -> dict[str, Tensor]:
-        device, pad = self.trainer.args.device, self.trainer.processing_class.pad_token_id
-        ones = [[1] * len(row) for row in rows]
-        return {
-            "input_ids": padded(rows, pad, side).to(device),
-            "attention_mask": padded(ones, 0, side).to(device),
-        }
+    def _inputs(self, rows: Sequence[list[int]], side: str = "right") -> Any:
+        return self.trainer.processing_class.pad(
+            {"input_ids": rows}, padding_side=side, return_tensors="pt"
+        ).to(self.trainer.args.device)
 
     def _score(self, model: Any, items: list[Item]) -> None:
-        inputs: Any = self._inputs([item.input_ids for item in items])
-        labels = padded([item.labels for item in items], IGNORE)
+        inputs = {**self._inputs([item.input_ids for item in items]), "use_cache": False}
+        labels = pad_sequence([torch.tensor(item.labels) for item in items], True, IGNORE)
         target = next_tokens(labels.to(self.trainer.args.device))
-        if self.head == "logits":
-            sums = sums_of(model(**inputs, use_cache=False).logits, target)
-        else:
-            try:
-                sums, _ = head_loss(model, sums_of, target, **inputs, use_cache=False)
-            except (TypeError, ValueError, AttributeError) as error:
-                broken = [n for n, w in model.named_parameters() if not w.isfinite().all()]
-                text = f"{first_line(error)}; --head logits takes the model's own logits"
-                text = f"the weights of {broken[0]} are not finite" if broken else text
-                raise UserError(text) from None
+        try:
+            sums, _ = loss_of(model, sums_of, target, inputs, self.trainer.head == "fused")
+        except (TypeError, ValueError, AttributeError) as error:
+            broken = [n for n, w in model.named_parameters() if not w.isfinite().all()]
+            text = f"{first_line(error)}; --head logits takes the model's own logits"
+            raise UserError(
+                f"the weights of {broken[0]} are not finite" if broken else text
+            ) from None
         for item, values in zip(items, sums.T.tolist(), strict=True):
             item.found = dict(zip(("nll", "hits", "entropy", "tokens"), values, strict=True))
 
@@ -194,12 +175,6 @@ class Evaluator:
             item.found["choice"] = chosen(item, begun)
 
 
-def padded(rows: Sequence[list[int]], value: int, side: str = "right") -> Tensor:
-    return pad_sequence(
-        [torch.tensor(row, dtype=torch.long) for row in rows], True, value, padding_side=side
-    )
-
-
 def sums_of(source: Any, target: Tensor) -> Tensor:
     """(4, B) negative log-probability, hits, entropy and number of the targets."""
     found: Any = segloss.logit_statistics(source, target, entropy=True, argmax=True)
@@ -217,10 +192,7 @@ def following(options: Sequence[Sequence[int]], begun: list[int]) -> list[int]:
 def chosen(item: Item, new: list[int]) -> str:
     """The option that the tokens spell; the shortest, where one begins another."""
     options = zip(item.option_ids, item.options, strict=True)
-    return min(options, key=lambda o: (-common(o[0], new), len(o[0])))[1].strip()
-
-
-# --------------------------------------------------------------------------------------- scores
+    return min(options, key=lambda o: (-common_prefix_length(o[0], new), len(o[0])))[1].strip()
 
 
 def results(items: Sequence[Item], data: Data, options: Any, seed: int = 0) -> list[dict]:
@@ -243,17 +215,14 @@ def task_result(task: str, items: list[Item], data: Data, options: Any, seed: in
         low, high = np.quantile([score(draw) for draw in draws], [0.025, 0.975])
         return [float(score(slice(None))), float(low), float(high)]
 
-    def mean(right: Sequence[bool]) -> list[float]:
-        values = np.array(right, dtype=float)
-        return interval(lambda i: values[i].mean())
+    def mean(values: Any, weights: Any = None) -> list[float]:
+        values = np.asarray(values, float)
+        weights = np.ones_like(values) if weights is None else weights
+        return interval(lambda i: values[i].sum() / weights[i].sum())
 
-    result: dict[str, Any] = {
-        "task": task,
-        "items": len(items),
-        "nll": interval(lambda i: nll[i].sum() / count[i].sum()),
-        "token_accuracy": interval(lambda i: hits[i].sum() / count[i].sum()),
-        "entropy": float(entropy.sum() / count.sum()),
-    }
+    result: dict[str, Any] = {"task": task, "items": len(items)}
+    result |= {"nll": mean(nll, count), "token_accuracy": mean(hits, count)}
+    result["entropy"] = float(entropy.sum() / count.sum())
     answers, usual = [(item.answer or "").strip() for item in items], data.majority.get(task)
     if all("answer" in item.found for item in items):
         result["exact_match"] = mean([same(i.found["answer"], i.answer) for i in items])
@@ -268,15 +237,13 @@ def task_result(task: str, items: list[Item], data: Data, options: Any, seed: in
     sets = {frozenset(option.strip() for option in item.options) for item in items}
     if len(sets) == 1:
         # of a test split, with answers that training has none of
-        labels = sorted({*sets.pop(), *answers})
-        true, said = (
-            np.array([labels.index(text) for text in some]) for some in (answers, choices)
-        )
-        counted = [c for c in range(len(labels)) if (true == c).sum() >= options.min_class_items]
+        places = {text: i for i, text in enumerate(sorted({*sets.pop(), *answers}))}
+        true, said = (np.array([places[text] for text in some]) for some in (answers, choices))
+        counted = [c for c in places.values() if (true == c).sum() >= options.min_class_items]
         result["classes"] = len(counted)
         result["macro_f1"] = interval(lambda i: macro_f1(true[i], said[i], counted))
-        if usual is not None and usual.strip() in labels:
-            guess = np.full_like(true, labels.index(usual.strip()))
+        if usual is not None and usual.strip() in places:
+            guess = np.full_like(true, places[usual.strip()])
             result["majority"]["macro_f1"] = macro_f1(true, guess, counted)
     return result
 

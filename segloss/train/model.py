@@ -22,7 +22,7 @@ WHEELS = {
 }
 
 
-def load(name: str, **options: Any):
+def load(name: str, revision: str = "main", trust_remote_code: bool = False, **options: Any):
     """(model, tokenizer): of a folder, a hub id, a .gguf file, or `smollm2` and `gemma3`.
 
     `options` are those of `from_pretrained`; the default dtype is float32. A hub id is read from
@@ -33,10 +33,8 @@ def load(name: str, **options: Any):
     quiet()
     folder, gguf = located(name)
     options = {"dtype": torch.float32, **options}
-    both = {"revision", "trust_remote_code"} & set(options)
-    where: dict[str, Any] = {name: options.pop(name) for name in both}
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if gguf is not None:
-        require("gguf", f"--model {name}")
         where["gguf_file"] = gguf
         options["quantization_config"] = GgufConfig(dequantize=True)  # so that it can be saved
     terminal = sys.stderr.isatty()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, json_rows, parsed, text_of
 
 # the files of a run's folder that are read here
 SETTINGS, METRICS, RESULTS = "segloss.json", "metrics.jsonl", "results.json"
@@ -30,17 +30,6 @@ class Record:
     def given(self) -> dict[str, Any]:
         return self.description.get("given", {})
 
-    def series(self, name: str) -> dict[str, tuple[list[int], list[float]]]:
-        """(steps, values) of a number of the metrics, by its parts, "" where it has none."""
-        found: dict[str, tuple[list[int], list[float]]] = {}
-        for row in self.metrics:
-            parts = row.get(name, {})
-            for part, value in (parts if isinstance(parts, dict) else {"": parts}).items():
-                steps, values = found.setdefault(part, ([], []))
-                steps.append(row["step"])
-                values.append(value)
-        return found
-
     def scores(self, phase: str, task: str) -> dict[str, Any]:
         """A task's row of the results, of "tasks" or of "before"."""
         return next((r for r in self.results.get(phase) or () if r["task"] == task), {})
@@ -48,9 +37,10 @@ class Record:
 
 def read_records(paths: Sequence[str]) -> list[Record]:
     """The runs in these folders. Raises `UserError` where one is no run's folder or unreadable."""
-    if len({os.path.abspath(path) for path in paths}) < len(paths):
+    whole = [os.path.abspath(path) for path in paths]
+    if len(set(whole)) < len(paths):
         raise UserError("a run is given twice")
-    names = [Path(os.path.abspath(path)).name for path in paths]
+    names = [os.path.basename(path) for path in whole]
     names = names if len(set(names)) == len(names) else list(paths)
     return [read_record(Path(p), name) for p, name in zip(paths, names, strict=True)]
 
@@ -58,40 +48,34 @@ def read_records(paths: Sequence[str]) -> list[Record]:
 def read_record(folder: Path, name: str) -> Record:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder")
-    description, results, selection = (
-        read_json(folder / file) for file in (SETTINGS, RESULTS, SELECTION)
-    )
+    files = (SETTINGS, RESULTS, SELECTION)
+    description, results, selection = (read_json(folder / file) for file in files)
     if "given" not in description and not selection:
         raise UserError(f"{folder} is no run's folder: there is no {SETTINGS} in it")
     for subset in selection.get("subsets", []):
         if not isinstance(subset, dict) or not {"tasks", "estimated"} <= set(subset):
             raise UserError(f'{folder / SELECTION}: a subset needs "tasks" and "estimated"')
-    return Record(name, description, list(read_lines(folder / METRICS)), results, selection)
+    return Record(name, description, read_lines(folder / METRICS), results, selection)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file, empty where there is none."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    value = parsed(text_of(path), f"cannot read {path}") if path.exists() else {}
     if not isinstance(value, dict):
         raise UserError(f"cannot read {path}: a JSON object is needed")
     return value
 
 
-def read_lines(path: Path) -> Iterable[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl; a last one that a kill cut off is left out."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            if line.strip():
-                yield json.loads(line)
-        except ValueError:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: not JSON") from None
+    whole = text_of(path).rpartition("\n")[0] if path.exists() else ""
+    return [row for _, row in json_rows(whole, path)]
+
+
+def json_lines(rows: Iterable[Any]) -> str:
+    """A line of JSON for each row; null for numbers that are not finite, which JSON has not."""
+    plain = (json.loads(json.dumps(row), parse_constant=lambda name: None) for row in rows)
+    return "".join(json.dumps(row) + "\n" for row in plain)
 
 
 def write(path: Path, value: Any) -> None:
@@ -104,8 +88,6 @@ def write(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
     partial.rename(path)
 
-
-# ---------------------------------------------------------------------------------- one table
 
 SCORES = {
     "nll": ("loss (nats per token)", 1, "{:.3f}"),
@@ -126,26 +108,21 @@ class Line:
 
     task: str
     label: str
-    scores: dict[str, Any]
-    """[value, low, high] or [value], by the names of `SCORES`."""
-    run: int | None = None
-    """The place of the record that trained the model; None of guesses and before training."""
+    scores: dict[str, Any]  # [value, low, high] or [value], by the names of `SCORES`
+    run: int | None = None  # the place of the record; None of guesses and before training
 
 
 def scored(records: Sequence[Record]) -> tuple[list[Line], list[str]]:
     """Of each task a line before training, of each run, and of the guesses; and their scores."""
-    rows = [row for record in records for row in record.results.get("tasks", ())]
     lines = []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        before = {r.name: r.scores("before", task) for r in records if r.scores("before", task)}
-        some = next(iter(before.values()), None)
-        if some is not None and all(scores == some for scores in before.values()):
-            before = {"": some}
+    for task in dict.fromkeys(row["task"] for r in records for row in r.results.get("tasks", ())):
+        before = {r.name: s for r in records if (s := r.scores("before", task))}
+        if len(set(map(json.dumps, before.values()))) == 1:
+            before = {"": before.popitem()[1]}
         lines += [Line(task, f"{n} before training".strip(), s) for n, s in before.items()]
         only = "after training" if before else "model"
-        after = [(i, r, r.scores("tasks", task)) for i, r in enumerate(records)]
-        after = [(i, r, scores) for i, r, scores in after if scores]
-        lines += [Line(task, r.name if len(records) > 1 else only, s, i) for i, r, s in after]
+        after = [(i, r.name, s) for i, r in enumerate(records) if (s := r.scores("tasks", task))]
+        lines += [Line(task, name if len(records) > 1 else only, s, i) for i, name, s in after]
         first = after[0][2]
         majority = {k: [v] for k, v in first.get("majority", {}).items() if k != "answer"}
         if majority and "accuracy" not in first:
@@ -186,11 +163,11 @@ def summary(records: Sequence[Record]) -> str:
 def subsets(selection: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(header, rows) of the twelve lowest estimates; the true loss where it is known."""
     found = sorted(selection.get("subsets", []), key=lambda subset: subset["estimated"])[:12]
-    rows = [[subset["estimated"], subset.get("true")] for subset in found]
-    texts = [["-" if loss is None else f"{loss:.4f}" for loss in row] for row in rows]
-    names = [" + ".join(subset["tasks"]) for subset in found]
-    header = ["subset", "estimated loss", "true loss"]
-    return header, [[name, *text] for name, text in zip(names, texts, strict=True)]
+    rows = []
+    for subset in found:
+        true = "-" if subset.get("true") is None else f"{subset['true']:.4f}"
+        rows.append([" + ".join(subset["tasks"]), f"{subset['estimated']:.4f}", true])
+    return ["subset", "estimated loss", "true loss"], rows
 
 
 def aligned(header: list[str], rows: list[list[str]], words: Sequence[int] = (0, 2)) -> str:

@@ -4,47 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import math
-import platform
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import trl
 from accelerate import PartialState
-from datasets import Dataset
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock
 from transformers import EarlyStoppingCallback
 
 import segloss
+from segloss.doctor import environment
 from segloss.integrations.transformers import CoBaCallback
 
 from . import data as of_data
-from . import evaluation
+from . import evaluation, report
 from . import model as of_model
 from .config import Settings
 from .data import PER_TOKEN, STORED, Data, say
 from .errors import UserError, first_line
-from .report import (
-    METRICS,
-    RESULTS,
-    SETTINGS,
-    Record,
-    read_json,
-    read_record,
-    story,
-    summary,
-    write,
-)
-from .trainer import Recorder, Trainer, last_whole, locked
+from .report import SETTINGS, read_json, write
+from .trainer import Recorder, Trainer, last_whole
 
 TRAINED, BEFORE, TABLE = "trained.json", "before.json", "results.md"
 # room in the time limit for what is written, and for evaluation after training being slower
@@ -58,28 +48,34 @@ def train(settings: Settings, resumed: bool = False) -> None:
     made, and what is finished is on disk before the next thing begins. `resumed`: go on with the
     run that is in the folder, from its last whole checkpoint or its beginning; on a CPU it ends in
     the same bits as it would have.
-
-    Raises `UserError` for anything the user can put right.
     """
     start = time.monotonic()
+    output = Path(settings.training.output_dir)
     if not resumed:
         require_new(settings)
+    elif all((output / name).exists() for name in (report.RESULTS, TRAINED)):
+        raise UserError(f"--resume {output}: the run is finished, its results are in {TABLE}")
     run = prepare(settings)
     run.start, run.resumed = start, resumed
     run.timing["load"] = time.monotonic() - start
     run.open()
-    with locked(run.output / METRICS) if run.is_main else contextlib.nullcontext():
+    lock = FileLock(f"{run.output / report.METRICS}.lock", timeout=0)
+    with lock if run.is_main else contextlib.nullcontext():
         before = run.before()
         trained = run.fit()
         run.after(before, trained)
 
 
 def require_new(settings: Settings) -> None:
-    """A run's folder is never written twice."""
-    output = Path(settings.training.output_dir)
-    if settings.training.resume_from_checkpoint:
-        return
-    if (output / SETTINGS).exists() or (output.exists() and not output.is_dir()):
+    """Have a folder that is no run's yet: a new one, unless it is given, on every process."""
+    training = settings.training
+    if "output_dir" not in settings.given:
+        PartialState()  # of the backend that the arguments say
+        names = [time.strftime("runs/%Y%m%d-%H%M%S")]
+        training.output_dir = broadcast_object_list(names)[0]
+    output = Path(training.output_dir)
+    held = (output / SETTINGS).exists() or (output.exists() and not output.is_dir())
+    if held and not training.resume_from_checkpoint:
         raise UserError(
             f"{output} holds a run already: segloss train --resume {output} goes on with it, "
             "another --output_dir begins anew"
@@ -94,19 +90,18 @@ class Run:
     trainer: Trainer
     data: Data
     held_out: list[evaluation.Item]
-    description: dict[str, Any]
-    """What segloss.json says: enough to do the run again."""
+    description: dict[str, Any]  # what segloss.json says: enough to do the run again
+    output: Path
+    is_main: bool
     start: float = 0.0
     resumed: bool = False
     timing: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def output(self) -> Path:
-        return Path(self.settings.training.output_dir)
-
-    @property
-    def is_main(self) -> bool:
-        return self.trainer.accelerator.is_main_process
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.timing[name] = time.monotonic() - start
 
     def open(self) -> None:
         """Make the folder, or see that it is this run's."""
@@ -116,16 +111,14 @@ class Run:
             for what, value in then.get("fingerprints", {}).items():
                 if value != self.description["fingerprints"][what]:
                     raise UserError(f"--resume {self.output}: the {what} changed since it began")
-            for key in ("versions", "device", "threads", "processes"):
-                now = self.description[key]
-                if then.get(key) != now:
-                    say(f"note: {key} was {then.get(key)}, is {now}: the last bits may differ")
+            both = (then, self.description)
+            was, now = ({"processes": its["processes"], **its["versions"]} for its in both)
+            for name in [name for name in now if was.get(name) != now[name]]:
+                say(f"note: {name} was {was.get(name)}, is {now[name]}: the last bits may differ")
         elif self.is_main:
-            saves = self.trainer.args.save_strategy != "no"  # two checkpoints, with two moments
-            needed = sum(
-                p.nbytes * (1 + 6 * (saves and p.requires_grad))
-                for p in self.trainer.model.parameters()
-            )
+            model, needed = self.trainer.model, self.trainer.model.get_memory_footprint()
+            if self.trainer.args.save_strategy != "no":  # two checkpoints, with two moments
+                needed += sum(6 * p.nbytes for p in model.parameters() if p.requires_grad)
             try:
                 self.output.mkdir(parents=True, exist_ok=True)
                 free = shutil.disk_usage(self.output).free
@@ -153,15 +146,13 @@ class Run:
     def evaluate(self, title: str) -> list[dict]:
         """One row of scores per task; beside them the answers, in answers-TITLE.jsonl."""
         options = self.settings.options
-        evaluator = evaluation.Evaluator(self.trainer, options.head, options.exact_match)
-        start = time.monotonic()
-        evaluator(self.held_out, title)
-        self.timing[title] = time.monotonic() - start
+        with self.timed(title):
+            evaluation.Evaluator(self.trainer, options.exact_match)(self.held_out, title)
         say(f"{title}: {len(self.held_out)} items in {self.timing[title]:.0f} s")
         if self.is_main and self.output.is_dir():
             answers = [{"task": i.task, "expected": i.answer, **i.found} for i in self.held_out]
             name = f"answers-{title.rpartition(' ')[2]}.jsonl"
-            self.save(name, "".join(json.dumps(answer) + "\n" for answer in answers))
+            self.save(name, report.json_lines(answers))
         return evaluation.results(self.held_out, self.data, options, self.trainer.args.seed)
 
     def fit(self) -> dict[str, Any]:
@@ -178,52 +169,31 @@ class Run:
             trainer.accelerator.wait_for_everyone()
         reserve = SPARE_SECONDS + SPARE_FACTOR * self.timing.get("evaluating before", 0.0)
         deadline = self.start + limit - reserve if limit else math.inf
-        coba = self.validation_callback()
-        recorder = Recorder(trainer, self.data.tasks, deadline, coba)
+        recorder = Recorder(trainer, self.data.tasks, deadline)
         trainer.add_callback(recorder)
-        begun = time.monotonic()
         past = read_json(Path(checkpoint) / "trainer_state.json") if checkpoint else {}
         last = trainer.args.max_steps if trainer.args.max_steps > 0 else past.get("max_steps")
         if past and past["global_step"] >= last:
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state.global_step = past["global_step"]
         else:
-            trainer.train(str(checkpoint) if checkpoint else None)
+            with self.timed("training"):
+                trainer.train(str(checkpoint) if checkpoint else None)
         steps, stopped = trainer.state.global_step, recorder.stopped
-        self.timing["training"] = time.monotonic() - begun
+        if stopped == "interrupt" and trainer.failures:
+            raise UserError(f"interrupted, and could not write {'; '.join(trainer.failures)}")
         if stopped == "interrupt":
-            saved = f"{self.output}/checkpoint-{steps}"
-            if trainer.failures:
-                raise UserError(f"interrupted, and could not write {'; '.join(trainer.failures)}")
             raise KeyboardInterrupt(
-                f"interrupted after step {steps}, saved in {saved}: segloss train --resume "
-                f"{self.output} goes on from there"
+                f"interrupted after step {steps}, saved in {self.output}/checkpoint-{steps}: "
+                f"segloss train --resume {self.output} goes on from there"
             )
         if not stopped and steps < trainer.state.max_steps:
             stopped = "patience"
-        found = {"steps": steps, "stopped": stopped, "seconds": self.timing["training"]}
+        seconds = self.timing.get("training", 0.0)
+        found = {"steps": steps, "stopped": stopped, "seconds": seconds}
         if self.leave_model():
             self.save(TRAINED, found)
         return found
-
-    def validation_callback(self) -> Any:
-        """What measures CoBa's losses, on items of each task in turn."""
-        trainer, options, coba = self.trainer, self.settings.options, self.trainer.task_weights
-        if not isinstance(coba, segloss.CoBa):
-            return None
-        by_task: list[list[dict]] = [[] for _ in self.data.tasks]
-        for row in trainer.validation:
-            kept = {name: row[name] for name in ("input_ids", "labels", "task_ids")}
-            by_task[row["task_ids"]].append(kept)
-        count = options.validation_batch
-        parts = [
-            [row for rows in by_task for row in rows[i : i + count]]
-            for i in range(0, max(map(len, by_task)), count)
-        ]
-        batches = [trainer.data_collator(rows) for rows in parts]
-        callback = CoBaCallback(coba, batches, head=options.head)
-        trainer.add_callback(callback)
-        return callback
 
     def leave_model(self) -> bool:
         """The model, or its adapter, with the tokenizer, as `from_pretrained` reads them."""
@@ -259,9 +229,9 @@ class Run:
                 args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "stopped": trained["stopped"],
         }  # fmt: skip
-        self.save(RESULTS, found)
-        record = Record(self.output.name, self.description, results=found)
-        self.finish(f"{summary([record])}\n\n{story(record)}\n")
+        self.save(report.RESULTS, found)
+        record = report.Record(self.output.name, self.description, results=found)
+        self.finish(f"{report.summary([record])}\n\n{report.story(record)}\n")
 
     def finish(self, text: str) -> None:
         """Write and print what came out; raises `UserError` of what could not be written."""
@@ -301,15 +271,8 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
     teacher = teacher_of(settings, loss, tokenizer)
     data = of_data.load(settings, bool(tokenizer.chat_template), to_train)
     parts = {"held_out": data.held_out, "validation": data.validation}
-    evaluated = {name: Dataset.from_list(rows) for name, rows in parts.items() if rows}
-    refuse(settings, data, loss, teacher)
-    if not to_train and not data.held_out:
-        raise UserError("no items are held out, so there is nothing to evaluate (--eval_items)")
-    steps = training.max_steps
-    if steps <= 0 and data.tasks:
-        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        epoch = math.ceil(len(data.train) / (batch * training.world_size))
-        steps = math.ceil(epoch * training.num_train_epochs)
+    evaluated = {name: datasets.Dataset.from_list(rows) for name, rows in parts.items() if rows}
+    refuse(settings, data, loss, teacher, to_train)
     train = data.train
     if training.packing:  # which keeps only tokens
         training.eval_packing = False
@@ -327,16 +290,20 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
                 peft_config=trl.get_peft_config(settings.model) if to_train else None,
                 callbacks=[EarlyStoppingCallback(options.patience)] if options.patience else [],
                 loss=loss, teacher=teacher, teacher_rest=options.teacher_rest, head=options.head,
-                task_weights=coba(options, len(data.tasks), max(steps, 0), training.device),
-                sample_weights=sample_weighting(options),
+                **weights_of(options, training, data),
             )  # fmt: skip
     except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
         raise UserError(first_line(error)) from None
     given = {"train": train, **evaluated} if to_train else evaluated
     prepared = of_data.fitted(trainer, settings, given)
     trainer.train_dataset = prepared["train"]
-    trainer.validation = list(prepared.get("validation", ()))
     trainer.eval_dataset = prepared.get("validation", prepared.get("held_out"))
+    if data.validation:
+        kept = ["task", "task_ids", "input_ids", "labels"]
+        trainer.validation = list(prepared["validation"].select_columns(kept))
+    if isinstance(trainer.task_weights, segloss.CoBa):
+        trainer.coba = watching(trainer, len(data.tasks), options.validation_batch)
+        trainer.add_callback(trainer.coba)
     held_out = [evaluation.item_of(row, data, trainer) for row in prepared.get("held_out", ())]
     if trainer.is_fsdp_enabled or getattr(trainer, "is_deepspeed_enabled", False):
         say(
@@ -345,7 +312,9 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
         )
         held_out = []
     torch.manual_seed(training.seed)
-    return Run(settings, trainer, data, held_out, describe(settings, trainer, data, model))
+    description, output = describe(settings, trainer, data, model), Path(training.output_dir)
+    is_main = trainer.is_world_process_zero()
+    return Run(settings, trainer, data, held_out, description, output, is_main)
 
 
 def teacher_of(settings: Settings, loss: Any, tokenizer: Any) -> Any:
@@ -372,15 +341,13 @@ def model_options(settings: Settings) -> dict[str, Any]:
     found = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
     found |= {"dtype": model.dtype or "float32", "attn_implementation": model.attn_implementation}
     found |= training.model_init_kwargs or {}
-    if isinstance(found["dtype"], str) and found["dtype"] != "auto":
-        found["dtype"] = getattr(torch, found["dtype"])
     if model.load_in_4bit or model.load_in_8bit:
         of_model.require("bitsandbytes", "--load_in_4bit and --load_in_8bit")
         found["quantization_config"] = trl.get_quantization_config(model)
     return {name: value for name, value in found.items() if value is not None}
 
 
-def refuse(settings: Settings, data: Data, loss: Any, teacher: Any) -> None:
+def refuse(settings: Settings, data: Data, loss: Any, teacher: Any, to_train: bool) -> None:
     """What an option would lose or has nothing to work on is refused by name."""
     options, training = settings.options, settings.training
     watched, evaluates = data.validation or data.held_out, training.eval_strategy != "no"
@@ -410,79 +377,93 @@ def refuse(settings: Settings, data: Data, loss: Any, teacher: Any) -> None:
         f"{blind[0]['where'] if blind else ''}: there is no teacher_ids, which the loss of "
         f"--eval_strategy {training.eval_strategy} reads":
             reads and evaluates and blind,
+        "no items are held out, so there is nothing to evaluate (--eval_items)":
+            not to_train and not data.held_out,
     }  # fmt: skip
     for message, refused in refusals.items():
         if refused:
             raise UserError(message)
 
 
-def coba(options: Any, num_tasks: int, steps: int, device: Any) -> Any:
-    if options.task_weights == "none":
-        return None
-    warmup = options.coba_warmup or max(2, steps // 10)
-    return segloss.CoBa(
-        num_tasks, warmup=warmup, history=options.coba_history or 4 * warmup,
-        tau=options.coba_tau, mode=options.coba_mode, divergence_window=steps + 1, device=device,
-    )  # fmt: skip
+def weights_of(options: Any, training: Any, data: Data) -> dict[str, Any]:
+    """What weighs tasks and samples, by the names of the trainer's arguments."""
+    found: dict[str, Any] = {}
+    if options.task_weights == "coba":
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        epoch = math.ceil(len(data.train) / (batch * training.world_size))
+        steps = max(training.max_steps, 0) or math.ceil(epoch * training.num_train_epochs)
+        warmup = options.coba_warmup or max(2, steps // 10)
+        found["task_weights"] = segloss.CoBa(
+            len(data.tasks), warmup=warmup, history=options.coba_history or 4 * warmup,
+            tau=options.coba_tau, mode=options.coba_mode, divergence_window=steps + 1,
+            device=training.device,
+        )  # fmt: skip
+    if options.sample_weights != "none":
+        found["sample_weights"] = segloss.SampleWeighting(
+            options.sample_weights, options.sample_temperature, options.sample_burn_in,
+            fraction=options.sample_fraction, band=options.sample_band,
+        )  # fmt: skip
+    return found
 
 
-def sample_weighting(options: Any) -> Any:
-    if options.sample_weights == "none":
-        return None
-    return segloss.SampleWeighting(
-        *(options.sample_weights, options.sample_temperature, options.sample_burn_in),
-        fraction=options.sample_fraction,
-        band=options.sample_band,
-    )
+def watching(trainer: Trainer, num_tasks: int, count: int) -> CoBaCallback:
+    """What measures the tasks' losses, on so many validation items of each in turn."""
+    tasks: list[list[dict]] = [[] for _ in range(num_tasks)]
+    for row in trainer.validation:
+        tasks[row["task_ids"]].append(row)
+    batches = [
+        trainer.data_collator([row for rows in tasks for row in rows[i : i + count]])
+        for i in range(0, max(map(len, tasks)), count)
+    ]
+    coba: Any = trainer.task_weights
+    return CoBaCallback(coba, batches, head=trainer.head)
 
 
 def describe(settings: Settings, trainer: Trainer, data: Data, network: Any) -> dict[str, Any]:
-    names = ("torch", "transformers", "trl", "datasets", "accelerate", "numpy")
-    versions = {"python": platform.python_version(), "segloss": segloss.__version__}
     read = ("input_ids", "labels", "teacher_log_prob")
     sets = [s for s in (trainer.train_dataset, trainer.eval_dataset) if hasattr(s, "__len__")]
     rows = (s[i] for s in sets for i in range(0, len(s), max(1, len(s) // 4096)))
-    fingerprints = {
-        "data": digest([row.get(name) for name in read] for row in rows),
-        "model": digest(beginnings(network)),
-    }
-    if trainer.teacher is not None:
-        fingerprints["teacher"] = digest(beginnings(trainer.teacher))
+    read_of = {"data": [[row.get(name) for name in read] for row in rows]}
+    for what, model in {"model": network, "teacher": trainer.teacher}.items():
+        if model is not None:  # enough to tell models apart, without reading them all
+            weights = [w for name, w in model.state_dict().items() if "lora_" not in name]
+            begins = [w.flatten()[:1024].float().tolist() for w in weights]
+            read_of[what] = [[list(w.shape) for w in weights], begins]
+    hashes = {what: sha256(json.dumps(value).encode()) for what, value in read_of.items()}
     return {
-        "given": settings.given,
-        "device": str(trainer.args.device),
+        "given": settings.given, "device": str(trainer.args.device),
         "processes": trainer.accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "versions": versions | {name: importlib.metadata.version(name) for name in names},
-        "data": data.counts,
-        "tasks": data.tasks,
-        "fingerprints": fingerprints,
-    }
-
-
-def beginnings(network: Any) -> Iterator[list]:
-    """Of every weight: enough to tell models apart, without reading them all."""
-    for name, value in network.state_dict().items():
-        if "lora_" not in name:
-            yield [list(value.shape), value.flatten()[:1024].float().tolist()]
-
-
-def digest(values: Iterable[list]) -> str:
-    found = hashlib.sha256()
-    for value in values:
-        found.update(json.dumps(value).encode())
-    return found.hexdigest()
+        "versions": environment() | {"trl": trl.__version__, "datasets": datasets.__version__},
+        "data": data.counts, "tasks": data.tasks,
+        "fingerprints": {what: found.hexdigest() for what, found in hashes.items()},
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- commands
 
 
 def stored(path: str) -> dict[str, Any]:
-    """The settings of a run that trains, from its folder. Raises `UserError` without one."""
-    record = read_record(Path(path), path)
+    """The settings of a run that trains, from its folder."""
+    record = report.read_record(Path(path), path)
     if record.selection or "target" in record.given:
         raise UserError(f"{path} is a run of segloss select, which leaves no model")
     return record.given | {"output_dir": path}
+
+
+def evaluated(target: str, told: dict[str, Any]) -> dict[str, Any]:
+    """Of a run its settings with its model, but for those that are told; or a model's name."""
+    folder = Path(target)
+    if not (folder / SETTINGS).is_file():
+        return {"model_name_or_path": target}
+    past = stored(target)
+    if not (folder / TRAINED).is_file():
+        raise UserError(f"{target} has no model yet; segloss train --resume goes on with it")
+    merged = folder / "merged"
+    past["model_name_or_path"] = str(merged if merged.is_dir() else target)
+    unread = {"task_weights", "fsdp", "fsdp_config", "deepspeed"}  # of training, of processes
+    if told.keys() & {"data", "dataset_name"}:  # other rows than the run's
+        unread |= {"data", "dataset_name", "datasets"}
+    return {name: value for name, value in past.items() if name not in unread}
 
 
 def evaluate(settings: Settings) -> None:
@@ -492,9 +473,6 @@ def evaluate(settings: Settings) -> None:
         raise UserError(f"--json {file} exists already; remove it or give another name")
     run = prepare(settings, to_train=False)
     found = {"tasks": run.evaluate("evaluating"), "before": None, "model": name}
-    print(f"\n{summary([Record(name, run.description, results=found)])}")
-    if file:
-        try:
-            write(Path(file), found)
-        except OSError as error:
-            raise UserError(f"cannot write {file}: {error.strerror}") from None
+    print(f"\n{report.summary([report.Record(name, run.description, results=found)])}")
+    if file and run.is_main and not run.trainer.attempt(file, lambda: write(Path(file), found)):
+        raise UserError(f"cannot write {run.trainer.failures[-1]}")

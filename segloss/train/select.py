@@ -7,27 +7,25 @@ estimates are, by fine-tuning on some subsets after all.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import random
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-import torch
+from pandas import DataFrame
 from torch import Tensor
 from tqdm.auto import tqdm
 
-import segloss
 from segloss.integrations.transformers import head_logits
 from segloss.integrations.window import next_tokens
 from segloss.selection import Comparison, GradEx, Sample, Selection
 
 from .config import Options, Settings, doc
 from .errors import UserError
-from .report import SELECTION, aligned, subsets
+from .evaluation import Evaluator, Item
+from .report import SELECTION, aligned, json_lines, subsets
 from .run import Run, prepare, require_new
 from .trainer import Recorder, Trainer
 
@@ -67,10 +65,7 @@ class SelectOptions(Options):
 
 
 def select(settings: Settings) -> None:
-    """Choose tasks, write the folder, and print the choice and the command that trains on it.
-
-    Raises `UserError` for anything the user can put right.
-    """
+    """Choose tasks, write the folder, and print the choice and the command that trains on it."""
     require_new(settings)
     settings.training.save_strategy = "no"
     if "use_peft" not in settings.given:
@@ -85,43 +80,37 @@ def select(settings: Settings) -> None:
     if options.smallest is not None and not 1 <= options.smallest <= len(tasks):
         raise UserError(f"--smallest is {options.smallest}; it takes 1 to {len(tasks)}, the tasks")
     run.open()
-    Selecting(run, options, run.trainer.train_dataset).run_all()
+    Selecting(run, options).run_all()
 
 
 class Selecting:
     """One selection, from the loaded model to the printed command."""
 
-    def __init__(self, run: Run, options: Any, rows: Any):
-        self.run, self.options, self.rows = run, options, rows
-        self.tasks = run.data.tasks
+    def __init__(self, run: Run, options: Any):
+        self.run, self.options, self.tasks = run, options, run.data.tasks
+        self.model, self.rows = run.trainer.model, run.trainer.train_dataset
         self.target = list(options.target or self.tasks)
-        self.model = run.trainer.model
-        self.seconds: dict[str, float] = {}
+        read = [row for row in run.trainer.validation if row["task"] in self.target]
+        self.items = [Item(row["task"], row["input_ids"], row["labels"]) for row in read]
+        self.samples = [Sample(f"{r['task']}-{i}", r["task"], [r]) for i, r in enumerate(read)]
 
     def run_all(self) -> None:
-        options = self.options
+        options, timed = self.options, self.run.timed
         named = self.model.named_parameters()
         begin = {name: p.detach().clone() for name, p in named if p.requires_grad}
         losses = {"before": self._target_loss()}
-        with self._timed("training on all tasks"):
+        with timed("training on all tasks"):
             self._train(self.tasks)
         losses["all_tasks"] = self._target_loss()
-        with self._timed("gradients"):
+        with timed("gradients"):
             gradex = self._gradients()
-        with self._timed("subsets"):
-            samples = self._target_samples() if options.score == "measured" else None
+        with timed("subsets"):
             found = gradex.select(
                 self.target, method=options.method, subsets=options.subsets,
-                smallest=options.smallest, samples=samples,
+                smallest=options.smallest,
+                samples=self.samples if options.score == "measured" else None,
             )  # fmt: skip
-        comparison = self._check(found, begin) if options.check else None
-        self._write(found, comparison, losses)
-
-    @contextlib.contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - start, 1)
+        self._write(found, self._check(found, begin) if options.check else None, losses)
 
     def _train(self, names: Sequence[str], title: str = "") -> None:
         """All steps on some tasks, from the weights that the model has."""
@@ -135,20 +124,12 @@ class Selecting:
         trainer.train()
         gc.collect()  # a Trainer refers to itself, and holds the optimizer's moments
 
-    @torch.no_grad()
     def _target_loss(self) -> float:
         """Cross-entropy per token of the target's validation items, averaged over its tasks."""
-        self.model.eval()
-        size, losses = self.run.trainer.args.per_device_eval_batch_size, []
-        for name in self.target:
-            rows = [row for row in self.run.trainer.validation if row["task"] == name]
-            total = count = 0.0
-            for start in range(0, len(rows), size):
-                logits, target = self._outputs(self.model, rows[start : start + size])
-                total += segloss.cross_entropy(logits, target, reduction="sum").item()
-                count += (target != -100).sum().item()
-            losses.append(total / count)
-        return sum(losses) / len(losses)
+        Evaluator(self.run.trainer, precise=True)(self.items)
+        found = DataFrame([{"task": item.task, **item.found} for item in self.items])
+        sums = found.groupby("task").sum()
+        return float((sums.nll / sums.tokens).mean())
 
     def _outputs(self, model: Any, items: Sequence[dict]) -> tuple[Any, Tensor]:
         """In float32 whatever the training's precision: a gradient's small part is what counts."""
@@ -170,10 +151,9 @@ class Selecting:
                 store=options.gradients or str(self.run.output / "gradients"),
             )  # fmt: skip
             train = [sample for name in self.tasks for sample in self._samples(name)]
-            target = self._target_samples()
-            with tqdm(total=len(train + target), desc="gradients", disable=None) as bar:
+            with tqdm(total=len(train + self.samples), desc="gradients", disable=None) as bar:
                 gradex.collect(train, progress=bar.update)
-                gradex.collect(target, role="target", progress=bar.update)
+                gradex.collect(self.samples, role="target", progress=bar.update)
         except (OSError, ValueError) as error:  # what a full disk has left is used by the next call
             raise UserError(f"--gradients: {error}") from None
         return gradex
@@ -183,10 +163,6 @@ class Selecting:
         rng = random.Random(f"{self.run.trainer.args.seed} gradients {name}")
         chosen = sorted(rng.sample(range(len(rows)), min(self.options.items, len(rows))))
         return [Sample(f"{name}-{i}", name, [list(rows.values())[i]]) for i in chosen]
-
-    def _target_samples(self) -> list[Sample]:
-        rows = [row for row in self.run.trainer.validation if row["task"] in self.target]
-        return [Sample(f"{row['task']}-{i}", row["task"], [row]) for i, row in enumerate(rows)]
 
     def _check(self, found: Selection, begin: dict[str, Tensor]) -> Comparison:
         """Fine-tune on subsets spread evenly over the estimates, from the model as it was."""
@@ -201,12 +177,13 @@ class Selecting:
         return Comparison([tasks for tasks, _ in chosen], [value for _, value in chosen], true)
 
     def _write(self, found: Selection, comparison: Comparison | None, losses: dict) -> None:
+        seconds = {name: round(value, 1) for name, value in self.run.timing.items()}
         true = dict(zip(comparison.subsets, comparison.true, strict=True)) if comparison else {}
-        comparison_error = None if comparison is None else comparison.relative_error
         result = {
             "objective": found.objective, "method": found.method, "score": self.options.score,
             "chosen": list(found.chosen), "estimated": found.estimated, "scores": found.scores,
-            "loss": losses, "seconds": self.seconds, "relative_error": comparison_error,
+            "loss": losses, "seconds": seconds,
+            "relative_error": comparison and comparison.relative_error,
             "subsets": [
                 {"tasks": list(tasks), "estimated": value, "true": true.get(tasks)}
                 for tasks, value in found.subsets
@@ -217,7 +194,7 @@ class Selecting:
         every = [*run.data.train, *run.data.held_out, *run.data.validation]
         rows = {row["where"]: row for row in every}
         kept = [row_of_user(row) for row in rows.values() if row["task"] in found.chosen]
-        run.save("chosen.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        run.save("chosen.jsonl", json_lines(kept))
         run.save(config.name, self._settings())
         checked = f"checked by fine-tuning, from the model as it was:\n{comparison}\n\n"
         run.finish(
@@ -225,7 +202,7 @@ class Selecting:
             f"before training {losses['before']:.4f}, after training on all tasks "
             f"{losses['all_tasks']:.4f}\n\n{aligned(*subsets(result), words=(0,))}\n\n"
             f"{checked if comparison else ''}"
-            f"{', '.join(f'{name} {value} s' for name, value in self.seconds.items())}\n\n"
+            f"{', '.join(f'{name} {value} s' for name, value in seconds.items())}\n\n"
             f"chosen: {' '.join(found.chosen)}\ntrain on them with\n"
             f"    segloss train --config {config}\n"
         )

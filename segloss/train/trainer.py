@@ -6,7 +6,6 @@ last: a kill, a disk or a copy that damaged it since is seen.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -14,23 +13,22 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from filelock import FileLock, Timeout
+from accelerate.utils import gather_object
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from segloss.integrations.trl import SFTTrainer
 
 from .data import say
 from .errors import UserError, first_line
-from .report import METRICS, read_lines, write
+from .report import METRICS, json_lines, write
 
 MANIFEST, PREFIX = "manifest.json", "checkpoint-"
 
@@ -41,14 +39,16 @@ class Trainer(SFTTrainer):
     `failures` says what it was; the checkpoint before is kept.
     """
 
+    validation: Sequence[dict] = ()  # the tokenised rows
+    coba: Any = None  # the `CoBaCallback`, whose losses are noted
+
     def __init__(self, *args: Any, **kwargs: Any):
         self.failures: list[str] = []
         super().__init__(*args, **kwargs)
         self.keep, self.args.save_total_limit = self.args.save_total_limit, None
         self.save_callbacks = self.callback_handler.on_save
         self.callback_handler.on_save = lambda args, state, control: control
-        self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any) -> Any:
         """TRL ends a text with the end of text, and some tokenizers do so again."""
@@ -94,9 +94,6 @@ class Trainer(SFTTrainer):
         return True
 
 
-# --------------------------------------------------------------------------------- checkpoints
-
-
 def seal(folder: Path) -> None:
     """Have the disk hold all of a checkpoint, then write its manifest."""
     hashes = {}
@@ -124,12 +121,10 @@ def damage(folder: Path) -> str:
 
 def last_whole(output: Path, remove: bool) -> Path | None:
     """The newest whole checkpoint; damaged ones are named, and with `remove` make room."""
-    names = [path.name.removeprefix(PREFIX) for path in output.glob(f"{PREFIX}*")]
-    for step in sorted((int(name) for name in names if name.isdigit()), reverse=True):
-        folder = output / f"{PREFIX}{step}"
+    for folder in map(Path, reversed(sort_checkpoints(str(output)))):
         found = damage(folder)
         if not found:
-            say(f"resuming after step {step}")
+            say(f"resuming after step {folder.name.removeprefix(PREFIX)}")
             return folder
         say(f"{folder} is damaged: {found}; trying the one before")
         if remove:
@@ -138,24 +133,15 @@ def last_whole(output: Path, remove: bool) -> Path | None:
     return None
 
 
-# ------------------------------------------------------------------------- while a run trains
-
-
 @dataclass(eq=False)
 class Recorder(TrainerCallback):
     """Metrics on disk as soon as they exist, progress, Ctrl-C, the time limit, and NaN seen."""
 
     trainer: Trainer
-    tasks: Sequence[str]
-    """In the order of `task_ids`."""
-    deadline: float = math.inf
-    """When training must end, by `time.monotonic`."""
-    coba: Any = None
-    """The `CoBaCallback`, whose losses are noted."""
-    title: str = ""
-    """Of the lines of progress; with it nothing is written to disk."""
-    stopped: str = ""
-    """What ended training before its last step: "time limit", "interrupt"."""
+    tasks: Sequence[str]  # in the order of `task_ids`
+    deadline: float = math.inf  # when training must end, by `time.monotonic`
+    title: str = ""  # of the lines of progress; with it nothing is written to disk
+    stopped: str = ""  # what ended training before its last step: "time limit", "interrupt"
     _pending: bytes = b""
     _file: Any = None
 
@@ -165,15 +151,13 @@ class Recorder(TrainerCallback):
             if "num_tokens" in row:
                 self.trainer._num_tokens.fill_(row["num_tokens"] * state.is_world_process_zero)
         if state.is_world_process_zero and not self.title:
-            self._file = reopened(Path(args.output_dir) / METRICS, state.global_step)
-        try:
-            self._previous = signal.signal(signal.SIGINT, self._interrupted)
-        except ValueError:  # not in the main thread
-            self._previous = None
+            path = Path(args.output_dir) / METRICS
+            write(path, json_lines(state.log_history))
+            self._file = path.open("ab", buffering=0)
+        self._previous = signal.signal(signal.SIGINT, self._interrupted)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        signal.signal(signal.SIGINT, self._previous)
         if self._file is not None:
             self._file.close()
             if self._pending:
@@ -185,84 +169,49 @@ class Recorder(TrainerCallback):
         self.stopped = "interrupt"
         say("interrupted: saving after this step (again: stop at once)")
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._step_begun = time.monotonic()
-
     def on_step_end(self, args, state, control, **kwargs):
         now = time.monotonic()
-        if 2 * now - self._step_begun > self.deadline and not self.stopped:
+        self._each = (now - self._begun) / (state.global_step - self._first)
+        if now + self._each > self.deadline and not self.stopped:
             self.stopped = "time limit"
-        if self._any(bool(self.stopped)) and state.global_step < state.max_steps:
+        # where one process stops, all do, at the same step
+        if any(gather_object([bool(self.stopped)])) and state.global_step < state.max_steps:
             self.stopped = self.stopped or "interrupt"
             control.should_training_stop = True
             control.should_save = self.stopped == "interrupt" or args.save_strategy != "no"
         # what is summed for the next line of metrics is not in a checkpoint
         control.should_log = control.should_log or control.should_save
 
-    def _any(self, flag: bool) -> bool:
-        """Whether it is so on any process: they have to stop at the same step."""
-        if self.trainer.accelerator.num_processes == 1:
-            return flag
-        flags = torch.tensor(int(flag), device=self.trainer.args.device)
-        return bool(self.trainer.accelerator.reduce(flags).item())
-
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "grad_norm"):
-            if not math.isfinite((logs or {}).get(name, 0.0)):
+            if not math.isfinite(logs.get(name, 0.0)):
                 raise UserError(
                     f"the training's {name} is {logs[name]} at step {state.global_step}; a lower "
                     f"--learning_rate may help; the steps before are in {args.output_dir}"
                 )
-        if not logs or not state.is_world_process_zero or "train_runtime" in logs:
+        if not state.is_world_process_zero or "train_runtime" in logs:
             return
-        if self._file is not None:
-            self._write(self._row(logs, state))
-        if "loss" in logs:
-            done = state.global_step - self._first
-            each = (time.monotonic() - self._begun) / max(1, done)
-            left = each * (state.max_steps - state.global_step)
-            say(
-                f"{self.title}step {state.global_step} of {state.max_steps}: loss "
-                f"{logs['loss']:.3f}, {each:.2f} s a step, {left // 60:.0f} min {left % 60:.0f} s "
-                "left"
-            )
-
-    def _row(self, logs: dict[str, Any], state: Any) -> dict[str, Any]:
-        row: dict[str, Any] = {"step": state.global_step}
-        row |= {k: v for k, v in logs.items() if isinstance(v, int | float)}
+        logged: dict[str, Any] = state.log_history[-1]
+        row: dict[str, Any] = {k: v for k, v in logged.items() if isinstance(v, int | float)}
         if "task_weight_0" in row:
             weights = [row.pop(f"task_weight_{i}") for i in range(len(self.tasks))]
             row["task_weight"] = dict(zip(self.tasks, weights, strict=True))
-            row["divergence_factor"] = float(self.coba.coba.divergence_factor)
-            losses = self.coba.losses.tolist()
+            losses = self.trainer.coba.losses.tolist()
             row["validation_loss"] = dict(zip(self.tasks, losses, strict=True))
-        return row
+        state.log_history[-1] = row  # which a checkpoint holds
+        if self._file is not None:
+            self._write(row)
+        if "loss" in logs:
+            left = self._each * (state.max_steps - state.global_step)
+            where = f"{self.title}step {state.global_step} of {state.max_steps}"
+            rest = f"{left // 60:.0f} min {left % 60:.0f} s left"
+            say(f"{where}: loss {logs['loss']:.3f}, {self._each:.2f} s a step, {rest}")
 
     def _write(self, row: dict[str, Any]) -> None:
         """Lines of a full disk wait in memory until there is room again."""
-        self._pending += json.dumps(row).encode() + b"\n"
+        self._pending += json_lines([row]).encode()
         try:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError:
             pass
-
-
-def reopened(path: Path, step: int) -> Any:
-    """metrics.jsonl without the lines after a step, to append to."""
-    kept = [row for row in read_lines(path) if step and row["step"] <= step]
-    text = "".join(json.dumps(row) + "\n" for row in kept)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        write(path, text)
-    return path.open("ab", buffering=0)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Have a file to oneself. Raises `UserError` where another process has it."""
-    try:
-        with FileLock(f"{path}.lock", timeout=0):
-            yield
-    except Timeout:
-        text = f"the run in {path.parent} is still going on in another process"
-        raise UserError(text) from None

@@ -30,7 +30,8 @@ def fresh(run):
 def test_sums_answers_and_choices_are_those_of_a_plain_loop(run, tokenizer, head):
     items = fresh(run)
     run.trainer.args.per_device_eval_batch_size = 3
-    Evaluator(run.trainer, head)(items)
+    run.trainer.head = head
+    Evaluator(run.trainer)(items)
     model = run.trainer.model.eval()
     for item in items:
         with torch.no_grad():
@@ -207,7 +208,7 @@ def test_a_model_whose_head_cannot_be_fused_says_what_to_do(run, monkeypatch):
     def refuse(*args, **kwargs):
         raise TypeError("BertLMHeadModel has no decoder below its head")
 
-    monkeypatch.setattr("segloss.train.evaluation.head_loss", refuse)
+    monkeypatch.setattr("segloss.train.evaluation.loss_of", refuse)
     with pytest.raises(UserError, match="below its head; --head logits takes the model's own"):
         Evaluator(run.trainer)(fresh(run))
 

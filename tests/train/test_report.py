@@ -120,7 +120,7 @@ def test_page_and_pictures(command, tmp_path):
 
 def test_pictures_say_what_the_runs_hold(tmp_path):
     """Names and numbers of the figures themselves: nothing overlaps, ticks are whole."""
-    from segloss.train.figures import pictures
+    from segloss.train.page import pictures
 
     runs = [write_run(tmp_path / "ce", "ce"), write_run(tmp_path / "mix", "ce")]
     runs.append(write_selection(tmp_path / "choice"))
@@ -149,6 +149,41 @@ def test_pictures_say_what_the_runs_hold(tmp_path):
     assert [text.get_text() for text in axis.texts] == ["a+b", "a"]
     boxes = [text.get_window_extent() for text in axis.texts]
     assert len(boxes) == 2 and not boxes[0].overlaps(boxes[1])
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    """JSON that any tool reads; read back as nothing, of which no picture has a point."""
+    from segloss.train.page import pictures
+    from segloss.train.trainer import Recorder
+
+    folder = write_run(tmp_path / "run", "ce")
+    losses = {"colours": float("inf"), "a|b": 0.5}
+    recorder = Recorder(None, [])
+    with (folder / "metrics.jsonl").open("ab", buffering=0) as recorder._file:
+        recorder._write(
+            {"step": 10, "loss": 0.25, "entropy": float("nan"), "validation_loss": losses}
+        )
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+    nulls = {
+        "step": 10,
+        "loss": 0.25,
+        "entropy": None,
+        "validation_loss": losses | {"colours": None},
+    }
+    assert json.loads(last, parse_constant=refuse) == nulls
+    (record,) = report.read_records([str(folder)])
+    assert record.metrics[-1] == nulls
+    drawn = {picture.name: picture.figure for picture in pictures([record])}
+    steps = {
+        a.get_title(): [len(line.get_xdata()) for line in a.lines] for a in drawn["training"].axes
+    }
+    assert steps["training loss, as weighted"] == [10, 10]
+    assert steps["entropy (nats)"] == [9, 9]
+    assert steps["validation loss of the tasks"] == [9, 9, 10, 10]
 
 
 def test_unfinished_runs_are_read(command, train, tmp_path):
