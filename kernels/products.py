@@ -133,7 +133,7 @@ class GradBlock:
 
     values: Tensor  # (R, C)
     row_scale: Tensor | None = None  # (R, 1)
-    target: Tensor | None = None  # (R,)
+    target: Tensor | None = None  # (R,), None where no target has a part of its own
     target_grad: Tensor | None = None  # (R,)
 
     def times(
@@ -154,7 +154,8 @@ class GradBlock:
             result = product(self.values, matrix, rounded=rounded)
         else:
             result = product(self.values, matrix) * self.row_scale
-            result.addcmul_(matrix[self.target], self.target_grad[:, None])
+            if self.target is not None:
+                result.addcmul_(matrix[self.target], self.target_grad[:, None])
         return result if plus is None else plus.add_(result)
 
     def contract(
@@ -171,6 +172,8 @@ class GradBlock:
             return contract_rows(self.values, matrix, scale, plus, out, rounded=rounded)
         scaled = (matrix * self.row_scale).to(matrix.dtype)
         result = contract_rows(self.values, scaled, scale, plus, out)
+        if self.target is None:
+            return result
         # added up before they are rounded: a frequent target stands in many rows
         classes, index = torch.unique(self.target, return_inverse=True)
         own = self.row_scale.new_zeros(classes.numel(), matrix.shape[1])

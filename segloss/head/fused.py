@@ -25,7 +25,7 @@ from segloss.sweep.batch import Batch
 from segloss.sweep.beside import DIVERGENCES, Reading, has_plain, logits_gradient
 from segloss.sweep.request import RowSum, TokenStats
 from segloss.sweep.row_sum import chunk_gradients, finished
-from segloss.sweep.rows import request_stats
+from segloss.sweep.rows import read_spent, request_stats
 
 
 def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenStats]:
@@ -60,22 +60,21 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
     whole = slice(0, head.weight.shape[0])
     # smoothing adds to every column and a filter reads dlogits itself; on a GPU the exponentials
     # would take a second read anyway, and the target's part a synchronisation
-    reads_more = inner.beside.listed is not None or len(request.divergences) > 0
-    factored = not (total.filtering or request.column_sums or reads_more or out.is_cuda)
+    listed, count = inner.beside.listed is not None, len(request.divergences)
     sharding = inputs.sharding
+    plain = total.filtering or request.column_sums or listed or out.is_cuda
+    factored = not (plain or count)
+    # what comes of a single divergence is a number of the row times the gradient of its value
+    spent = count == 1 and not (plain or plan.plain) and sharding.is_whole
     for here in slices:
         z = head.take(here).logits(out)
         target, valid = inner.target[here], inner.valid[here]
-        stats = request_stats(
-            z,
-            target,
-            batch.ignore_index,
-            request,
-            sharding,
-            exp_out=z.data[0] if factored else None,
-        )
-        at = inner.beside.take(here), valid, request.divergences, sharding
-        reading = Reading.of(z, *at, stats)
+        asked, beside = (z, target, batch.ignore_index, request, sharding), inner.beside.take(here)
+        if spent:
+            stats, reading = read_spent(*asked, beside, valid)
+        else:
+            stats = request_stats(*asked, exp_out=z.data[0] if factored else None)
+            reading = Reading.of(z, beside, valid, request.divergences, sharding, stats)
         value, lse, named, terms = chunk_gradients(
             plan, stats, reading, target, weights[here], scale
         )
@@ -83,8 +82,13 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
         log_prob = stats.log_prob.detach()
         listed = None if reading.listed is None else reading.listed.detach()
         collected.append((log_prob, lse, stats.entropy, stats.argmax, listed))
+        if spent and set(named) != {DIVERGENCES}:  # a formula that reads more than its loss says
+            spent, z = False, head.take(here).logits(out)
         if factored:
             block = factored_block(z, terms, log_prob, stats.exp_scale)
+        elif spent:
+            (pair,) = reading.upstream(named[DIVERGENCES])
+            block = GradBlock(z.data[0], pair.grad[:, None])
         else:
             pairs = reading.upstream(named.get(DIVERGENCES))
             dlogits = logits_gradient(z, terms, pairs, z.data[0], has_plain(named))
