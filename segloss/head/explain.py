@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from segloss.head.inplace import WIDTH, rows_in_place, rows_read
 from segloss.head.inputs import Inputs, is_frozen
 from segloss.head.rows import beside_others, block_width, chunk_slices, kept_rows, rows_to_keep
 from segloss.kernels.class_stats import PARTIAL_SUMS
@@ -107,7 +108,10 @@ def plan_of(
     needed, options = inputs.needed(), inputs.options
     num_classes, width = inputs.weight.shape
     row_bytes = num_classes * options.product_dtype.itemsize
+    first = rows_in_place(inputs, num_rows, needed["weight"]) if row_sum and rows is None else 0
     slices = chunk_slices(inputs, num_rows, needed["weight"], row_sum)
+    if first:
+        rows = max(rows_read(inputs, first), num_rows - first)
     rows = max(s.stop - s.start for s in slices) if rows is None else rows
     chunks = cdiv(num_rows, rows) if num_rows else 0
     states = num_rows * width
@@ -144,6 +148,18 @@ def plan_of(
         held["sum"] = sum_bytes(inputs, chunks) if needed["weight"] else 0
         held["merged"] = merged_bytes(inputs, num_rows, rows, num_classes)
         mode = "fused: gradients formed in forward"
+        if first:
+            # beside a block of classes: its part of dweight, dhidden, and what both are made of
+            size = first * width
+            wide = inputs.dtype.itemsize
+            block = min(WIDTH, num_classes) * width * options.product_dtype.itemsize
+            held["dhidden"] = wide * size
+            made = max(block + (wide + 2) * size, (wide + 2) * size)
+            return plan(
+                f"{mode}, logits of {first} tokens in dweight's memory",
+                1 + needed["hidden"] + needed["weight"],
+                [logits + grad["weight"] + held["dhidden"] + made],
+            )
         # a GPU and a filter leave the sum until backward, and only then is the gradient beside it
         late = held["sum"] > 0 and (on_gpu or filtering)
         extra = held["sum"] + held["merged"] + grad.get("hidden", 0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from segloss.head.gradients import Gradients, factored_block
+from segloss.head.inplace import InPlace, rows_in_place, rows_read
 from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
 from segloss.head.rows import (
@@ -16,9 +17,11 @@ from segloss.head.rows import (
     chunk_buffer,
     chunk_slices,
     compact_batch,
+    even_slices,
     kept_rows,
     spread,
 )
+from segloss.kernels.common import Rows
 from segloss.kernels.products import GradBlock
 from segloss.sweep.attach import only_once
 from segloss.sweep.batch import Batch
@@ -51,12 +54,17 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
     num_rows = head.hidden.shape[0]
     request = plan.request
     inputs = beside_others(inputs, inner, request)
-    slices = chunk_slices(inputs, num_rows, needed["weight"], row_sum=True)
-    total = Gradients(inputs, head, needed, groups=len(slices), held=True)
+    first = rows_in_place(inputs, num_rows, needed["weight"])
+    if first:
+        slices = [slice(first, num_rows)] if first < num_rows else []
+    else:
+        slices = chunk_slices(inputs, num_rows, needed["weight"], row_sum=True)
+    total = Gradients(inputs, head, needed, groups=len(slices) + (first > 0), held=True)
     total.threshold = inputs.filter_limit / (plan.denominator * scale)
     loss = torch.zeros((), dtype=inputs.dtype, device=inputs.device)
     collected = []
-    out = chunk_buffer(head, slices)
+    read_at_once = even_slices(first, rows_read(inputs, first)) if first else []
+    out = chunk_buffer(head, [*read_at_once, *slices])
     whole = slice(0, head.weight.shape[0])
     # smoothing adds to every column and a filter reads dlogits itself; on a GPU the exponentials
     # would take a second read anyway, and the target's part a synchronisation
@@ -66,8 +74,10 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
     factored = not (plain or count)
     # what comes of a single divergence is a number of the row times the gradient of its value
     spent = count == 1 and not (plain or plan.plain) and sharding.is_whole
-    for here in slices:
-        z = head.take(here).logits(out)
+
+    def gradient(z: Rows, here: slice) -> GradBlock:
+        """dlogits of some rows over their logits z."""
+        nonlocal loss, spent
         target, valid = inner.target[here], inner.valid[here]
         asked, beside = (z, target, batch.ignore_index, request, sharding), inner.beside.take(here)
         if spent:
@@ -83,20 +93,26 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
         listed = None if reading.listed is None else reading.listed.detach()
         collected.append((log_prob, lse, stats.entropy, stats.argmax, listed))
         if spent and set(named) != {DIVERGENCES}:  # a formula that reads more than its loss says
-            spent, z = False, head.take(here).logits(out)
+            spent, z = False, head.take(here).logits(z.data.view(-1))
         if factored:
-            block = factored_block(z, terms, log_prob, stats.exp_scale)
-        elif spent:
+            return factored_block(z, terms, log_prob, stats.exp_scale)
+        if spent:
             (pair,) = reading.upstream(named[DIVERGENCES])
-            block = GradBlock(z.data[0], pair.grad[:, None])
-        else:
-            pairs = reading.upstream(named.get(DIVERGENCES))
-            dlogits = logits_gradient(z, terms, pairs, z.data[0], has_plain(named))
-            block = GradBlock(dlogits)
-            del pairs
-        del reading  # the teacher's logits
-        total.block(block, here, whole)
-    del z, block, out  # the logits
+            return GradBlock(z.data[0], pair.grad[:, None])
+        pairs = reading.upstream(named.get(DIVERGENCES))
+        return GradBlock(logits_gradient(z, terms, pairs, z.data[0], has_plain(named)))
+
+    if first:
+        rows_there = slice(0, first)
+        there = InPlace(head.take(rows_there), total.weight_memory())
+        for here in read_at_once:
+            there.put(here, gradient(there.take(here, out), here))
+        for classes, block in there.blocks():
+            total.block(block, rows_there, classes)
+        del there, block
+    for here in slices:
+        total.block(gradient(head.take(here).logits(out), here), here, whole)
+    del out  # the logits
     grads = total.result(rows)
     num_tokens = batch.target.numel()
     columns = [
