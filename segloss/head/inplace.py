@@ -19,7 +19,7 @@ from segloss.kernels.products import GradBlock
 # classes of a block: its part of dweight is made beside it, and dhidden added up once for each
 WIDTH = 8192
 # logits of the rows that are read at a time, which lie in order then
-READ_BYTES = 16 << 20
+READ_BYTES = 32 << 20
 
 
 def rows_in_place(inputs: Inputs, num_rows: int, trained: bool) -> int:
@@ -78,6 +78,5 @@ class InPlace:
             if target is None:
                 yield classes, GradBlock(part, row_scale)
                 continue
-            here = (target >= classes.start) & (target < classes.stop)
-            column = torch.where(here, target - classes.start, 0)
-            yield classes, GradBlock(part, row_scale, column, torch.where(here, own, 0))
+            here = ((target >= classes.start) & (target < classes.stop)).nonzero()[:, 0]
+            yield classes, GradBlock(part, row_scale, target[here] - classes.start, own[here], here)
