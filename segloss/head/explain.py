@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -56,7 +57,7 @@ def explain(inputs: Inputs, batch: Batch, asked: Asked) -> str:
     second = seconds_of(batch.beside, asked, *at)
     inputs, row_sum = beside_others(inputs, batch, asked.request), asked.row_sum
     every, peaks = asked.all_classes, asked.request.peaks
-    asks = {"second": second, "column_sums": asked.request.column_sums}
+    asks: dict[str, Any] = {"second": second, "column_sums": asked.request.column_sums}
     plan = plan_of(inputs, row_sum, num_rows, copied, all_classes=every, peaks=peaks, **asks)
     num_classes, width = inputs.weight.shape
     itemsize = inputs.options.product_dtype.itemsize
@@ -79,7 +80,7 @@ def explain(inputs: Inputs, batch: Batch, asked: Asked) -> str:
 
 
 def alternatives(
-    inputs: Inputs, row_sum, num_rows: int, copied: bool, chosen: Plan, asks: dict
+    inputs: Inputs, row_sum, num_rows: int, copied: bool, chosen: Plan, asks: dict[str, Any]
 ) -> list[Plan]:
     """What one, two and four chunks would come to, where the accumulator of dweight decides."""
     trained = inputs.needed()["weight"]
@@ -159,8 +160,8 @@ def plan_of(
             held["sum"] = 0
             held["dhidden"] = inputs.dtype.itemsize * first * width * needed["hidden"]
             begun = grad["weight"] + held["dhidden"]
-            moments = [logits + begun + block + small * first * width, logits + begun + work]
-            return plan(mode, 2 + needed["hidden"], moments)
+            made = max(block + small * first * width, work, beside)
+            return plan(mode, 2 + needed["hidden"], [logits + begun + made])
         # a GPU and a filter leave the sum until backward, and only then is the gradient beside it
         late = held["sum"] > 0 and (on_gpu or filtering)
         extra = held["sum"] + held["merged"] + grad.get("hidden", 0)

@@ -75,7 +75,7 @@ class InPlace:
         parts = ([getattr(block, name) for block in self.done] for name in names)
         row_scale, target, own = (None if p[0] is None else torch.cat(p) for p in parts)
         for classes, part in self.parts:
-            if target is None:
+            if target is None or own is None:
                 yield classes, GradBlock(part, row_scale)
                 continue
             here = ((target >= classes.start) & (target < classes.stop)).nonzero()[:, 0]

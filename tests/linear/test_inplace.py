@@ -103,10 +103,10 @@ def test_loses_what_plain_pytorch_loses(dtype, size, ignored):
 
 
 def test_only_where_dweight_has_the_dtype_of_the_logits():
-    tensors, target = problem(30, 32, torch.float16, ())
+    tensors, _ = problem(30, 32, torch.float16, ())
     given = source(tensors, ()).inputs()
     assert inplace.rows_in_place(given, 30, trained=True) == 0  # its gradient waits in float32
-    tensors, target = problem(30, 32, torch.float32, ())
+    tensors, _ = problem(30, 32, torch.float32, ())
     for options in ({"chunk_bytes": 2**20}, {"grad_filter": 0.5}):
         given = segloss.LinearLogits(**tensors, **options).inputs()
         assert inplace.rows_in_place(given, 30, trained=True) == 0
