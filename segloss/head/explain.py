@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from segloss.head.inplace import WIDTH, rows_in_place, rows_read
+from segloss.head.inplace import WIDTH, fits_in_place, rows_read
 from segloss.head.inputs import Inputs, is_frozen
 from segloss.head.rows import beside_others, block_width, chunk_slices, kept_rows, rows_to_keep
 from segloss.kernels.class_stats import PARTIAL_SUMS
@@ -112,10 +112,10 @@ def plan_of(
     needed, options = inputs.needed(), inputs.options
     num_classes, width = inputs.weight.shape
     row_bytes = num_classes * options.product_dtype.itemsize
-    first = rows_in_place(inputs, num_rows, needed["weight"]) if row_sum and rows is None else 0
+    in_place = row_sum and rows is None and fits_in_place(inputs, num_rows, needed["weight"])
     slices = chunk_slices(inputs, num_rows, needed["weight"], row_sum)
-    if first:
-        rows = max(rows_read(inputs, first), num_rows - first)
+    if in_place:
+        rows = rows_read(inputs, num_rows)
     rows = max(s.stop - s.start for s in slices) if rows is None else rows
     chunks = cdiv(num_rows, rows) if num_rows else 0
     states = num_rows * width
@@ -153,14 +153,14 @@ def plan_of(
         held["sum"] = sum_bytes(inputs, chunks) if needed["weight"] else 0
         held["merged"] = merged_bytes(inputs, num_rows, rows, num_classes)
         mode = "fused: gradients formed in forward"
-        if first:
+        if in_place:
             # beside a block of classes: its part of dweight, dhidden, and what they are made of
-            mode += f", logits of {first} tokens in dweight's memory"
+            mode += ", logits in dweight's memory"
             block = min(WIDTH, num_classes) * width * options.product_dtype.itemsize
             held["sum"] = 0
-            held["dhidden"] = inputs.dtype.itemsize * first * width * needed["hidden"]
+            held["dhidden"] = inputs.dtype.itemsize * states * needed["hidden"]
             begun = grad["weight"] + held["dhidden"]
-            made = max(block + small * first * width, work, beside)
+            made = max(block + small * states, work, beside)
             return plan(mode, 2 + needed["hidden"], [logits + begun + made])
         # a GPU and a filter leave the sum until backward, and only then is the gradient beside it
         late = held["sum"] > 0 and (on_gpu or filtering)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from segloss.head.gradients import Gradients, factored_block
-from segloss.head.inplace import InPlace, rows_in_place, rows_read
+from segloss.head.inplace import InPlace, fits_in_place, rows_read
 from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
 from segloss.head.rows import (
@@ -54,17 +54,16 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
     num_rows = head.hidden.shape[0]
     request = plan.request
     inputs = beside_others(inputs, inner, request)
-    first = rows_in_place(inputs, num_rows, needed["weight"])
-    if first:
-        slices = [slice(first, num_rows)] if first < num_rows else []
+    in_place = fits_in_place(inputs, num_rows, needed["weight"])
+    if in_place:
+        slices = even_slices(num_rows, rows_read(inputs, num_rows))
     else:
         slices = chunk_slices(inputs, num_rows, needed["weight"], row_sum=True)
-    total = Gradients(inputs, head, needed, groups=len(slices) + (first > 0), held=True)
+    total = Gradients(inputs, head, needed, groups=1 if in_place else len(slices), held=True)
     total.threshold = inputs.filter_limit / (plan.denominator * scale)
     loss = torch.zeros((), dtype=inputs.dtype, device=inputs.device)
     collected = []
-    read_at_once = even_slices(first, rows_read(inputs, first)) if first else []
-    out = chunk_buffer(head, [*read_at_once, *slices])
+    out = chunk_buffer(head, slices)
     whole = slice(0, head.weight.shape[0])
     # smoothing adds to every column and a filter reads dlogits itself; on a GPU the exponentials
     # would take a second read anyway, and the target's part a synchronisation
@@ -102,16 +101,16 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
         pairs = reading.upstream(named.get(DIVERGENCES))
         return GradBlock(logits_gradient(z, terms, pairs, z.data[0], has_plain(named)))
 
-    if first:
-        rows_there = slice(0, first)
-        there = InPlace(head.take(rows_there), total.weight_memory())
-        for here in read_at_once:
+    if in_place:
+        there = InPlace(head, total.weight_memory())
+        for here in slices:
             there.put(here, gradient(there.take(here, out), here))
         for classes, block in there.blocks():
-            total.block(block, rows_there, classes)
+            total.block(block, slice(0, num_rows), classes)
         del there, block
-    for here in slices:
-        total.block(gradient(head.take(here).logits(out), here), here, whole)
+    else:
+        for here in slices:
+            total.block(gradient(head.take(here).logits(out), here), here, whole)
     del out  # the logits
     grads = total.result(rows)
     num_tokens = batch.target.numel()

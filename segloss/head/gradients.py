@@ -88,8 +88,8 @@ class Gradients:
         self.sums[name][at] += times(value, self.scale)
 
     def weight_memory(self) -> Tensor:
-        """dweight (V, D) before there is any of it: the dlogits of the first rows may lie there,
-        those of a block of classes in the place of these classes."""
+        """dweight (V, D) before there is any of it: dlogits may lie there, those of a block of
+        classes in the place of these classes."""
         memory = torch.empty_like(self.head.weight, memory_format=torch.contiguous_format)
         self.sums["weight"], self.lies_over = memory, True
         return memory

@@ -1,4 +1,4 @@
-"""Logits of the first rows in the memory of dweight, which is written over them at last.
+"""Logits in the memory of dweight, which is written over them at last.
 
 R rows, at most D; a block of W classes takes R x W logits, and W x D numbers of dweight.
 """
@@ -22,25 +22,24 @@ WIDTH = 8192
 READ_BYTES = 32 << 20
 
 
-def rows_in_place(inputs: Inputs, num_rows: int, trained: bool) -> int:
-    """How many rows of a sum over rows lie there, 0 for none: only where at most one chunk is left,
-    so that dweight needs no other memory to be added up in."""
+def fits_in_place(inputs: Inputs, num_rows: int, trained: bool) -> bool:
+    """Whether the logits of a sum over rows lie there: where they would take several chunks, and
+    all rows fit. Part of them gains little, and costs another product for dweight."""
     options, weight = inputs.options, inputs.weight
     # a gradient in float16 waits in float32
     exact = weight.dtype == options.product_dtype != torch.float16
     chosen = options.chunk_bytes is not None or options.grad_filter > 0
     beside = inputs.other_classes > 0 or not inputs.sharding.is_whole
     if not (trained and exact) or chosen or beside or weight.is_cuda:
-        return 0
+        return False
     step = inputs.chunk_rows(num_rows, trained=False, row_sum=False)
-    first = min(num_rows, weight.shape[1])
-    return first if step < num_rows <= first + step else 0
+    return step < num_rows <= weight.shape[1]
 
 
-def rows_read(inputs: Inputs, first: int) -> int:
+def rows_read(inputs: Inputs, num_rows: int) -> int:
     """How many of them are read at a time."""
     row_bytes = inputs.num_classes * inputs.options.product_dtype.itemsize
-    return min(first, max(1, READ_BYTES // row_bytes))
+    return min(num_rows, max(1, READ_BYTES // row_bytes))
 
 
 class InPlace:

@@ -94,7 +94,6 @@ EXPLAINED = {
     "four chunks": (CE, WIDE, BOTH, torch.bfloat16, False, {"chunk_bytes": 256 * 49152 * 2}),
     "a deep head": (CE, (6000, 8192, 1024), BOTH, torch.bfloat16, False, {}),
     "in place": (CE, (600, 60000, 600), BOTH, torch.bfloat16, False, {}),
-    "in place, a chunk more": (CE, (700, 49152, 384), BOTH, torch.bfloat16, False, {}),
     "in place, smoothed": (SMOOTHED, (600, 60000, 600), BOTH, torch.bfloat16, False, {}),
     "float32": (CE, WIDE, BOTH, torch.float32, False, {}),
     "float16": (CE, WIDE, BOTH, torch.float16, False, {}),
