@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -80,26 +81,49 @@ def parallel(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Resu
     return list(workers(threads, os.getpid()).map(run, items))
 
 
-def exp_(x: Tensor) -> Tensor:
-    """`x.exp_()` for x <= 0; in float32 by `exp2`, which takes torch less than half the time.
+@functools.cache
+def has_fast_exp() -> bool:
+    """Whether `torch.exp` of float32 is MKL's on a CPU of those it is tuned for; on others `exp2`
+    takes less than half its time, on these two thirds more (measured: bench/NOTES.md)."""
+    cpus = Path("/proc/cpuinfo")
+    return (
+        torch.backends.mkl.is_available() and cpus.exists() and "GenuineIntel" in cpus.read_text()
+    )
+
+
+def exp_(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """`exp(x)` for x <= 0 in the place of x, or in `out`; in float32 by the faster of `exp` and
+    `exp2`.
 
     Rounding x * log2(e) costs as much as rounding x did.
     """
-    return x.mul_(math.log2(math.e)).exp2_() if x.dtype == torch.float32 else x.exp_()
+    out = x if out is None else out
+    if x.dtype != torch.float32 or has_fast_exp():
+        return torch.exp(x, out=out)
+    return torch.mul(x, math.log2(math.e), out=out).exp2_()
 
 
 @functools.cache
-def multiplies_and_adds() -> bool:
-    """Whether `torch.add(a, b, alpha=c)` rounds once (a fused multiply-add) in float32, in whole
-    vectors and in what is left of them."""
+def rounds_once() -> bool:
+    """Whether `exponentials` round their exponent once, in whole vectors and in what is left of
+    them: `torch.add(a, b, alpha=c)` is a fused multiply-add then."""
+    if has_fast_exp():
+        return True
     b, c = torch.linspace(1.1, 9.9, 67), torch.tensor(math.log2(math.e))
     exact = b.double() * c.double() - b * c  # the rounding of the product, which a double holds
     return torch.equal(torch.add(-(b * c), b, alpha=c.item()), exact.float())
 
 
-def exponents(z: Tensor, shift: Tensor, out: Tensor) -> Tensor:
-    """`z * log2(e) + shift` in one pass, for z (R, V) and shift (R, 1) of the same scale."""
-    return torch.add(shift, z, alpha=math.log2(math.e), out=out)
+def exponent_unit() -> float:
+    """What `exponentials` multiply exponents by."""
+    return 1.0 if has_fast_exp() else math.log2(math.e)
+
+
+def exponentials(z: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+    """`exp(z + shift / exponent_unit())` in two passes, for z (R, V) and shift (R, 1)."""
+    if has_fast_exp():
+        return torch.add(z, shift, out=out).exp_()
+    return torch.add(shift, z, alpha=exponent_unit(), out=out).exp2_()
 
 
 def bounds(row: Tensor, groups: list[list[Block]]) -> dict[int, int]:

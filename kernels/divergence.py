@@ -28,6 +28,7 @@ from .common import (
     Block,
     KernelRows,
     Rows,
+    bounds,
     exp_,
     jit,
     launcher,
@@ -452,28 +453,55 @@ def subtract_max(z: Tensor, into: Tensor) -> None:
     z.sub_(into[:, None])
 
 
-def sum_of_exp(shifted: Tensor, into: Tensor) -> Tensor:
-    """Row sums (R,) of the exponentials, which replace `shifted`; their logarithm in `into`."""
-    total = exp_(shifted).sum(-1)
+def sum_of_exp(shifted: Tensor, into: Tensor, out: Tensor | None = None) -> Tensor:
+    """Row sums (R,) of the exponentials, which replace `shifted` or are put in `out`; their
+    logarithm in `into`."""
+    total = exp_(shifted, out).sum(-1)
     torch.log(total, out=into)
     return total
+
+
+def softmax(shifted: Tensor, into: Tensor, out: Tensor) -> Tensor:
+    """Probabilities in `out`, maybe the memory of `shifted`; `into` as above."""
+    return out.mul_(sum_of_exp(shifted, into, out).reciprocal_()[:, None])
 
 
 def log_mixture_torch(pair: Pair, p: Tensor, q: Tensor, out: Tensor) -> Tensor:
     """`log(beta q + (1 - beta) p)` in `out`, which may be q; finite where the least p and q have a
     mixture of 0."""
-    return torch.mul(q, pair.beta, out=out).add_(p, alpha=1 - pair.beta).log_().clamp_(min=-1e4)
+    return torch.lerp(p, q, pair.beta, out=out).log_().clamp_(min=-1e4)
+
+
+def mean_of(p: Tensor, x: Tensor, room: Tensor | None) -> tuple[Tensor, bool]:
+    """(sum_j p_ij x_ij (R,), whether `room`, if there is any, got `p (x - that)`): not where an x
+    is infinite; may spend x then, or where there is no room."""
+    if room is not None:
+        mean = torch.mul(p, x, out=room).sum(-1)
+        if mean.isfinite().all():
+            room.addcmul_(p, mean[:, None], value=-1)
+            return mean, True
+    return row_dot(p, x), False
 
 
 def mixed(
-    pair: Pair, log_p: Tensor, log_q: Tensor, rest: list[Tensor], value: Tensor, center: Tensor
-) -> None:
-    """The two numbers of "jsd", of one block of rows; the logarithms are spent, of the rest are p,
-    q and room for log m."""
+    pair: Pair,
+    log_p: Tensor,
+    log_q: Tensor,
+    rest: list[Tensor],
+    value: Tensor,
+    center: Tensor,
+    grads: bool = False,
+) -> Tensor | None:
+    """The two numbers of "jsd", of one block of rows, and with `grads` the value's gradient unless
+    a logarithm is infinite; those are spent, of the rest are p, q and room for log m."""
     p, q, log_m = rest
     log_mixture_torch(pair, p, q, log_m)
-    center.copy_(row_dot(p, log_p.sub_(log_m)))
-    value.copy_(pair.beta * row_dot(q, log_q.sub_(log_m)) + (1 - pair.beta) * center)
+    log_q.sub_(log_m)
+    log_p.sub_(log_m)
+    found, formed = mean_of(p, log_p, log_m if grads else None)
+    center.copy_(found)
+    value.copy_(pair.beta * row_dot(q, log_q) + (1 - pair.beta) * center)
+    return log_m.mul_(1 - pair.beta) if formed else None
 
 
 def block_mixture(pair: Pair, raw: Tensor, here: slice, buffers: list[Tensor]) -> None:
@@ -486,8 +514,8 @@ def block_mixture(pair: Pair, raw: Tensor, here: slice, buffers: list[Tensor]) -
     loaded(pair.teacher, raw_rows(pair.teacher, here), w)
     log_p = u.sub_(student_max[:, None]).sub_(student_sum[:, None])
     log_q = w.sub_(teacher_max[:, None]).sub_(teacher_sum[:, None])
-    exp_(rest[0].copy_(log_p))
-    exp_(rest[1].copy_(log_q))
+    exp_(log_p, rest[0])
+    exp_(log_q, rest[1])
     mixed(pair, log_p, log_q, rest, value, center)
 
 
@@ -498,14 +526,19 @@ def block_divergence(
     buffers: list[Tensor],
     known: bool = False,
     both: bool = True,
-) -> None:
-    """All numbers of one block of rows; `known`: whether the student's normaliser is there,
-    `both`: whether "jsd" goes on to its second pass."""
+    grads: bool = False,
+) -> Tensor | None:
+    """All numbers of one block of rows, and with `grads` the gradient (R, V) of each row's value.
+
+    `known`: whether the student's normaliser is there, `both`: whether "jsd" goes on to its second
+    pass.
+    """
     value, student_max, student_sum, teacher_max, teacher_sum, center = (
         v[here] for v in pair.numbers
     )
     u, w, t, *rest = (buffer[: raw.shape[0]] for buffer in buffers)
     loaded(pair.student, raw, u)
+    slope = pair.student.slope(u) if grads else 1.0
     if known:
         u.sub_(student_max[:, None])
     else:
@@ -513,64 +546,96 @@ def block_divergence(
     if pair.kind in ("forward", "reverse", "jsd"):
         loaded(pair.teacher, raw_rows(pair.teacher, here), w)
         subtract_max(w, teacher_max)
+    dz: Tensor | None = None
     if pair.kind == "forward":
-        torch.sub(w, u, out=t)
-        total = sum_of_exp(w, teacher_sum)
-        mean = row_dot(w, t) / total
-        if not known:
+        q = softmax(w, teacher_sum, t)
+        mean = row_dot(q, w.sub_(u))
+        if grads:
+            dz = softmax(u, student_sum, u).sub_(q)
+        elif not known:
             sum_of_exp(u, student_sum)
         torch.add(mean, student_sum - teacher_sum, out=value)
     elif pair.kind == "reverse":
-        torch.sub(u, w, out=t)
-        total = sum_of_exp(u, student_sum)
+        p = softmax(u, student_sum, t)
+        log_ratio = u.sub_(w)
         sum_of_exp(w, teacher_sum)
-        torch.add(row_dot(u, t) / total, teacher_sum - student_sum, out=value)
+        mean, formed = mean_of(p, log_ratio, w if grads else None)
+        torch.add(mean, teacher_sum - student_sum, out=value)
         center.copy_(value)
+        dz = w if formed else None
     elif pair.kind == "jsd":
-        p, q = t.copy_(u), rest[0].copy_(w)
-        p.mul_(sum_of_exp(p, student_sum).reciprocal_()[:, None])
-        q.mul_(sum_of_exp(q, teacher_sum).reciprocal_()[:, None])
+        p, q = softmax(u, student_sum, t), softmax(w, teacher_sum, rest[0])
         if both:
             log_p, log_q = u.sub_(student_sum[:, None]), w.sub_(teacher_sum[:, None])
-            mixed(pair, log_p, log_q, [p, q, rest[1]], value, center)
+            dz = mixed(pair, log_p, log_q, [p, q, rest[1]], value, center, grads)
     elif pair.kind == "targets":
         w.copy_(raw_rows(pair.teacher, here))
         if pair.column_weight is not None:
             w.mul_(pair.column_weight)
         torch.sum(w, -1, out=teacher_sum)
         dot = row_dot(w, t.copy_(u))
-        if not known:
+        if grads:
+            dz = softmax(u, student_sum, u).mul_(teacher_sum[:, None]).sub_(w)
+        elif not known:
             sum_of_exp(u, student_sum)
         torch.sub(teacher_sum * student_sum, dot, out=value)
     else:
-        if not known:
+        if grads:
+            dz = softmax(u, student_sum, u)
+        elif not known:
             sum_of_exp(u, student_sum)
         torch.add(student_max, student_sum, out=value)
+    if not grads:
+        return None
+    if dz is None:  # some number was infinite
+        return block_divergence_grad(pair, raw, here, buffers, torch.ones_like(value))
+    return dz if isinstance(slope, float) and slope == 1 else dz.mul_(slope)
 
 
-def over_blocks(pair: Pair, block: Callable) -> None:
-    """Fill the pair's numbers by `block(pair, raw rows, their slice, buffers)`."""
+def over_blocks(pair: Pair, block: Callable, out: Tensor | None = None) -> None:
+    """Fill the pair's numbers by `block(pair, raw rows, their slice, buffers)`, and `out` (N, V)
+    with what it returns, 0 at ignored rows."""
     student, count = pair.student, 5 if pair.kind == "jsd" else 3
+    groups = student.blocks(matrices=MATRICES)
+    valid_before = bounds(pair.valid.nonzero()[:, 0], groups)
 
     def work(group: list[Block]) -> None:
         size = max(last - first for first, last, _ in group)
         buffers = [student.new(size, pair.width) for _ in range(count)]
         for first, last, raw in group:
-            if pair.valid[first:last].any():
-                block(pair, raw, slice(first, last), buffers)
+            here = slice(first, last)
+            num_valid = valid_before[last] - valid_before[first]
+            found = block(pair, raw, here, buffers) if num_valid else None
+            if out is not None:
+                put(found, pair.valid[here], num_valid == last - first, out[here])
 
-    parallel(work, student.blocks(matrices=MATRICES))
+    parallel(work, groups)
     for vector in pair.numbers:
         vector.masked_fill_(~pair.valid, 0)
 
 
-def block_divergence_grad(pair: Pair, raw: Tensor, here: slice, buffers: list[Tensor]) -> Tensor:
-    """The gradient (R, V) of one block of rows, in the first buffer."""
+def put(dz: Tensor | None, valid: Tensor, every: bool, out: Tensor) -> None:
+    """A gradient (R, W) in the first columns of `out` (R, V), the rest and ignored rows 0."""
+    if dz is None:
+        out.zero_()
+        return
+    if not every:
+        dz.masked_fill_(~valid[:, None], 0)
+    out[:, : dz.shape[1]].copy_(dz)
+    if dz.shape[1] < out.shape[1]:
+        out[:, dz.shape[1] :].zero_()
+
+
+def block_divergence_grad(
+    pair: Pair, raw: Tensor, here: slice, buffers: list[Tensor], grad: Tensor
+) -> Tensor:
+    """The gradient (R, V) of one block of rows, whose values have the gradient `grad` (R,), in one
+    of the buffers."""
     _, student_max, student_sum, teacher_max, teacher_sum, center = (
         v[here, None] for v in pair.numbers
     )
-    upstream = pair.grad[here, None]
-    u, w, t = (buffer[: raw.shape[0]] for buffer in buffers)
+    upstream = grad[:, None]
+    u, w, t = (buffer[: raw.shape[0]] for buffer in buffers[:3])
     loaded(pair.student, raw, u)
     slope = pair.student.slope(u)
     u.sub_(student_max)
@@ -587,7 +652,7 @@ def block_divergence_grad(pair: Pair, raw: Tensor, here: slice, buffers: list[Te
         exp_(u).mul_(t)
     elif pair.kind == "jsd":
         log_p, q = u.clamp_(min=-1e30).sub_(student_sum), exp_(w.sub_(teacher_sum))
-        p = exp_(t.copy_(log_p))
+        p = exp_(log_p, t)
         log_m = log_mixture_torch(pair, p, q, out=q)
         log_p.sub_(log_m).sub_(center).mul_(upstream * (1 - pair.beta)).mul_(p)
     elif pair.kind == "targets":
@@ -604,6 +669,7 @@ def divergence_grad_torch(
 ) -> None:
     """The twin adds all terms of a row block up before it rounds them, once."""
     groups, valid = student.blocks(matrices=MATRICES), pairs[0].valid
+    valid_before = bounds(valid.nonzero()[:, 0], groups)
     vectors = None if plain is None else RowVectors.of(student, plain, groups)
     num_classes = student.num_classes
     alone = plain is None and len(pairs) == 1
@@ -614,7 +680,8 @@ def divergence_grad_torch(
         total = None if alone else student.new(size, num_classes)
         for first, last, raw in group:
             here, out = slice(first, last), dlogits[first:last]
-            if not valid[here].any():
+            num_valid = valid_before[last] - valid_before[first]
+            if num_valid == 0:
                 out.zero_()
                 continue
             if plain is not None:
@@ -624,13 +691,12 @@ def divergence_grad_torch(
                 total.zero_()
             for pair in pairs:
                 scratch = [b.view(-1)[: size * pair.width].view(size, -1) for b in buffers]
-                part = block_divergence_grad(pair, raw[:, : pair.width], here, scratch)
+                grad = pair.grad[here]
+                part = block_divergence_grad(pair, raw[:, : pair.width], here, scratch, grad)
                 if not alone:
                     total[: last - first, : pair.width].add_(part)
             dz = part if alone else total[: last - first]
-            dz.masked_fill_(~valid[here, None], 0)
-            out[:, dz.shape[1] :].zero_()
-            out[:, : dz.shape[1]].copy_(dz)
+            put(dz, valid[here], num_valid == last - first, out)
 
     parallel(work, groups)
 
@@ -638,25 +704,29 @@ def divergence_grad_torch(
 # ------------------------------------------------------------------------------------- launchers
 
 
-def divergence(pair: Pair, known: tuple[Tensor, Tensor] | None = None) -> Pair:
+def divergence(
+    pair: Pair, known: tuple[Tensor, Tensor] | None = None, out: Tensor | None = None
+) -> Pair:
     """Fills the pair's numbers: one value per row, of the kind named at the head of this file.
 
     `known` may be the student's (row_max, log_sum) over these very columns, which spares the twin
-    an exponential. Numbers have the student's compute dtype.
+    an exponential. `out` (N, V), maybe the memory of the logits, gets the gradient of each row's
+    value, while the exponentials are there; not on a GPU. Numbers have the student's compute dtype.
     """
     student = pair.student
     if not fresh(pair):
         return pair
-    if use_triton(student.data):
+    if use_triton(student.data) and out is None:
         divergence_triton(student, pair)
         if pair.kind == "jsd":
             mixture_triton(student, pair)
         return pair
-    known = known if pair.kind in ("forward", "targets", "lse") else None
+    known = known if out is None and pair.kind in ("forward", "targets", "lse") else None
     if known is not None:
         pair.numbers.student_max.copy_(known[0])
         pair.numbers.student_sum.copy_(known[1])
-    over_blocks(pair, functools.partial(block_divergence, known=known is not None))
+    block = functools.partial(block_divergence, known=known is not None, grads=out is not None)
+    over_blocks(pair, block, out)
     return pair
 
 

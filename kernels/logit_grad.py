@@ -13,7 +13,6 @@ written p (prob_coef + v) + v (1 - p), with v (1 - p) from the row's accurate lo
 
 from __future__ import annotations
 
-import math
 from collections import namedtuple
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -28,12 +27,13 @@ from .common import (
     bounds,
     cdiv,
     exp_,
-    exponents,
+    exponent_unit,
+    exponentials,
     jit,
     launcher,
     load_logits,
-    multiplies_and_adds,
     parallel,
+    rounds_once,
     row_offset,
     row_tile,
     tl,
@@ -347,10 +347,10 @@ class RowVectors:
             bounds(terms.valid.nonzero()[:, 0], groups),
         )
         plain = terms.entropy_grad is None and terms.class_grad is None
-        if plain and rows.dtype == torch.float32 and multiplies_and_adds():
-            log_size = terms.prob_coef.abs().log2()
+        if plain and rows.dtype == torch.float32 and rounds_once():
+            log_size = terms.prob_coef.abs().log()
             lse = terms.row_max + terms.log_sum
-            vectors.shift = (log_size - lse * math.log2(math.e))[:, None]
+            vectors.shift = ((log_size - lse) * exponent_unit())[:, None]
             if bool((terms.prob_coef < 0).any()):
                 vectors.sign = terms.prob_coef.sign()[:, None]
         if terms.entry_row is not None:
@@ -410,7 +410,7 @@ def block_grad(
     here = slice(first, last)
     log_p = None
     if vectors.shift is not None:
-        exponents(z, vectors.shift[here], dz).exp2_()
+        exponentials(z, vectors.shift[here], dz)
         if vectors.sign is not None:
             dz.mul_(vectors.sign[here])
         return block_rest(rows, z, terms, vectors, first, last, dz, None)

@@ -133,8 +133,9 @@ class GradBlock:
 
     values: Tensor  # (R, C)
     row_scale: Tensor | None = None  # (R, 1)
-    target: Tensor | None = None  # (R,)
-    target_grad: Tensor | None = None  # (R,)
+    target: Tensor | None = None  # (M,), None where no target has a part of its own
+    target_grad: Tensor | None = None  # (M,)
+    target_row: Tensor | None = None  # (M,) the rows that have a target here, None for all
 
     def times(
         self,
@@ -154,7 +155,10 @@ class GradBlock:
             result = product(self.values, matrix, rounded=rounded)
         else:
             result = product(self.values, matrix) * self.row_scale
-            result.addcmul_(matrix[self.target], self.target_grad[:, None])
+            if self.target_row is not None:
+                result[self.target_row] += matrix[self.target] * self.target_grad[:, None]
+            elif self.target is not None:
+                result.addcmul_(matrix[self.target], self.target_grad[:, None])
         return result if plus is None else plus.add_(result)
 
     def contract(
@@ -171,10 +175,13 @@ class GradBlock:
             return contract_rows(self.values, matrix, scale, plus, out, rounded=rounded)
         scaled = (matrix * self.row_scale).to(matrix.dtype)
         result = contract_rows(self.values, scaled, scale, plus, out)
+        if self.target is None:
+            return result
         # added up before they are rounded: a frequent target stands in many rows
         classes, index = torch.unique(self.target, return_inverse=True)
         own = self.row_scale.new_zeros(classes.numel(), matrix.shape[1])
-        own.index_add_(0, index, matrix * self.target_grad[:, None])
+        rows = matrix if self.target_row is None else matrix[self.target_row]
+        own.index_add_(0, index, rows * self.target_grad[:, None])
         result[classes] = (result[classes] + times(own, scale)).to(result.dtype)
         return result
 

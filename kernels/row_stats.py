@@ -5,7 +5,6 @@ N rows, V columns. A row whose target is `ignore_index` is never read; all its s
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -18,12 +17,13 @@ from .common import (
     Rows,
     bounds,
     exp_,
-    exponents,
+    exponent_unit,
+    exponentials,
     jit,
     launcher,
     load_logits,
-    multiplies_and_adds,
     parallel,
+    rounds_once,
     row_offset,
     row_tile,
     tile_columns,
@@ -196,8 +196,8 @@ def row_stats_triton(
 
 
 def multiplies(rows: Rows, stats: RowStats) -> bool:
-    """Whether the twin takes exponents by one multiply-add: nothing else asks for `z - max`."""
-    return stats.entropy is None and rows.dtype == torch.float32 and multiplies_and_adds()
+    """Whether the twin takes exponents in one pass: nothing else asks for `z - max`."""
+    return stats.entropy is None and rows.dtype == torch.float32 and rounds_once()
 
 
 def row_stats_torch(
@@ -256,14 +256,14 @@ def sums_from_target(
     Where the maximum is so far above that float32's range might not do, the row is read again.
     """
     total = stats.log_sum.fill_(1)
-    shift = stats.row_max.copy_(z_y)[:, None] * -math.log2(math.e)
+    shift = stats.row_max.copy_(z_y)[:, None] * -exponent_unit()
 
     def work(group: list[Block]) -> None:
         buffer = rows.new(max(last - first for first, last, _ in group), rows.num_classes)
         for first, last, raw in group:
             if valid_before[first] < valid_before[last]:
                 place = buffer[: last - first]
-                exp_z = exponents(rows.load(raw, place), shift[first:last], place).exp2_()
+                exp_z = exponentials(rows.load(raw, place), shift[first:last], place)
                 torch.sum(exp_z, -1, out=total[first:last])
 
     def from_maximum(some: Tensor) -> None:
@@ -274,7 +274,7 @@ def sums_from_target(
 
     parallel(work, blocks)
     # the rounding of the shift is one factor of the whole row, which the target's own 1 tells
-    at_target = exponents(z_y[:, None], shift, torch.empty_like(shift)).exp2_()
+    at_target = exponentials(z_y[:, None], shift, torch.empty_like(shift))
     total.div_(at_target[:, 0]).clamp_(min=1)
     far = (~(total < FAR)).nonzero()[:, 0]
     parallel(from_maximum, far.split(max(1, BLOCK_BYTES // (4 * rows.num_classes))))
@@ -313,9 +313,9 @@ def block_stats(
     floored, place = None, buffer[: z.shape[0]]
     if multiplies(rows, stats):
         # the rounding of the shift is one factor of the whole row, which the maximum's 1 tells
-        shift = row_max[:, None] * -math.log2(math.e)
-        at_max = exponents(row_max[:, None], shift, torch.empty_like(shift)).exp2_()
-        exp_z = exponents(z, shift, place).exp2_()
+        shift = row_max[:, None] * -exponent_unit()
+        at_max = exponentials(row_max[:, None], shift, torch.empty_like(shift))
+        exp_z = exponentials(z, shift, place)
         total = torch.sum(exp_z, -1, out=stats.log_sum[here])
         total.div_(at_max[:, 0]).clamp_(min=1).masked_fill_(nothing, 0)
     else:

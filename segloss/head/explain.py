@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from segloss.head.inplace import WIDTH, fits_in_place, rows_read
 from segloss.head.inputs import Inputs, is_frozen
 from segloss.head.rows import beside_others, block_width, chunk_slices, kept_rows, rows_to_keep
 from segloss.kernels.class_stats import PARTIAL_SUMS
@@ -55,7 +57,8 @@ def explain(inputs: Inputs, batch: Batch, asked: Asked) -> str:
     second = seconds_of(batch.beside, asked, *at)
     inputs, row_sum = beside_others(inputs, batch, asked.request), asked.row_sum
     every, peaks = asked.all_classes, asked.request.peaks
-    plan = plan_of(inputs, row_sum, num_rows, copied, all_classes=every, second=second, peaks=peaks)
+    asks: dict[str, Any] = {"second": second, "column_sums": asked.request.column_sums}
+    plan = plan_of(inputs, row_sum, num_rows, copied, all_classes=every, peaks=peaks, **asks)
     num_classes, width = inputs.weight.shape
     itemsize = inputs.options.product_dtype.itemsize
     one = 2 * num_rows * width * num_classes
@@ -70,14 +73,14 @@ def explain(inputs: Inputs, batch: Batch, asked: Asked) -> str:
         f"peak       {plan.most}{megabytes(plan.peak)} above inputs and gradients "
         f"(all logits would take {megabytes(num_rows * num_classes * itemsize)})",
     ]
-    others = alternatives(inputs, row_sum, num_rows, copied, plan, second)
+    others = alternatives(inputs, row_sum, num_rows, copied, plan, asks)
     if others:
         lines.append("instead    " + "; ".join(map(str, others)))
     return "\n".join(lines)
 
 
 def alternatives(
-    inputs: Inputs, row_sum, num_rows: int, copied: bool, chosen: Plan, second: Seconds
+    inputs: Inputs, row_sum, num_rows: int, copied: bool, chosen: Plan, asks: dict[str, Any]
 ) -> list[Plan]:
     """What one, two and four chunks would come to, where the accumulator of dweight decides."""
     trained = inputs.needed()["weight"]
@@ -89,7 +92,7 @@ def alternatives(
         return []
     counts = [c for c in (1, 2, 4) if c != chosen.chunks and c <= num_rows]
     each = [cdiv(num_rows, c) for c in counts]
-    return [plan_of(inputs, row_sum, num_rows, copied, rows, second=second) for rows in each]
+    return [plan_of(inputs, row_sum, num_rows, copied, rows, **asks) for rows in each]
 
 
 def plan_of(
@@ -101,13 +104,18 @@ def plan_of(
     all_classes: bool = False,
     second: Seconds = NOTHING,
     peaks: bool = False,
+    column_sums: bool = False,
 ) -> Plan:
     """`row_sum`: whether the loss is one, so that gradients are formed in forward; `rows` of a
-    chunk, None for those that are chosen; `copied`: whether hidden states are."""
+    chunk, None for those that are chosen; `copied`: whether hidden states are; the last two: what
+    a loss asks for."""
     needed, options = inputs.needed(), inputs.options
     num_classes, width = inputs.weight.shape
     row_bytes = num_classes * options.product_dtype.itemsize
+    in_place = row_sum and rows is None and fits_in_place(inputs, num_rows, needed["weight"])
     slices = chunk_slices(inputs, num_rows, needed["weight"], row_sum)
+    if in_place:
+        rows = rows_read(inputs, num_rows)
     rows = max(s.stop - s.start for s in slices) if rows is None else rows
     chunks = cdiv(num_rows, rows) if num_rows else 0
     states = num_rows * width
@@ -119,7 +127,8 @@ def plan_of(
     # a CPU multiplies float16 as float32, and the factored gradient's small side in it
     on_gpu, half = inputs.weight.is_cuda, options.product_dtype == torch.float16
     filtering = options.grad_filter > 0
-    small = 6 * (second.count == 0 and not filtering) if row_sum else 2 * is_frozen(needed)
+    scaled = second.spent or not (second.count or filtering or column_sums)
+    small = 6 * scaled if row_sum else 2 * is_frozen(needed)
     work = 0 if on_gpu else rows * width * small
     if half and not on_gpu:
         work += 4 * (rows * num_classes + inputs.weight.numel())
@@ -144,6 +153,15 @@ def plan_of(
         held["sum"] = sum_bytes(inputs, chunks) if needed["weight"] else 0
         held["merged"] = merged_bytes(inputs, num_rows, rows, num_classes)
         mode = "fused: gradients formed in forward"
+        if in_place:
+            # beside a block of classes: its part of dweight, dhidden, and what they are made of
+            mode += ", logits in dweight's memory"
+            block = min(WIDTH, num_classes) * width * options.product_dtype.itemsize
+            held["sum"] = 0
+            held["dhidden"] = inputs.dtype.itemsize * states * needed["hidden"]
+            begun = grad["weight"] + held["dhidden"]
+            made = max(block + small * states, work, beside)
+            return plan(mode, 2 + needed["hidden"], [logits + begun + made])
         # a GPU and a filter leave the sum until backward, and only then is the gradient beside it
         late = held["sum"] > 0 and (on_gpu or filtering)
         extra = held["sum"] + held["merged"] + grad.get("hidden", 0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from segloss.head.gradients import Gradients, factored_block
+from segloss.head.inplace import InPlace, fits_in_place, rows_read
 from segloss.head.inputs import Inputs
 from segloss.head.matrices import Head
 from segloss.head.rows import (
@@ -16,16 +17,18 @@ from segloss.head.rows import (
     chunk_buffer,
     chunk_slices,
     compact_batch,
+    even_slices,
     kept_rows,
     spread,
 )
+from segloss.kernels.common import Rows
 from segloss.kernels.products import GradBlock
 from segloss.sweep.attach import only_once
 from segloss.sweep.batch import Batch
 from segloss.sweep.beside import DIVERGENCES, Reading, has_plain, logits_gradient
 from segloss.sweep.request import RowSum, TokenStats
 from segloss.sweep.row_sum import chunk_gradients, finished
-from segloss.sweep.rows import request_stats
+from segloss.sweep.rows import read_spent, request_stats
 
 
 def row_sum(inputs: Inputs, batch: Batch, plan: RowSum) -> tuple[Tensor, TokenStats]:
@@ -51,8 +54,12 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
     num_rows = head.hidden.shape[0]
     request = plan.request
     inputs = beside_others(inputs, inner, request)
-    slices = chunk_slices(inputs, num_rows, needed["weight"], row_sum=True)
-    total = Gradients(inputs, head, needed, groups=len(slices), held=True)
+    in_place = fits_in_place(inputs, num_rows, needed["weight"])
+    if in_place:
+        slices = even_slices(num_rows, rows_read(inputs, num_rows))
+    else:
+        slices = chunk_slices(inputs, num_rows, needed["weight"], row_sum=True)
+    total = Gradients(inputs, head, needed, groups=1 if in_place else len(slices), held=True)
     total.threshold = inputs.filter_limit / (plan.denominator * scale)
     loss = torch.zeros((), dtype=inputs.dtype, device=inputs.device)
     collected = []
@@ -60,22 +67,23 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
     whole = slice(0, head.weight.shape[0])
     # smoothing adds to every column and a filter reads dlogits itself; on a GPU the exponentials
     # would take a second read anyway, and the target's part a synchronisation
-    reads_more = inner.beside.listed is not None or len(request.divergences) > 0
-    factored = not (total.filtering or request.column_sums or reads_more or out.is_cuda)
+    listed, count = inner.beside.listed is not None, len(request.divergences)
     sharding = inputs.sharding
-    for here in slices:
-        z = head.take(here).logits(out)
+    plain = total.filtering or request.column_sums or listed or out.is_cuda
+    factored = not (plain or count)
+    # what comes of a single divergence is a number of the row times the gradient of its value
+    spent = count == 1 and not (plain or plan.plain) and sharding.is_whole
+
+    def gradient(z: Rows, here: slice) -> GradBlock:
+        """dlogits of some rows over their logits z."""
+        nonlocal loss, spent
         target, valid = inner.target[here], inner.valid[here]
-        stats = request_stats(
-            z,
-            target,
-            batch.ignore_index,
-            request,
-            sharding,
-            exp_out=z.data[0] if factored else None,
-        )
-        at = inner.beside.take(here), valid, request.divergences, sharding
-        reading = Reading.of(z, *at, stats)
+        asked, beside = (z, target, batch.ignore_index, request, sharding), inner.beside.take(here)
+        if spent:
+            stats, reading = read_spent(*asked, beside, valid)
+        else:
+            stats = request_stats(*asked, exp_out=z.data[0] if factored else None)
+            reading = Reading.of(z, beside, valid, request.divergences, sharding, stats)
         value, lse, named, terms = chunk_gradients(
             plan, stats, reading, target, weights[here], scale
         )
@@ -83,16 +91,27 @@ def forward(inputs: Inputs, batch: Batch, plan: RowSum, needed: dict):
         log_prob = stats.log_prob.detach()
         listed = None if reading.listed is None else reading.listed.detach()
         collected.append((log_prob, lse, stats.entropy, stats.argmax, listed))
+        if spent and set(named) != {DIVERGENCES}:  # a formula that reads more than its loss says
+            spent, z = False, head.take(here).logits(z.data.view(-1))
         if factored:
-            block = factored_block(z, terms, log_prob, stats.exp_scale)
-        else:
-            pairs = reading.upstream(named.get(DIVERGENCES))
-            dlogits = logits_gradient(z, terms, pairs, z.data[0], has_plain(named))
-            block = GradBlock(dlogits)
-            del pairs
-        del reading  # the teacher's logits
-        total.block(block, here, whole)
-    del z, block, out  # the logits
+            return factored_block(z, terms, log_prob, stats.exp_scale)
+        if spent:
+            (pair,) = reading.upstream(named[DIVERGENCES])
+            return GradBlock(z.data[0], pair.grad[:, None])
+        pairs = reading.upstream(named.get(DIVERGENCES))
+        return GradBlock(logits_gradient(z, terms, pairs, z.data[0], has_plain(named)))
+
+    if in_place:
+        there = InPlace(head, total.weight_memory())
+        for here in slices:
+            there.put(here, gradient(there.take(here, out), here))
+        for classes, block in there.blocks():
+            total.block(block, slice(0, num_rows), classes)
+        del there, block
+    else:
+        for here in slices:
+            total.block(gradient(head.take(here).logits(out), here), here, whole)
+    del out  # the logits
     grads = total.result(rows)
     num_tokens = batch.target.numel()
     columns = [

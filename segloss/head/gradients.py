@@ -49,6 +49,7 @@ class Gradients:
         self.hidden: dict[int, Tensor] = {}  # rows of dhidden, without `scale`, by the first
         self.sums: dict[str, Tensor] = {}  # of the other tensors
         self.first_rows = 0  # of the group of rows that dweight began with
+        self.lies_over = False  # whether dweight is written over these rows' dlogits
         self.final: Tensor | None = None  # what dweight is returned in
         self.mass: Tensor | float = 0.0
         self.dropped: Tensor | float = 0.0
@@ -63,11 +64,8 @@ class Gradients:
             inner = head.times_lora_b(block)
         if self.filtering:
             self.filtered(block, head, rows, classes)
-        else:
-            if needed["hidden"]:
-                self.add_hidden(block, head, inner, rows, classes)
-            if needed["weight"]:
-                self.add_weight(block, head.hidden, rows, classes)
+        elif needed["hidden"]:
+            self.add_hidden(block, head, inner, rows, classes)
         if needed.get("bias"):
             self.add("bias", block.column_sums(), classes)
         if needed.get("lora_b"):
@@ -76,6 +74,8 @@ class Gradients:
         if needed.get("lora_a"):
             grad = product(inner.T, head.hidden, head.lora_scale)
             self.add("lora_a", grad, slice(0, head.lora_a.shape[0]))
+        if needed["weight"] and not self.filtering:  # last: it may lie over the block
+            self.add_weight(block, head.hidden, rows, classes)
 
     def covers_all(self, classes: slice) -> bool:
         return classes.stop - classes.start == self.head.weight.shape[0]
@@ -86,6 +86,13 @@ class Gradients:
             shape = self.inputs.tensors[name].shape
             self.sums[name] = value.new_zeros(shape, dtype=self.accumulate)
         self.sums[name][at] += times(value, self.scale)
+
+    def weight_memory(self) -> Tensor:
+        """dweight (V, D) before there is any of it: dlogits may lie there, those of a block of
+        classes in the place of these classes."""
+        memory = torch.empty_like(self.head.weight, memory_format=torch.contiguous_format)
+        self.sums["weight"], self.lies_over = memory, True
+        return memory
 
     def add_hidden(self, block, head: Head, inner, rows: slice, classes: slice) -> None:
         """With all classes a row of dhidden is final, otherwise a sum over blocks of them."""
@@ -109,8 +116,11 @@ class Gradients:
         if not self.covers_all(classes):
             if plus is None:
                 plus = self.sums["weight"] = torch.empty_like(self.head.weight, dtype=dtype)
-            out = plus[classes]
-            block.contract(hidden, self.scale, None if rows.start == self.first_rows else out, out)
+            out, first = plus[classes], rows.start == self.first_rows
+            if first and self.lies_over:
+                out.copy_(block.contract(hidden, self.scale))
+            else:
+                block.contract(hidden, self.scale, None if first else out, out)
             return
         if plus is None:
             final = self.groups <= 2 or dtype == self.accumulate

@@ -106,7 +106,8 @@ class CombinedLoss(Loss):
             for coefficient, plan in zip(self.coefficients, plans, strict=True)
             for factor, values in plan.terms
         ]
-        return RowSum(terms, request, plans[0].denominator)
+        plain = any(plan.plain for plan in plans)
+        return RowSum(terms, request, plans[0].denominator, plain)
 
     def value(self, sweep: Sweep, batch: Batch, normalizer: Tensor | None) -> Tensor:
         values = [

@@ -71,7 +71,8 @@ class TokenLoss(Loss):
     def row_sum(self, batch: Batch, normalizer: Tensor | None, request: Request) -> RowSum:
         denominator = self.denominator(batch, normalizer)
         denominator = torch.where(denominator == 0, 1, denominator)
-        return RowSum([(1 / denominator, self.token_values)], request, denominator)
+        plain = self.reads_plain(batch.beside)
+        return RowSum([(1 / denominator, self.token_values)], request, denominator, plain)
 
     def value(self, sweep: Sweep, batch: Batch, normalizer: Tensor | None) -> Tensor:
         value = self.token_values(sweep, batch.target, batch.valid)

@@ -41,6 +41,7 @@ class Seconds:
     tile_rows: int = 1
     count: int = 0  # of divergences
     copies_chunk: bool = False  # a GPU adds up several terms of the gradient over a copy
+    spent: bool = False  # a CPU's only term of the gradient is formed with the value
 
     def chunk(self, rows: int, own_bytes: int) -> int:
         """Bytes beside a chunk of so many rows, which takes `own_bytes` itself."""
@@ -84,6 +85,7 @@ def seconds_of(
         max(1, BLOCK_BYTES // (4 * max(1, num_classes) * MATRICES)),
         len(divergences),
         on_gpu and (asked.plain or len(divergences) > 1),
+        not (on_gpu or asked.plain) and len(divergences) == 1,
     )
 
 

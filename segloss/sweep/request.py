@@ -138,3 +138,4 @@ class RowSum:
     terms: list[tuple[Tensor, Callable]]  # (factor (), value: TokenStats, (N,), (N,) -> (N,))
     request: Request
     denominator: Tensor  # of the first term, ()
+    plain: bool = True  # whether a value reads more than divergences

@@ -83,6 +83,7 @@ def test_the_budget_is_what_is_kept(measured):
 
 # ------------------------------------------------------------------------- the allocator's bytes
 
+SMOOTHED = segloss.CrossEntropyLoss(label_smoothing=0.1)
 CE, DICE, LOVASZ = segloss.CrossEntropyLoss(), segloss.DiceLoss(), segloss.LovaszSoftmaxLoss()
 ALL, LOVASZ_ALL = segloss.DiceLoss(classes="all"), segloss.LovaszSoftmaxLoss(classes="all")
 PER_TOKEN = segloss.FocalLoss(reduction="none")
@@ -92,6 +93,8 @@ EXPLAINED = {
     "two chunks": (CE, WIDE, BOTH, torch.bfloat16, False, {}),
     "four chunks": (CE, WIDE, BOTH, torch.bfloat16, False, {"chunk_bytes": 256 * 49152 * 2}),
     "a deep head": (CE, (6000, 8192, 1024), BOTH, torch.bfloat16, False, {}),
+    "in place": (CE, (600, 60000, 600), BOTH, torch.bfloat16, False, {}),
+    "in place, smoothed": (SMOOTHED, (600, 60000, 600), BOTH, torch.bfloat16, False, {}),
     "float32": (CE, WIDE, BOTH, torch.float32, False, {}),
     "float16": (CE, WIDE, BOTH, torch.float16, False, {}),
     "autocast": (CE, WIDE, BOTH, torch.float32, True, {}),

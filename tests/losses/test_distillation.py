@@ -338,6 +338,58 @@ def test_every_cost_mode(kind, made, reduction, trained):
                 assert_near(a, b)
 
 
+@pytest.mark.parametrize("scale", [1, 40, 200])
+@pytest.mark.parametrize("absent", ["nowhere", "both", "one"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@every_kind
+def test_a_head_of_any_size_with_absent_columns(kind, dtype, absent, scale):
+    """The gradient is formed with the value, and again where a logarithm in it is infinite."""
+    v, v_teacher = 61, 61
+    hidden = (scale * teacher_logits(33, v, seed=1)).to(dtype)
+    teacher = (scale * teacher_logits(33, v_teacher, seed=2)).to(dtype)
+    bias = torch.zeros(v, dtype=dtype)
+    target = torch.arange(33) % 4
+    target[::5] = -100
+    if absent != "nowhere":
+        bias[7] = teacher[:, 7] = -torch.inf
+    if absent == "one":  # where the divergence is finite
+        (bias if kind == "reverse" else teacher.T)[9] = -torch.inf
+    ours, theirs = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    student = LinearLogits(ours, torch.eye(v, dtype=dtype).requires_grad_(), bias)
+    value, stats = DistillationLoss(kind)(student, target, teacher=teacher, return_statistics=True)
+    plain = DistillationLoss(kind)(student, target, teacher=teacher)
+    logits = theirs + bias.double()
+    true = reference.distillation_loss(logits, target, teacher=teacher.double(), divergence=kind)
+    within = 1e-10 if dtype == torch.float64 else 1e-5
+    assert_near(value.detach().double(), true.detach(), within)
+    assert_near(plain.detach().double(), true.detach(), within)
+    log_prob = logits.detach().log_softmax(-1).gather(1, target.clamp(min=0)[:, None])[:, 0]
+    assert_near(stats.log_prob.double(), torch.where(target < 0, 0, log_prob), within)
+    (true_grad,) = grads(true, [theirs])
+    for own in (value, plain):
+        (grad,) = grads(own, [ours])
+        assert (grad - true_grad).norm() < 5 * within * true_grad.norm() + 0.01 * within
+
+
+def test_a_formula_that_reads_more_than_its_loss_says():
+    class Both(DistillationLoss):
+        def formula(self, stats):
+            return super().formula(stats) - 0.5 * stats.log_prob
+
+    (hidden, weight, bias), (h_teacher, w_teacher), target = heads(37, 37)
+    teacher = LinearLogits(h_teacher, w_teacher)
+    ours, theirs = ([t.clone().requires_grad_() for t in (hidden, weight, bias)] for _ in "ab")
+    chunk = {"chunk_bytes": 7 * 37 * 8}
+    value = Both()(LinearLogits(*ours, **chunk), target, teacher=teacher)
+    logits = reference.linear_logits(*theirs)
+    true = reference.distillation_loss(
+        logits, target, teacher=reference.linear_logits(h_teacher, w_teacher)
+    ) + 0.5 * F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    assert_near(value.detach(), true.detach())
+    for grad, true_grad in zip(grads(value, ours), grads(true, theirs), strict=True):
+        assert_near(grad, true_grad)
+
+
 @every_kind
 def test_a_tensor_of_logits_against_a_head(kind):
     """The teacher's logits are made a chunk at a time, in forward and again in backward."""
