@@ -43,15 +43,6 @@ class AbsentDevice:
 
 
 @contextmanager
-def active(device: AbsentDevice) -> Iterator[None]:
-    triton.runtime.driver.set_active(device)
-    try:
-        yield
-    finally:
-        triton.runtime.driver.reset_active()
-
-
-@contextmanager
 def compiling_for(target: str) -> Iterator[dict[JITFunction, list[CompiledKernel]]]:
     """Inside, a kernel launch on CPU tensors compiles what it would run on `target`, no more.
 
@@ -60,6 +51,7 @@ def compiling_for(target: str) -> Iterator[dict[JITFunction, list[CompiledKernel
     """
     compiled: dict[JITFunction, list[CompiledKernel]] = {}
     run, parse, one_at_a_time = JITFunction.run, JITFunction.parse, Lock()
+    driver, device = triton.runtime.driver, AbsentDevice(target)
 
     def compile_only(kernel, *args, grid, warmup, **options):
         version = run(kernel, *args, grid=grid, warmup=True, **options)
@@ -73,7 +65,8 @@ def compiling_for(target: str) -> Iterator[dict[JITFunction, list[CompiledKernel
         ThreadPoolExecutor(os.cpu_count()) as pool,
         # what users of a GPU get by default today; Triton 3.10 changes its default
         patch.dict(os.environ, TRITON_DEFAULT_FP_FUSION="1"),
-        active(AbsentDevice(target)),
+        # Triton 3.4 has no private name for it
+        patch.object(driver, "_active" if hasattr(driver, "_active") else "active", device),
         patch.object(JITFunction, "run", compile_only),
         patch.object(JITFunction, "parse", parse_alone),
         # which Triton 3.4 has not: it compiles one kernel after the other
