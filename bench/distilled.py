@@ -51,6 +51,7 @@ def teach(output: Path, file: Path) -> Path:
     if not (folder / "results.json").exists():
         command(
             *("train", "--config", HERE / "demo.yaml", "--data", file, "--loss", "ce"),
+            *("--batch-size", 16),
             *("--steps", 24, "--eval-items", HELD_OUT, "--no-evaluate-before", "--output", folder),
         )
     return folder
@@ -123,6 +124,7 @@ def learn(output: Path, name: str, steps: int, model: Path, data: Path) -> list[
     if not (folder / "results.json").exists():
         command(
             *("train", "--config", HERE / "demo.yaml", "--model", model, "--data", data),
+            *("--batch-size", 16),
             *("--loss", LOSSES[name], "--steps", steps, "--lr", 1e-3, "--warmup-steps", 20),
             *("--eval-items", HELD_OUT, "--no-evaluate-before", "--output", folder),
         )
