@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -32,6 +31,7 @@ def jit(function):
 
 
 LOG2E = 1.4426950408889634 if tl is None else tl.constexpr(1.4426950408889634)
+EXPONENT_UNIT = math.log2(math.e)  # the same for the torch twins, which take powers of 2
 
 # float32 bytes of one row block of the torch twins: about a core's L2; fewer calls weigh more than
 # what spills into the L3 (measured: bench/NOTES.md)
@@ -81,49 +81,31 @@ def parallel(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Resu
     return list(workers(threads, os.getpid()).map(run, items))
 
 
-@functools.cache
-def has_fast_exp() -> bool:
-    """Whether `torch.exp` of float32 is MKL's on a CPU of those it is tuned for; on others `exp2`
-    takes less than half its time, on these two thirds more (measured: bench/NOTES.md)."""
-    cpus = Path("/proc/cpuinfo")
-    return (
-        torch.backends.mkl.is_available() and cpus.exists() and "GenuineIntel" in cpus.read_text()
-    )
-
-
 def exp_(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """`exp(x)` for x <= 0 in the place of x, or in `out`; in float32 by the faster of `exp` and
-    `exp2`.
+    """`exp(x)` for x <= 0 in the place of x, or in `out`; in float32 by `exp2`.
 
-    Rounding x * log2(e) costs as much as rounding x did.
+    Rounding x * log2(e) costs as much as rounding x did. `exp` takes less than half of its time on
+    some CPUs and more than twice on others; where the result is 0 or subnormal, as that of a masked
+    class, MKL's takes up to 100 times as long (measured: bench/NOTES.md, row 77).
     """
     out = x if out is None else out
-    if x.dtype != torch.float32 or has_fast_exp():
+    if x.dtype != torch.float32:
         return torch.exp(x, out=out)
-    return torch.mul(x, math.log2(math.e), out=out).exp2_()
+    return torch.mul(x, EXPONENT_UNIT, out=out).exp2_()
 
 
 @functools.cache
 def rounds_once() -> bool:
     """Whether `exponentials` round their exponent once, in whole vectors and in what is left of
-    them: `torch.add(a, b, alpha=c)` is a fused multiply-add then."""
-    if has_fast_exp():
-        return True
-    b, c = torch.linspace(1.1, 9.9, 67), torch.tensor(math.log2(math.e))
+    them: `torch.add(a, b, alpha=c)` is a fused multiply-add."""
+    b, c = torch.linspace(1.1, 9.9, 67), torch.tensor(EXPONENT_UNIT)
     exact = b.double() * c.double() - b * c  # the rounding of the product, which a double holds
     return torch.equal(torch.add(-(b * c), b, alpha=c.item()), exact.float())
 
 
-def exponent_unit() -> float:
-    """What `exponentials` multiply exponents by."""
-    return 1.0 if has_fast_exp() else math.log2(math.e)
-
-
 def exponentials(z: Tensor, shift: Tensor, out: Tensor) -> Tensor:
-    """`exp(z + shift / exponent_unit())` in two passes, for z (R, V) and shift (R, 1)."""
-    if has_fast_exp():
-        return torch.add(z, shift, out=out).exp_()
-    return torch.add(shift, z, alpha=exponent_unit(), out=out).exp2_()
+    """`exp2(z * EXPONENT_UNIT + shift)` in two passes, for z (R, V) and shift (R, 1)."""
+    return torch.add(shift, z, alpha=EXPONENT_UNIT, out=out).exp2_()
 
 
 def bounds(row: Tensor, groups: list[list[Block]]) -> dict[int, int]:

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from .common import (
+    EXPONENT_UNIT,
     LOG2E,
     Block,
     Rows,
     bounds,
     cdiv,
     exp_,
-    exponent_unit,
     exponentials,
     jit,
     launcher,
@@ -350,7 +350,7 @@ class RowVectors:
         if plain and rows.dtype == torch.float32 and rounds_once():
             log_size = terms.prob_coef.abs().log()
             lse = terms.row_max + terms.log_sum
-            vectors.shift = ((log_size - lse) * exponent_unit())[:, None]
+            vectors.shift = ((log_size - lse) * EXPONENT_UNIT)[:, None]
             if bool((terms.prob_coef < 0).any()):
                 vectors.sign = terms.prob_coef.sign()[:, None]
         if terms.entry_row is not None:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .common import (
     BLOCK_BYTES,
+    EXPONENT_UNIT,
     LOG2E,
     Block,
     Rows,
     bounds,
     exp_,
-    exponent_unit,
     exponentials,
     jit,
     launcher,
@@ -256,7 +256,7 @@ def sums_from_target(
     Where the maximum is so far above that float32's range might not do, the row is read again.
     """
     total = stats.log_sum.fill_(1)
-    shift = stats.row_max.copy_(z_y)[:, None] * -exponent_unit()
+    shift = stats.row_max.copy_(z_y)[:, None] * -EXPONENT_UNIT
 
     def work(group: list[Block]) -> None:
         buffer = rows.new(max(last - first for first, last, _ in group), rows.num_classes)
@@ -313,7 +313,7 @@ def block_stats(
     floored, place = None, buffer[: z.shape[0]]
     if multiplies(rows, stats):
         # the rounding of the shift is one factor of the whole row, which the maximum's 1 tells
-        shift = row_max[:, None] * -exponent_unit()
+        shift = row_max[:, None] * -EXPONENT_UNIT
         at_max = exponentials(row_max[:, None], shift, torch.empty_like(shift))
         exp_z = exponentials(z, shift, place)
         total = torch.sum(exp_z, -1, out=stats.log_sum[here])
