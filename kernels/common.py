@@ -31,7 +31,7 @@ def jit(function):
 
 
 LOG2E = 1.4426950408889634 if tl is None else tl.constexpr(1.4426950408889634)
-EXPONENT_UNIT = math.log2(math.e)  # the same for the torch twins, which take powers of 2
+EXPONENT_UNIT = math.log2(math.e)  # the same number where LOG2E is a constant of Triton
 
 # float32 bytes of one row block of the torch twins: about a core's L2; fewer calls weigh more than
 # what spills into the L3 (measured: bench/NOTES.md)
@@ -84,9 +84,9 @@ def parallel(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Resu
 def exp_(x: Tensor, out: Tensor | None = None) -> Tensor:
     """`exp(x)` for x <= 0 in the place of x, or in `out`; in float32 by `exp2`.
 
-    Rounding x * log2(e) costs as much as rounding x did. `exp` takes less than half of its time on
-    some CPUs and more than twice on others; where the result is 0 or subnormal, as that of a masked
-    class, MKL's takes up to 100 times as long (measured: bench/NOTES.md, row 77).
+    Rounding x * log2(e) costs as much as rounding x did. `exp` takes two thirds of its time where
+    it is MKL's and more than twice of it elsewhere; where the result is 0 or subnormal, as that of
+    a masked class, MKL's takes 10 to 50 times as long (measured: bench/NOTES.md, rows 16 and 77).
     """
     out = x if out is None else out
     if x.dtype != torch.float32:

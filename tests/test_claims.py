@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,7 +56,12 @@ def test_cells_run_in_the_protocols_order_and_once(tmp_path):
     assert calls == ["a/early", "b/late"]
     assert store["a/early"]["score"] == 2.0
     assert store.names() == ["a/early", "b/late"]
-    assert store.whole("b/late")["command"] == "python -m bench.claims --rerun b/late"
+    whole = store.whole("b/late")
+    assert whole["command"] == "python -m bench.claims --rerun b/late"
+    words = ["git", "rev-parse", "HEAD"]
+    head = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    # a tree without its history has none
+    assert (head or "unknown").startswith(whole["machine"]["commit"].rstrip("+"))
 
 
 def test_a_cell_that_was_killed_leaves_no_file(tmp_path):
@@ -374,6 +381,8 @@ def test_the_page_says_what_was_found_and_what_was_not_run(made_up, pages, tmp_p
     assert text.endswith(f"<!-- results: end -->{PROTOCOL}") and "written before" not in text
     assert "converge at a more even pace | 2410.06741 | **undecided** | worse: plenty;" in text
     assert f"{len(made_up.names())} of {len(cells)} cells have been run. **Not run:**" in text
+    by = made_up.whole("own/bf16")["machine"]["commit"]
+    assert f"- {len(made_up.names())} cells by commit `{by}` on " in text
     assert "| smollm2 | 4 | 120 | ce, focal, lovasz, 0.6*ce+0.4*lovasz |" in text
     assert "Of single comparisons: better: focal (addition), focal (sorting), focal (subj" in text
     row = next(line for line in text.splitlines() if line.startswith("| `focal` | +"))

@@ -292,7 +292,7 @@ def prepare(settings: Settings, to_train: bool = True) -> Run:
                 loss=loss, teacher=teacher, teacher_rest=options.teacher_rest, head=options.head,
                 **weights_of(options, training, data),
             )  # fmt: skip
-    except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+    except (ValueError, RuntimeError, TypeError) as error:
         raise UserError(first_line(error)) from None
     given = {"train": train, **evaluated} if to_train else evaluated
     prepared = of_data.fitted(trainer, settings, given)
