@@ -99,11 +99,17 @@ def report(runs: Sequence[str], output: str | None = None) -> None:
 def write_page(path: Path, given: dict[str, dict[str, Any]], **parts: Any) -> None:
     """The template filled in; `given` are the settings of each run or variant."""
     names = sorted({name for options in given.values() for name in options})
-    values = [[name, *(options.get(name, "") for options in given.values())] for name in names]
-    rows = [[" ".join(map(str, v)) if isinstance(v, list) else v for v in row] for row in values]
+    values = [[name, *(options.get(name) for options in given.values())] for name in names]
+    rows = [list(map(shown, row)) for row in values]
     template = Environment(autoescape=True).from_string(TEMPLATE)
     text = template.render(subsets=subsets, given=given, settings=rows, **parts)
     path.write_text(text, encoding="utf-8")
+
+
+def shown(value: Any) -> Any:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "" if value is None else value
 
 
 # Okabe and Ito: told apart with any colour vision

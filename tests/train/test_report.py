@@ -101,7 +101,9 @@ def test_stories(tmp_path):
 def test_page_and_pictures(command, tmp_path):
     from matplotlib.image import imread
 
-    runs = [write_run(tmp_path / "ce", "ce"), write_run(tmp_path / "<mix>", "0.6*ce+0.4*dice")]
+    given = {"data": ["one.jsonl", "two.jsonl"], "max_length": None}
+    runs = [write_run(tmp_path / "ce", "ce", **given)]
+    runs.append(write_run(tmp_path / "<mix>", "0.6*ce+0.4*dice"))
     runs.append(write_selection(tmp_path / "choice"))
     code, _out, err = command("report", *runs, "--output", tmp_path / "report")
     assert code == 0, err
@@ -112,6 +114,7 @@ def test_page_and_pictures(command, tmp_path):
     assert page.count("data:image/png;base64,") == 3 and "<mix>" not in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "a, b" in page and "0.9000" in page and "0.6*ce+0.4*dice" in page
+    assert "<td>one.jsonl two.jsonl</td>" in page and "None" not in page
     for name in pictures:
         picture = imread(tmp_path / "report" / f"{name}.png")
         assert picture.shape[1] > 700 and picture.std() > 0.05
