@@ -112,7 +112,9 @@ class Run:
                 if value != self.description["fingerprints"][what]:
                     raise UserError(f"--resume {self.output}: the {what} changed since it began")
             both = (then, self.description)
-            was, now = ({"processes": its["processes"], **its["versions"]} for its in both)
+            was, now = (
+                {"processes": its.get("processes"), **its.get("versions", {})} for its in both
+            )
             for name in [name for name in now if was.get(name) != now[name]]:
                 say(f"note: {name} was {was.get(name)}, is {now[name]}: the last bits may differ")
         elif self.is_main:

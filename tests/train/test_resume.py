@@ -301,3 +301,27 @@ def test_metrics_wait_for_room(tmp_path):
         for step in (1, 2):
             recorder._write({"step": step})
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("then", "told"),
+    [
+        ({"processes": 1, "versions": {"torch": "2.13.0"}}, []),
+        (
+            {"processes": 2, "versions": {"torch": "2.8.0"}},
+            ["processes was 2, is 1", "torch was 2.8.0, is 2.13.0"],
+        ),
+        ({}, ["processes was None, is 1", "torch was None, is 2.13.0"]),
+    ],
+)
+def test_what_is_not_as_it_was_is_told(tmp_path, capsys, then, told):
+    from types import SimpleNamespace
+
+    from segloss.train.run import Run
+
+    (tmp_path / "segloss.json").write_text(json.dumps({"given": {}, "fingerprints": {}} | then))
+    here = {"processes": 1, "versions": {"torch": "2.13.0"}, "fingerprints": {}}
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(wait_for_everyone=lambda: None))
+    Run(None, trainer, None, [], here, tmp_path, True, resumed=True).open()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"note: {text}: the last bits may differ" for text in told]
