@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import importlib.util
 import pickle
 import sys
 import tempfile
@@ -14,9 +12,8 @@ from pathlib import Path
 from filelock import Timeout
 
 import segloss
-from segloss.train.errors import UserError, first_line
+from segloss.train.errors import UserError, first_line, nearest
 
-PACKAGES = ("trl", "transformers", "datasets", "accelerate", "peft", "safetensors", "yaml")
 REPORT = """\
 Write report.html, which needs no other file and no network, and its pictures as PNG: results,
 losses, task and sample weights, and what a selection estimated."""
@@ -35,10 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         code, text = 2, f"error: {error}"
     except Timeout as error:  # of a lock
-        going = f"the run in {Path(error.lock_file).parent} is still going on in another process"
-        code, text = 2, f"error: {going}"
+        folder = Path(error.lock_file).parent
+        code, text = 2, f"error: the run in {folder} is still going on in another process"
     except pickle.UnpicklingError as error:
         code, text = 2, f"error: a checkpoint's pickle is not loaded: {first_line(error)}"
+    except ModuleNotFoundError as error:
+        if error.name is None or "." in error.name:  # of a package that is there
+            raise
+        package = {"yaml": "pyyaml"}.get(error.name, error.name)
+        code, text = 2, f"error: {error.name} is not installed: pip install {package}"
     except KeyboardInterrupt as interrupt:
         code, text = 130, str(interrupt) or "interrupted"
     except (RuntimeError, MemoryError) as error:
@@ -63,11 +65,8 @@ def run(words: list[str]) -> int:
         print(f"segloss {segloss.__version__}")
         return 0
     if name not in commands:
-        near = difflib.get_close_matches(name, [*commands, "--version"], n=1)
-        hint = f"did you mean {near[0]}?" if near else "segloss --help lists them"
+        hint = nearest(name, [*commands, "--version"], "segloss --help lists them")
         raise UserError(f"there is no command {name}; {hint}")
-    if name not in ("report", "doctor"):
-        require_packages(*PACKAGES)
     return commands[name](rest) or 0
 
 
@@ -102,7 +101,6 @@ def evaluate(words: list[str]) -> None:
 
 def compare(words: list[str]) -> None:
     """train variants with several seeds, and say whether they differ"""
-    require_packages("matplotlib")
     from segloss.compare.command import compare as run_and_compare
 
     run_and_compare(words)
@@ -124,7 +122,6 @@ def report(words: list[str]) -> None:
     parser.add_argument("--output", metavar="FOLDER", help="(default: report/ in the first run)")
     parser.error = refuse  # type: ignore[method-assign, assignment]
     arguments = parser.parse_args(words)
-    require_packages("matplotlib", "pandas")
     from segloss.train.page import report as write
 
     write(arguments.runs, arguments.output)
@@ -139,13 +136,6 @@ def doctor(words: list[str]) -> int:
 
 def refuse(message: str) -> None:
     raise UserError(f"{message} (segloss report --help lists the options)")
-
-
-def require_packages(*names: str) -> None:
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        needed = " ".join("pyyaml" if name == "yaml" else name for name in missing)
-        raise UserError(f"{', '.join(missing)} not installed: pip install {needed}")
 
 
 if __name__ == "__main__":

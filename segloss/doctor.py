@@ -18,7 +18,7 @@ import segloss
 from segloss import reference
 from segloss.kernels.common import backend
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "trl", "datasets", "peft")
 
 # float32 against float64: the rounding of a few hundred additions
 TOLERANCE = 1e-5

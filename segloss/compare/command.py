@@ -43,17 +43,14 @@ UNVARIED = (*OWN, *LENGTH, *EARLY, "seed", "split_seed", "config", "resume")
 class CompareOptions(Options):
     """What a comparison is told besides."""
 
+    LEAST = Options.LEAST | {"seeds": 2, "jobs": 1}
+
     vary: list[str] | None = doc(
         None, "an option and two or more values; may be given again, for every combination"
     )
     seeds: int = doc(5, "runs of each variant, with the seeds --seed (42), 43 and so on")
     jobs: int = doc(1, "how many runs are under way at once")
     keep_models: bool = doc(False, "leave the models in the folders of the runs as well")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("seeds", self.seeds >= 2, "2 or more: one cannot show how much seeds differ")
-        self._require("jobs", self.jobs >= 1, "a whole number from 1")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ What is on the command line goes over what is in the file of `--config`, and tha
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import math
 import os
@@ -22,7 +21,7 @@ import yaml
 
 from segloss import doctor
 
-from .errors import UserError, first_line, text_of
+from .errors import UserError, first_line, nearest, text_of
 
 ALIASES = {
     "model": "model_name_or_path", "output": "output_dir", "lr": "learning_rate",
@@ -50,6 +49,12 @@ class Options:
     """What segloss adds to the arguments of TRL and transformers."""
 
     _argument_group_name = "segloss"
+    LEAST = {
+        "eval_items": 0, "validation_items": 0, "coba_warmup": 1, "coba_history": 2,
+        "coba_tau": 1e-6, "validation_batch": 1, "sample_temperature": 1e-6, "sample_burn_in": 0,
+        "sample_fraction": 1e-6, "sample_band": 0, "patience": 0, "min_class_items": 1,
+        "time_limit": 0,
+    }  # fmt: skip
 
     data: list[str] | None = doc(None, "files, saved data sets or hub ids, each a task of its own")
     eval_items: int | None = doc(None, "held-out rows of a task (default: a tenth, at most 100)")
@@ -90,24 +95,10 @@ class Options:
     time_limit: float = doc(0.0, "seconds for the whole run, its evaluations included; 0 for none")
 
     def __post_init__(self) -> None:
-        for name in ("eval_items", "validation_items", "sample_burn_in", "patience"):
-            self._require_whole(name, 0)
-        for name in ("coba_warmup", "validation_batch", "min_class_items"):
-            self._require_whole(name, 1)
-        self._require_whole("coba_history", 2)
-        for name in ("coba_tau", "sample_temperature"):
-            self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
-        for name in ("sample_band", "time_limit"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "a number from 0 up")
-        self._require("sample_fraction", 0 < self.sample_fraction <= 1, "a number above 0, up to 1")
-
-    def _require_whole(self, name: str, least: int) -> None:
-        good = getattr(self, name) is None or getattr(self, name) >= least
-        self._require(name, good, f"a whole number from {least} up")
-
-    def _require(self, name: str, good: bool, takes: str) -> None:
-        if not good:
-            raise UserError(f"--{name} is {getattr(self, name)}; it takes {takes}")
+        for name, least in self.LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise UserError(f"--{name} is {value}; it takes a number from {least} up")
 
 
 @dataclass
@@ -148,13 +139,14 @@ def settings(
     path = parser.parse_known_args([*full_names(words)])[0].config
     given, spelled = {}, []
     for name, value in ((stored or {}) | (read_file(path) if path else {})).items():
-        action = parser._option_string_actions.get(f"--{ALIASES.get(name, name)}")
-        listed = isinstance(value, list) and getattr(action, "nargs", None) == "+"
-        parts = value if listed else [value]
-        if not parts or not all(isinstance(part, str | bool | int | float) for part in parts):
-            given[ALIASES.get(name, name)] = value
-        else:  # argparse checks them like the command line's
+        full = ALIASES.get(name, name)
+        listed = getattr(parser._option_string_actions.get(f"--{full}"), "nargs", None) == "+"
+        parts = value if listed and isinstance(value, list) else [value]
+        if parts and all(isinstance(part, str | bool | int | float) for part in parts):
+            # argparse checks them like the command line's
             spelled += [f"--{name}", *map(str, parts)] if listed else [f"--{name}={value}"]
+        else:
+            given[full] = value
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     namespace, unknown = parser.parse_known_args([*full_names([*spelled, *words])])
@@ -188,9 +180,9 @@ class Parser(trl.TrlParser):
     def unknown(self, name: str) -> UserError:
         if not name.startswith("--"):
             return UserError(f"{name!r} is no option")
-        known = [n[2:].replace("-", "_") for n in self._option_string_actions]
-        near = difflib.get_close_matches(name[2:].replace("-", "_"), [*known, *ALIASES], n=1)
-        hint = f"did you mean --{near[0]}?" if near else f"{self.prog} --help lists them"
+        known = [n for n in self._option_string_actions if "-" not in n[2:]]
+        known += [f"--{short}" for short in ALIASES]
+        hint = nearest("--" + name[2:].replace("-", "_"), known, f"{self.prog} --help lists them")
         return UserError(f"there is no option {name}; {hint}")
 
 

@@ -87,7 +87,7 @@ def report(runs: Sequence[str], output: str | None = None) -> None:
             pictures=[(picture, picture.save(folder)) for picture in pictures(records)],
             chosen=[record for record in records if record.selection],
             given=given,
-            where=f"Device {about.get('device', '?')}; {', '.join(versions)}.",
+            where=f"{', '.join(versions)}.",
         )
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None

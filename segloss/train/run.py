@@ -105,18 +105,16 @@ class Run:
 
     def open(self) -> None:
         """Make the folder, or see that it is this run's."""
-        file = self.output / SETTINGS
+        file, now = self.output / SETTINGS, self.description
         if self.resumed:
             then = read_json(file)
             for what, value in then.get("fingerprints", {}).items():
-                if value != self.description["fingerprints"][what]:
+                if value != now["fingerprints"][what]:
                     raise UserError(f"--resume {self.output}: the {what} changed since it began")
-            both = (then, self.description)
-            was, now = (
-                {"processes": its.get("processes"), **its.get("versions", {})} for its in both
-            )
-            for name in [name for name in now if was.get(name) != now[name]]:
-                say(f"note: {name} was {was.get(name)}, is {now[name]}: the last bits may differ")
+            was = then.get("versions", {})
+            for name, value in now["versions"].items():
+                if value != was.get(name):
+                    say(f"note: {name} was {was.get(name)}, is {value}: the last bits may differ")
         elif self.is_main:
             model, needed = self.trainer.model, self.trainer.model.get_memory_footprint()
             if self.trainer.args.save_strategy != "no":  # two checkpoints, with two moments
@@ -129,7 +127,7 @@ class Run:
                         f"{self.output} has {free / 1e6:.0f} MB of free disk space; model and two "
                         f"checkpoints need {needed / 1e6:.0f} MB (--save_strategy no: none of them)"
                     )
-                write(file, self.description)
+                write(file, now)
             except OSError as error:
                 raise UserError(f"cannot write to {self.output}: {error.strerror}") from None
         self.trainer.accelerator.wait_for_everyone()
@@ -171,7 +169,8 @@ class Run:
             trainer.accelerator.wait_for_everyone()
         reserve = SPARE_SECONDS + SPARE_FACTOR * self.timing.get("evaluating before", 0.0)
         deadline = self.start + limit - reserve if limit else math.inf
-        recorder = Recorder(trainer, self.data.tasks, deadline)
+        log = self.output / report.METRICS if self.is_main else None
+        recorder = Recorder(trainer, self.data.tasks, deadline, log)
         trainer.add_callback(recorder)
         past = read_json(Path(checkpoint) / "trainer_state.json") if checkpoint else {}
         last = trainer.args.max_steps if trainer.args.max_steps > 0 else past.get("max_steps")
@@ -432,11 +431,10 @@ def describe(settings: Settings, trainer: Trainer, data: Data, network: Any) -> 
             begins = [w.flatten()[:1024].float().tolist() for w in weights]
             read_of[what] = [[list(w.shape) for w in weights], begins]
     hashes = {what: sha256(json.dumps(value).encode()) for what, value in read_of.items()}
+    here = {"device": str(trainer.args.device), "processes": trainer.accelerator.num_processes}
     return {
-        "given": settings.given, "device": str(trainer.args.device),
-        "processes": trainer.accelerator.num_processes,
-        "versions": environment() | {"trl": trl.__version__, "datasets": datasets.__version__},
-        "data": data.counts, "tasks": data.tasks,
+        "given": settings.given, "data": data.counts, "tasks": data.tasks,
+        "versions": environment() | here,
         "fingerprints": {what: found.hexdigest() for what, found in hashes.items()},
     }  # fmt: skip
 

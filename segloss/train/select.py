@@ -34,11 +34,15 @@ from .trainer import Recorder, Trainer
 class SelectOptions(Options):
     """What `segloss select` adds to the settings of training, or has another default for."""
 
+    LEAST = Options.LEAST | {
+        "items": 1, "validation_items": 1, "dim": 1, "penalty": 0, "subsets": 1, "check": 0
+    }  # fmt: skip
+
     target: list[str] | None = doc(
         None, "the tasks whose loss is to be low; their mean if there are several (default: all)"
     )
     items: int = doc(48, "training rows of each task that gradients are taken of")
-    validation_items: int | None = doc(48, "items of each task that the loss is estimated for")
+    validation_items: int = doc(48, "items of each task that the loss is estimated for")
     dim: int = doc(400, "dimensions that gradients are projected to")
     penalty: float | None = doc(
         None, "on the length of a change of weights (default: 0.003 x gradients' squared length)"
@@ -56,10 +60,6 @@ class SelectOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in {"items": 1, "dim": 1, "subsets": 1, "check": 0}.items():
-            self._require_whole(name, least)
-        self._require("validation_items", bool(self.validation_items), "a whole number from 1 up")
-        self._require("penalty", (self.penalty or 0) >= 0, "a number from 0 up")
         self.equal_tasks = True  # which the estimates take for granted
         self.eval_items = self.eval_items or 0
 

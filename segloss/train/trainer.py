@@ -6,6 +6,7 @@ last: a kill, a disk or a copy that damaged it since is seen.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -140,28 +141,23 @@ class Recorder(TrainerCallback):
     trainer: Trainer
     tasks: Sequence[str]  # in the order of `task_ids`
     deadline: float = math.inf  # when training must end, by `time.monotonic`
-    title: str = ""  # of the lines of progress; with it nothing is written to disk
+    log: Path | None = None  # the file of the metrics
+    title: str = ""  # of the lines of progress
     stopped: str = ""  # what ended training before its last step: "time limit", "interrupt"
-    _pending: bytes = b""
-    _file: Any = None
+    _whole: bool = False  # whether that file has every line
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._first, self._begun = state.global_step, time.monotonic()
         for row in state.log_history:  # a resumed run goes on counting, all processes' on the first
             if "num_tokens" in row:
                 self.trainer._num_tokens.fill_(row["num_tokens"] * state.is_world_process_zero)
-        if state.is_world_process_zero and not self.title:
-            path = Path(args.output_dir) / METRICS
-            write(path, json_lines(state.log_history))
-            self._file = path.open("ab", buffering=0)
+        self._note(state.log_history)
         self._previous = signal.signal(signal.SIGINT, self._interrupted)
 
     def on_train_end(self, args, state, control, **kwargs):
         signal.signal(signal.SIGINT, self._previous)
-        if self._file is not None:
-            self._file.close()
-            if self._pending:
-                self.trainer.failures.append(f"{METRICS} (no room for its last lines)")
+        if self.log is not None and not self._whole:
+            self.trainer.failures.append(f"{METRICS} (no room for its last lines)")
 
     def _interrupted(self, number: int, frame: Any) -> None:
         if self.stopped == "interrupt":
@@ -199,19 +195,22 @@ class Recorder(TrainerCallback):
             losses = self.trainer.coba.losses.tolist()
             row["validation_loss"] = dict(zip(self.tasks, losses, strict=True))
         state.log_history[-1] = row  # which a checkpoint holds
-        if self._file is not None:
-            self._write(row)
+        self._note(state.log_history)
         if "loss" in logs:
             left = self._each * (state.max_steps - state.global_step)
             where = f"{self.title}step {state.global_step} of {state.max_steps}"
             rest = f"{left // 60:.0f} min {left % 60:.0f} s left"
             say(f"{where}: loss {logs['loss']:.3f}, {self._each:.2f} s a step, {rest}")
 
-    def _write(self, row: dict[str, Any]) -> None:
-        """Lines of a full disk wait in memory until there is room again."""
-        self._pending += json_lines([row]).encode()
-        try:
-            while self._pending:
-                self._pending = self._pending[self._file.write(self._pending) :]
-        except OSError:
-            pass
+    def _note(self, rows: list[dict]) -> None:
+        """Add the last line to the file; all of them, at first and after a full disk."""
+        if self.log is None:
+            return
+        whole, self._whole = self._whole, False
+        with contextlib.suppress(OSError):
+            if whole:
+                with self.log.open("a", encoding="utf-8") as file:
+                    file.write(json_lines(rows[-1:]))
+            else:
+                write(self.log, json_lines(rows))
+            self._whole = True

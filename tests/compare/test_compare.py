@@ -117,8 +117,8 @@ VARY = ("--vary", "loss", "ce", "focal")
         (["--vary", "steps", "4", "8"], "compared after equal numbers of steps"),
         (["--vary", "seed", "4", "8"], "--vary seed: it is the same for all variants"),
         ([*VARY, "--patience", "2"], "--patience may end runs after unequal numbers of steps"),
-        ([*VARY, "--seeds", "1"], "--seeds is 1; it takes 2 or more"),
-        ([*VARY, "--jobs", "0"], "--jobs is 0; it takes a whole number from 1"),
+        ([*VARY, "--seeds", "1"], "--seeds is 1; it takes a number from 2 up"),
+        ([*VARY, "--jobs", "0"], "--jobs is 0; it takes a number from 1 up"),
         ([*VARY, "--eval-items", "0"], "nothing is held out to compare on: --eval_items N"),
         ([*VARY, "--eval-items", "1"], "only 1 item of task 'letters' is held out"),
         (

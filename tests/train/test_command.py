@@ -8,7 +8,6 @@ import pytest
 from train.tiny import examples, write_jsonl
 
 import segloss
-from segloss import command as of_command
 
 
 def fails(result, message):
@@ -59,13 +58,12 @@ def test_help_lists_trl_s_options_and_ours(command, capsys):
 
 
 def test_missing_packages(train, monkeypatch):
-    find_spec = of_command.importlib.util.find_spec
-    monkeypatch.setattr(
-        of_command.importlib.util,
-        "find_spec",
-        lambda n: None if n in ("trl", "yaml") else find_spec(n),
-    )
-    assert fails(train(), "trl, yaml not installed: pip install trl pyyaml")
+    for module, package in {"trl": "trl", "yaml": "pyyaml"}.items():
+        with monkeypatch.context() as patch:
+            for name in [n for n in sys.modules if n.startswith("segloss.train.")]:
+                patch.delitem(sys.modules, name)
+            patch.setitem(sys.modules, module, None)  # as if it were not there
+            assert fails(train(), f"{module} is not installed: pip install {package}")
 
 
 def test_evaluate_a_run_and_a_model(command, train, tmp_path, model_folder, data_file, monkeypatch):

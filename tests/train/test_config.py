@@ -165,9 +165,9 @@ def test_wrong_files(tmp_path, name, text, message):
         (["--config", "absent.yaml"], "cannot read absent.yaml: No such file"),
         (["--config"], "--config: expected one argument"),
         (["extra"], "'extra' is no option"),
-        (["--validation-batch", "0"], "--validation_batch is 0; it takes a whole number from 1"),
-        (["--coba-history", "1"], "--coba_history is 1; it takes a whole number from 2"),
-        (["--coba-tau", "nan"], "--coba_tau is nan; it takes a positive number"),
+        (["--validation-batch", "0"], "--validation_batch is 0; it takes a number from 1 up"),
+        (["--coba-history", "1"], "--coba_history is 1; it takes a number from 2 up"),
+        (["--coba-tau", "nan"], "--coba_tau is nan; it takes a number from 1e-06 up"),
         (["--fp16", "--bf16"], "At most one of fp16 and bf16"),
     ],
 )

@@ -161,11 +161,8 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
 
     folder = write_run(tmp_path / "run", "ce")
     losses = {"colours": float("inf"), "a|b": 0.5}
-    recorder = Recorder(None, [])
-    with (folder / "metrics.jsonl").open("ab", buffering=0) as recorder._file:
-        recorder._write(
-            {"step": 10, "loss": 0.25, "entropy": float("nan"), "validation_loss": losses}
-        )
+    recorder = Recorder(None, [], log=folder / "metrics.jsonl", _whole=True)
+    recorder._note([{"step": 10, "loss": 0.25, "entropy": float("nan"), "validation_loss": losses}])
 
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")

@@ -279,36 +279,37 @@ def test_full_disk_at_the_model_leaves_what_a_resumed_run_needs(
     ).read_bytes()
 
 
-class FullThenFree:
-    """A file that takes 5 bytes of a line, then nothing, then everything."""
-
-    def __init__(self, file):
-        self.file, self.writes = file, 0
-
-    def write(self, text):
-        self.writes += 1
-        if self.writes == 1:
-            return self.file.write(text[:5])
-        return full_disk() if self.writes == 2 else self.file.write(text)
-
-
-def test_metrics_wait_for_room(tmp_path):
+def test_metrics_wait_for_room(tmp_path, monkeypatch):
+    """A line of which half fits, one that finds a full disk, and one after that."""
     from segloss.train.trainer import Recorder
 
-    recorder = Recorder(None, [])
-    with (tmp_path / "metrics.jsonl").open("ab", buffering=0) as file:
-        recorder._file = FullThenFree(file)
-        for step in (1, 2):
-            recorder._write({"step": step})
-    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]
+    path, history = tmp_path / "metrics.jsonl", [{"step": 0}]
+    recorder = Recorder(None, [], log=path)
+    recorder._note(history)
+    with monkeypatch.context() as patch:
+        whole = type(path).open
+
+        def half(self, *args, **kwargs):
+            with whole(self, *args, **kwargs) as file:
+                file.write('{"st')
+            return full_disk()
+
+        for place in (half, full_disk):
+            patch.setattr(type(path), "open", place)
+            history.append({"step": len(history)})
+            recorder._note(history)
+    history.append({"step": 3})
+    recorder._note(history)
+    recorder._note([*history, {"step": 4}])
+    assert [row["step"] for row in rows(path)] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
     ("then", "told"),
     [
-        ({"processes": 1, "versions": {"torch": "2.13.0"}}, []),
+        ({"versions": {"processes": 1, "torch": "2.13.0"}}, []),
         (
-            {"processes": 2, "versions": {"torch": "2.8.0"}},
+            {"versions": {"processes": 2, "torch": "2.8.0"}},
             ["processes was 2, is 1", "torch was 2.8.0, is 2.13.0"],
         ),
         ({}, ["processes was None, is 1", "torch was None, is 2.13.0"]),
@@ -320,7 +321,7 @@ def test_what_is_not_as_it_was_is_told(tmp_path, capsys, then, told):
     from segloss.train.run import Run
 
     (tmp_path / "segloss.json").write_text(json.dumps({"given": {}, "fingerprints": {}} | then))
-    here = {"processes": 1, "versions": {"torch": "2.13.0"}, "fingerprints": {}}
+    here = {"versions": {"processes": 1, "torch": "2.13.0"}, "fingerprints": {}}
     trainer = SimpleNamespace(accelerator=SimpleNamespace(wait_for_everyone=lambda: None))
     Run(None, trainer, None, [], here, tmp_path, True, resumed=True).open()
     lines = capsys.readouterr().err.splitlines()

@@ -348,7 +348,9 @@ def test_two_processes_go_on_to_the_same_bits(tmp_path, model_folder, data_file)
         return done.stderr
 
     run(*options, "--output", tmp_path / "whole")
-    assert json.loads((tmp_path / "whole" / "segloss.json").read_text())["processes"] == 2
+    assert (
+        json.loads((tmp_path / "whole" / "segloss.json").read_text())["versions"]["processes"] == 2
+    )
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoint-4")
     for name in ("trained.json", "results.json", "model.safetensors"):

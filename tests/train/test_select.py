@@ -71,8 +71,8 @@ def test_gradients_are_kept_for_the_next_command(select, tmp_path, monkeypatch):
     [
         (("--target", "x"), "--target has 'x'; the tasks are a b c"),
         (("--smallest", "4"), "--smallest is 4; it takes 1 to 3, the tasks"),
-        (("--items", "0"), "--items is 0; it takes a whole number from 1 up"),
-        (("--validation-items", "0"), "--validation_items is 0; it takes a whole number from 1"),
+        (("--items", "0"), "--items is 0; it takes a number from 1 up"),
+        (("--validation-items", "0"), "--validation_items is 0; it takes a number from 1 up"),
     ],
 )
 def test_what_is_refused(select, words, message):
