@@ -10,10 +10,11 @@ import json
 import math
 import os
 import warnings
+from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import trl
@@ -49,7 +50,7 @@ class Options:
     """What segloss adds to the arguments of TRL and transformers."""
 
     _argument_group_name = "segloss"
-    LEAST = {
+    LEAST: ClassVar[dict[str, float]] = {
         "eval_items": 0, "validation_items": 0, "coba_warmup": 1, "coba_history": 2,
         "coba_tau": 1e-6, "validation_batch": 1, "sample_temperature": 1e-6, "sample_burn_in": 0,
         "sample_fraction": 1e-6, "sample_band": 0, "patience": 0, "min_class_items": 1,
@@ -111,16 +112,8 @@ class EvaluateOptions(Options):
     json: str = doc("", "a file for the results")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a command is told: our options, TRL's own dataclasses, and what was given by name."""
-
-    options: Any
-    script: Any
-    training: Any
-    model: Any
-    mixture: Any
-    given: dict[str, Any]
+Settings = namedtuple("Settings", "options script training model mixture given")
+"""What a command is told: our options, TRL's own dataclasses, and what was given by name."""
 
 
 def settings(
@@ -158,8 +151,7 @@ def settings(
     try:
         with warnings.catch_warnings():  # TRL's own use of names that transformers lets go
             warnings.simplefilter("ignore", FutureWarning)
-            ours, script, training, model, mixture = parser.parse_dict(deepcopy(given))
-            return Settings(ours, script, training, model, mixture, given)
+            return Settings(*parser.parse_dict(deepcopy(given)), given)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(first_line(error)) from None
 
