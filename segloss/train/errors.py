@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,11 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like it, "" where none is."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), "")
 
 
 def text_of(path: str | Path) -> str:
