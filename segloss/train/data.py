@@ -14,10 +14,8 @@ import random
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from operator import eq
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -78,8 +76,6 @@ def sources(settings: Settings) -> list[str]:
     found = options.data or theirs
     if not found:
         raise UserError("there is nothing to train on: give --data or --dataset_name")
-    if settings.script.dataset_streaming and (len(found) > 1 or options.tasks):
-        raise UserError("--dataset_streaming takes one data set, and no --tasks")
     return found
 
 
@@ -110,6 +106,8 @@ def read(source: str, settings: Settings) -> dict[str, Any]:
     if train not in found:
         raise UserError(f"{source} has the splits {', '.join(found)}, none called {train}")
     if isinstance(found[train], datasets.IterableDataset):
+        if settings.options.tasks or len(settings.options.data or ()) > 1:
+            raise UserError(f"{source} is a stream; it is read alone and without --tasks")
         return {"stream": found[train]}
     return {
         name: ((f"{source}, row {number}", row) for number, row in enumerate(found[split], start=1))
@@ -129,9 +127,8 @@ def rows_of_json(source: str) -> list[tuple[str, Any]]:
 def rows_of_csv(source: str) -> Iterator[tuple[str, dict]]:
     """Cells are text; those of lists and numbers are JSON. An empty cell is not there."""
     csv.field_size_limit(1 << 30)
-    delimiter = "\t" if source.endswith(".tsv") else ","
-    text = io.StringIO(text_of(source), newline="")
-    reader = csv.DictReader(text, strict=True, delimiter=delimiter)
+    text, mark = io.StringIO(text_of(source), newline=""), "\t" if source.endswith(".tsv") else ","
+    reader = csv.DictReader(text, strict=True, delimiter=mark)
     try:
         for row in reader:
             where = f"{source}, line {reader.line_num}"
@@ -174,10 +171,8 @@ TAKES: dict[str, tuple[int, Callable[[Any], bool], str]] = {
     "weight": (0, is_weight, "a number from 0 up"),
     "token_weight": (1, is_weight, "a number from 0 up"),
     "input_ids": (1, lambda v: type(v) is int and v >= 0, "whole numbers from 0 up"),
-    "labels": (1, lambda v: type(v) is int and (v >= 0 or v == -100),
-               "tokens, or -100 where there is no label"),
-    "teacher_ids": (2, lambda v: type(v) is int and v >= -1,
-                    "whole numbers from 0 up, or -1 for none"),
+    "labels": (1, lambda v: type(v) is int and (v >= 0 or v == -100), "tokens, or -100 for none"),
+    "teacher_ids": (2, lambda v: type(v) is int and v >= -1, "whole numbers, or -1 for none"),
     "teacher_log_prob": (2, lambda v: type(v) in (int, float) and v <= 0.01, "numbers up to 0"),
 }  # fmt: skip
 """Of a column: how deep in lists its values are, whether one will do, and what will."""
@@ -195,11 +190,7 @@ def check(name: str, value: Any, depth: int, good: Callable[[Any], bool], takes:
 
 
 def checked(raw: Any, task: str, text_field: str, chat: bool) -> dict[str, Any]:
-    """The row as TRL takes it, with our columns; every fault is a ValueError.
-
-    Alpaca's columns become a conversation where the tokenizer has a chat template (`chat`), else
-    the text that Alpaca was trained on.
-    """
+    """The row as TRL takes it, with our columns; every fault is a ValueError."""
     if not isinstance(raw, dict):
         raise ValueError(f"an object is needed, not {reprlib.repr(raw)}")
     row = {name: value for name, value in raw.items() if value is not None}
@@ -271,7 +262,7 @@ def turns(value: Any, system: str | None = None) -> Any:
 
 
 def alpaca(row: dict, chat: bool) -> dict[str, Any]:
-    """Prompt and completion."""
+    """A conversation where the tokenizer has a chat template, else the text that Alpaca knows."""
     asked, given, answer = row["instruction"], row.get("input") or "", row["output"]
     for name in ("instruction", "output", *(["input"] if given else [])):
         check(name, row[name], *TEXT)
@@ -319,19 +310,17 @@ def load(settings: Settings, chat: bool, to_train: bool = True) -> Data:
         for name, some in found.items():
             counts[task][name] = len(some)
             pieces[name] += [row | {"task_ids": number} for row in some]
-        say(
-            "{task}: {rows} rows, {repeated} of them repeated; {train} to train on, {held_out} "
-            "held out, {validation} for validation".format(task=task, **counts[task])
-        )
+        told = (f"{count} {name.replace('_', ' ')}" for name, count in counts[task].items())
+        say(f"{task}: {', '.join(told)}")
         answers = [row["answer"] for row in found["train"]]
         if answers and None not in answers:
-            majority[task] = mode(answers)
-        if closed(answers):
-            few[task] = sorted(set(answers))
+            majority[task], labels = mode(answers), sorted(set(answers))
+            if 1 < len(labels) <= min(64, len(answers) / 4):  # they are few and repeat
+                few[task] = labels
     check_weights(pieces["train"])
     train = datasets.Dataset.from_list(pieces["train"])
     if settings.options.equal_tasks and len(tasks) > 1:
-        of_task = [train.filter(partial(eq, task), input_columns="task") for task in tasks]
+        of_task = [train.filter(lambda of, t=t: of == t, input_columns="task") for t in tasks]
         train = datasets.interleave_datasets(of_task, stopping_strategy="all_exhausted")
     return Data(tasks, train, pieces["held_out"], pieces["validation"], counts, majority, few)
 
@@ -361,11 +350,6 @@ def shape_of(row: dict) -> str:
     if isinstance(row.get("prompt"), list):
         return "messages as prompt and completion"
     return next((name for name in ("messages", "prompt", "input_ids") if name in row), "text")
-
-
-def closed(answers: Sequence[str | None]) -> bool:
-    """Whether the answers are a few that repeat, as labels are."""
-    return None not in answers and 1 < len(set(answers)) <= min(64, len(answers) / 4)
 
 
 def rows_of(source: str, pairs: Iterable, settings: Settings, chat: bool) -> list[dict]:
@@ -458,12 +442,10 @@ def fitted(trainer: Any, settings: Settings, given: dict[str, Any]) -> dict[str,
     """
     training, parts = settings.training, {"train": trainer.train_dataset}
     parts |= trainer.eval_dataset or {}
-    longest, limit = 0, training.max_length
-    options = {
-        "limit": limit, "at_end": training.truncation_mode == "keep_end",
-        "number": trainer.model.get_input_embeddings().num_embeddings,
-        "taught": trainer.loss.reads_teacher,
-    }  # fmt: skip
+    longest, limit, at_end = 0, training.max_length, training.truncation_mode == "keep_end"
+    number = trainer.model.get_input_embeddings().num_embeddings
+    options = {"number": number, "limit": limit, "at_end": at_end}
+    options["taught"] = trainer.loss.reads_teacher
     for name in given:
         if not hasattr(parts[name], "__len__"):  # a stream
             continue

@@ -423,4 +423,4 @@ def test_tokenizer_larger_than_the_model(train, own_model):
 
 
 def test_four_bits_need_bitsandbytes(train):
-    assert fails(train("--load-in-4bit"), "needs bitsandbytes: pip install bitsandbytes")
+    assert fails(train("--load-in-4bit"), "requires bitsandbytes: `pip install -U bitsandbytes")
