@@ -663,7 +663,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=list(parts), choices=(*parts, "training"))
     parser.add_argument(
         "--filter-models", nargs="+", default=["smollm2", "gemma3", RANDOM],
-        metavar="MODEL", help="for grad_filter: those of segloss train, gemma3, zipf: random weights",
+        metavar="MODEL", help="for grad_filter: of segloss train, gemma3, or zipf: random weights",
     )  # fmt: skip
     return parser.parse_args(arguments)
 

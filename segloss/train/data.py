@@ -83,7 +83,7 @@ def read(source: str, settings: Settings) -> dict[str, Any]:
     """Pairs of (where, raw row) of the parts "train" and "test", or a stream to train on."""
     path, script = Path(source), settings.script
     if path.suffix in (".jsonl", ".ndjson", ".json"):
-        return {"train": rows_of_json(source)}
+        return {"train": json_rows(text_of(source), source)}
     if path.suffix in (".csv", ".tsv"):
         return {"train": rows_of_csv(source)}
     try:
@@ -114,14 +114,6 @@ def read(source: str, settings: Settings) -> dict[str, Any]:
         for name, split in (("train", train), ("test", test))
         if split in found
     }
-
-
-def rows_of_json(source: str) -> list[tuple[str, Any]]:
-    """An array of objects, or one object a line."""
-    text = text_of(source)
-    if source.endswith(".json") and text.lstrip().startswith("["):
-        return [(f"{source}, item {i}", row) for i, row in enumerate(parsed(text, source), start=1)]
-    return json_rows(text, source)
 
 
 def rows_of_csv(source: str) -> Iterator[tuple[str, dict]]:
