@@ -144,7 +144,6 @@ def test_lora(train, tmp_path, model_folder):
 
 
 def test_a_chat_model_answers_with_its_template(tmp_path, model_folder, tokenizer, command):
-
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = shutil.copytree(model_folder, tmp_path / "model")
