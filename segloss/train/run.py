@@ -343,7 +343,6 @@ def model_options(settings: Settings) -> dict[str, Any]:
     found |= {"dtype": model.dtype or "float32", "attn_implementation": model.attn_implementation}
     found |= training.model_init_kwargs or {}
     if model.load_in_4bit or model.load_in_8bit:
-        of_model.require("bitsandbytes", "--load_in_4bit and --load_in_8bit")
         found["quantization_config"] = trl.get_quantization_config(model)
     return {name: value for name, value in found.items() if value is not None}
 
@@ -462,7 +461,7 @@ def evaluated(target: str, told: dict[str, Any]) -> dict[str, Any]:
     past["model_name_or_path"] = str(merged if merged.is_dir() else target)
     unread = {"task_weights", "fsdp", "fsdp_config", "deepspeed"}  # of training, of processes
     if told.keys() & {"data", "dataset_name"}:  # other rows than the run's
-        unread |= {"data", "dataset_name", "datasets"}
+        unread |= {"data", "dataset_name", "datasets", "tasks"}
     return {name: value for name, value in past.items() if name not in unread}
 
 

@@ -1,6 +1,7 @@
 """Every format, token by token against text written by hand; every faulty row by file and line."""
 
 import json
+import shutil
 
 import pytest
 from train.tiny import write_jsonl
@@ -20,7 +21,6 @@ CHAT = (
 @pytest.fixture(scope="module")
 def chat_folder(model_folder, tokenizer, tmp_path_factory):
     import copy
-    import shutil
 
     folder = tmp_path_factory.mktemp("chat") / "model"
     shutil.copytree(model_folder, folder)
@@ -154,11 +154,14 @@ def test_conversations(chat_folder, tokenizer, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_texts(model_folder, tokenizer, tmp_path, monkeypatch, name):
+def test_texts(model_folder, tokenizer, tmp_path, name):
     row, options, text, parts = TEXTS[name]
     file = write_jsonl(tmp_path / "mine.jsonl", [row, row | {"task": "x"}])
     if name.startswith("alpaca"):  # the tiny model has few positions
-        monkeypatch.setattr("segloss.train.data.check_positions", lambda *args: None)
+        model_folder = shutil.copytree(model_folder, tmp_path / "model")
+        config = json.loads((model_folder / "config.json").read_text())
+        config["max_position_embeddings"] = 1024
+        (model_folder / "config.json").write_text(json.dumps(config))
     run = prepared(model_folder, [file], "--output", tmp_path / "run", *options)
     assert_trained_on(run, tokenizer, text, parts)
 
@@ -220,7 +223,6 @@ def test_files(model_folder, tokenizer, tmp_path, write):
 def test_a_tokenizer_that_ends_texts_itself(model_folder, tokenizer, tmp_path):
     """Generation starts from the prompt, not from an end of text after it."""
     import copy
-    import shutil
 
     from tokenizers.processors import TemplateProcessing
 
@@ -305,7 +307,7 @@ ODD = {
     ),
     "a label below 0": (
         '{"input_ids": [1, 2], "labels": [-1, 2]}',
-        'line 2: "labels" has -1, where it takes tokens, or -100 where there is no label',
+        'line 2: "labels" has -1, where it takes tokens, or -100 for none',
     ),
     "a token below 0": (
         '{"input_ids": [1, -100]}',
@@ -380,7 +382,7 @@ def test_repeated_rows_are_counted_and_prompts_stay_together(model_folder, tmp_p
         *("--output", tmp_path / "run"),
     )
     assert (
-        "mine: 40 rows, 20 of them repeated; 10 to train on, 6 held out" in capsys.readouterr().err
+        "mine: 40 rows, 20 repeated, 10 train, 6 held out, 4 validation" in capsys.readouterr().err
     )
     parts = [run.trainer.train_dataset["prompt"], [i["prompt"] for i in run.data.held_out]]
     parts.append([row["prompt"] for row in run.data.validation])
@@ -408,6 +410,58 @@ def test_equal_tasks(model_folder, tmp_path):
     run = prepared(model_folder, files, "--equal-tasks", "--output", tmp_path / "run")
     tasks = run.trainer.train_dataset["task"]
     assert list(tasks).count("few") == list(tasks).count("many") == 12
+
+
+def test_some_of_the_tasks(model_folder, tmp_path):
+    """They are split as they are beside the others, whose rows are left out."""
+    rows = [
+        {"prompt": f"{i}", "completion": f" {i % 7}", "task": "abc"[i % 3], "group": i // 4}
+        for i in range(90)
+    ]
+    file = write_jsonl(tmp_path / "mine.jsonl", rows)
+    options = ("--eval-items", 5, "--validation-items", 3, "--output", tmp_path / "run")
+    every, some, one = (
+        prepared(model_folder, [file], *options, *words).data
+        for words in ((), ("--tasks", "c", "a"), ("--tasks", "c"))
+    )
+    assert (every.tasks, some.tasks, one.tasks) == (["a", "b", "c"], ["a", "c"], ["c"])
+    for data in (some, one):
+        for part in ("train", "held_out", "validation"):
+            found, there = (list(getattr(of, part)) for of in (data, every))
+            assert [{**row, "task_ids": None} for row in found] == [
+                {**row, "task_ids": None} for row in there if row["task"] in data.tasks
+            ]
+            assert {data.tasks[row["task_ids"]] == row["task"] for row in found} == {True}
+    with pytest.raises(UserError, match="--tasks has 'd'; the data have a b c"):
+        prepared(model_folder, [file], *options, "--tasks", "a", "d")
+
+
+def test_tools_of_a_later_row(chat_folder, tmp_path):
+    """A data set made of rows has the columns of the first one."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    rows = [{"messages": TALK}, {"messages": [*TALK, *TALK], "tools": tools}]
+    file = write_jsonl(tmp_path / "mine.jsonl", rows)
+    run = prepared(chat_folder, [file], "--output", tmp_path / "run")
+    assert sorted(run.data.train["tools"], key=bool) == [None, json.dumps(tools)]
+    rows = [rows[0], rows[1] | {"chat_template_kwargs": {"think": True}}]
+    file = write_jsonl(tmp_path / "mine.jsonl", rows)
+    with pytest.raises(UserError, match="1 of 2 rows have a chat_template_kwargs; all or none"):
+        prepared(chat_folder, [file], "--output", tmp_path / "run")
+
+
+def test_a_stream_is_read_alone(model_folder, tmp_path, monkeypatch):
+    from datasets import Dataset, DatasetDict
+
+    def stream(*args, **kwargs):
+        assert kwargs["streaming"]
+        return DatasetDict({"train": Dataset.from_list(ROWS).to_iterable_dataset()})
+
+    monkeypatch.setattr("segloss.train.data.datasets.load_dataset", stream)
+    options = ("--dataset_streaming", "--output", tmp_path / "run")
+    assert prepared(model_folder, ["a/b"], *options).data.tasks == []
+    for files, words in ((["a/b", "a/c"], ()), (["a/b"], ("--tasks", "a"))):
+        with pytest.raises(UserError, match="a/b is a stream; it is read alone and without --tas"):
+            prepared(model_folder, files, *options, *words)
 
 
 def test_rows_that_are_cut_or_left_out_are_counted(train, tmp_path):

@@ -1,5 +1,6 @@
 """Whole runs on the tiny model: what they leave, and what they refuse."""
 
+import copy
 import json
 import os
 import shutil
@@ -143,8 +144,6 @@ def test_lora(train, tmp_path, model_folder):
 
 
 def test_a_chat_model_answers_with_its_template(tmp_path, model_folder, tokenizer, command):
-    import copy
-
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = shutil.copytree(model_folder, tmp_path / "model")
@@ -424,5 +423,14 @@ def test_tokenizer_larger_than_the_model(train, own_model):
     assert fails(train("--model", own_model), "has 258 tokens, the model 200")
 
 
+def test_tokenizer_without_padding(train, own_model, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    build_model().save_pretrained(own_model)
+    bare.save_pretrained(own_model)
+    code, _, err = train("--model", own_model)
+    assert code == 0, err
+
+
 def test_four_bits_need_bitsandbytes(train):
-    assert fails(train("--load-in-4bit"), "needs bitsandbytes: pip install bitsandbytes")
+    assert fails(train("--load-in-4bit"), "requires bitsandbytes: `pip install -U bitsandbytes")
