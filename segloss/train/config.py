@@ -52,6 +52,7 @@ class Options:
     _argument_group_name = "segloss"
 
     data: list[str] | None = doc(None, "files, saved data sets or hub ids, each a task of its own")
+    tasks: list[str] | None = doc(None, "of the data's tasks, those to train on (default: all)")
     eval_items: int | None = doc(None, "held-out rows of a task (default: a tenth, at most 100)")
     validation_items: int | None = doc(
         None, "further rows, which CoBa, --patience and --eval_strategy read (default: a tenth)"
