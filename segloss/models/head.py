@@ -565,10 +565,10 @@ def forward_name(module: Any) -> str:
 
 
 @contextlib.contextmanager
-def replaced(module: nn.Module, name: str, function: Callable) -> Iterator[None]:
-    """A method of one object replaced."""
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """A method or an attribute of one object replaced."""
     before = vars(module).get(name)
-    setattr(module, name, function)
+    setattr(module, name, value)
     try:
         yield
     finally:

@@ -152,7 +152,7 @@ def settings(
     try:
         with warnings.catch_warnings():  # TRL's own use of names that transformers lets go
             warnings.simplefilter("ignore", FutureWarning)
-            return Settings(*parser.parse_dict(deepcopy(given)), given=given)
+            return Settings(*parser.parse_dict(deepcopy(given)), given)  # type: ignore[call-arg]
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(first_line(error)) from None
 

@@ -89,7 +89,7 @@ class Run:
     settings: Settings
     trainer: Trainer
     data: Data
-    held_out: list[evaluation.Item]
+    held_out: list[dict[str, Any]]
     description: dict[str, Any]  # what segloss.json says: enough to do the run again
     output: Path
     is_main: bool
@@ -147,12 +147,11 @@ class Run:
         """One row of scores per task; beside them the answers, in answers-TITLE.jsonl."""
         options = self.settings.options
         with self.timed(title):
-            evaluation.Evaluator(self.trainer, options.exact_match)(self.held_out, title)
+            found = evaluation.evaluate(self.trainer, self.held_out, title, options.exact_match)
         say(f"{title}: {len(self.held_out)} items in {self.timing[title]:.0f} s")
         if self.is_main and self.output.is_dir():
-            answers = [{"task": i.task, "expected": i.answer, **i.found} for i in self.held_out]
             name = f"answers-{title.rpartition(' ')[2]}.jsonl"
-            self.save(name, report.json_lines(answers))
+            self.save(name, report.json_lines(found))
         return evaluation.results(self.held_out, self.data, options, self.trainer.args.seed)
 
     def fit(self) -> dict[str, Any]:

@@ -8,24 +8,23 @@ estimates are, by fine-tuning on some subsets after all.
 from __future__ import annotations
 
 import gc
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+import numpy as np
 from pandas import DataFrame
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from segloss.integrations.transformers import head_logits
-from segloss.integrations.window import next_tokens
+from segloss.integrations.forward import loss_of
 from segloss.selection import Comparison, GradEx, Sample, Selection
 
 from .config import Options, Settings, doc
 from .errors import UserError
-from .evaluation import Evaluator, Item
-from .report import SELECTION, aligned, json_lines, subsets
+from .evaluation import batch_of, evaluate
+from .report import SELECTION, aligned, subsets
 from .run import Run, prepare, require_new
 from .trainer import Recorder, Trainer
 
@@ -38,9 +37,7 @@ class SelectOptions(Options):
         "items": 1, "validation_items": 1, "dim": 1, "penalty": 0, "subsets": 1, "check": 0
     }  # fmt: skip
 
-    target: list[str] | None = doc(
-        None, "the tasks whose loss is to be low; their mean if there are several (default: all)"
-    )
+    target: list[str] | None = doc(None, "the tasks whose mean loss is to be low (default: all)")
     items: int = doc(48, "training rows of each task that gradients are taken of")
     validation_items: int = doc(48, "items of each task that the loss is estimated for")
     dim: int = doc(400, "dimensions that gradients are projected to")
@@ -72,7 +69,8 @@ def select(settings: Settings) -> None:
         settings.model.use_peft, settings.model.lora_dropout = True, 0.0
     run = prepare(settings)
     options, tasks = settings.options, run.data.tasks
-    for name in options.target or ():
+    target = options.target or tasks
+    for name in target:
         if name not in tasks:
             raise UserError(f"--target has {name!r}; the tasks are {' '.join(tasks)}")
     if len(tasks) < 2:
@@ -80,145 +78,108 @@ def select(settings: Settings) -> None:
     if options.smallest is not None and not 1 <= options.smallest <= len(tasks):
         raise UserError(f"--smallest is {options.smallest}; it takes 1 to {len(tasks)}, the tasks")
     run.open()
-    Selecting(run, options).run_all()
+    choose(run, target)
 
 
-class Selecting:
-    """One selection, from the loaded model to the printed command."""
-
-    def __init__(self, run: Run, options: Any):
-        self.run, self.options, self.tasks = run, options, run.data.tasks
-        self.model, self.rows = run.trainer.model, run.trainer.train_dataset
-        self.target = list(options.target or self.tasks)
-        read = [row for row in run.trainer.validation if row["task"] in self.target]
-        self.items = [Item(row["task"], row["input_ids"], row["labels"]) for row in read]
-        self.samples = [Sample(f"{r['task']}-{i}", r["task"], [r]) for i, r in enumerate(read)]
-
-    def run_all(self) -> None:
-        options, timed = self.options, self.run.timed
-        named = self.model.named_parameters()
-        begin = {name: p.detach().clone() for name, p in named if p.requires_grad}
-        losses = {"before": self._target_loss()}
-        with timed("training on all tasks"):
-            self._train(self.tasks)
-        losses["all_tasks"] = self._target_loss()
-        with timed("gradients"):
-            gradex = self._gradients()
-        with timed("subsets"):
-            found = gradex.select(
-                self.target, method=options.method, subsets=options.subsets,
-                smallest=options.smallest,
-                samples=self.samples if options.score == "measured" else None,
-            )  # fmt: skip
-        self._write(found, self._check(found, begin) if options.check else None, losses)
-
-    def _train(self, names: Sequence[str], title: str = "") -> None:
-        """All steps on some tasks, from the weights that the model has."""
-        first, kept = self.run.trainer, {self.tasks.index(name) for name in names}
-        rows = self.rows.filter(lambda i: i in kept, input_columns="task_ids")
-        trainer = Trainer(
-            model=self.model, args=first.args, train_dataset=rows,
-            processing_class=first.processing_class, loss=first.loss, head=first.head,
+def choose(run: Run, target: Sequence[str]) -> None:
+    """From the loaded model to the printed command."""
+    options, named = run.settings.options, run.trainer.model.named_parameters()
+    begin = {name: p.detach().clone() for name, p in named if p.requires_grad}
+    items = [row for row in run.trainer.validation if row["task"] in target]
+    samples = [Sample(f"{row['task']}-{i}", row["task"], [row]) for i, row in enumerate(items)]
+    losses = {"before": loss_on(run, items)}
+    with run.timed("training on all tasks"):
+        train_on(run, run.data.tasks)
+    losses["all_tasks"] = loss_on(run, items)
+    with run.timed("gradients"):
+        gradex = gradients(run, samples)
+    with run.timed("subsets"):
+        found = gradex.select(
+            target, method=options.method, subsets=options.subsets, smallest=options.smallest,
+            samples=samples if options.score == "measured" else None,
         )  # fmt: skip
-        trainer.add_callback(Recorder(trainer, self.tasks, title=title))
-        trainer.train()
-        gc.collect()  # a Trainer refers to itself, and holds the optimizer's moments
+    last, count = len(found.subsets) - 1, min(options.check, len(found.subsets))
+    true: dict[tuple[str, ...], float] = {}  # of subsets spread evenly over the estimates
+    for place in np.linspace(0, last, count).round().astype(int):
+        names = found.subsets[place][0]
+        run.trainer.model.load_state_dict(begin, strict=False)
+        train_on(run, names, f"check {len(true) + 1} of {count}, ")
+        true[names] = loss_on(run, items)
+    leave(run, found, losses, true)
 
-    def _target_loss(self) -> float:
-        """Cross-entropy per token of the target's validation items, averaged over its tasks."""
-        Evaluator(self.run.trainer, precise=True)(self.items)
-        found = DataFrame([{"task": item.task, **item.found} for item in self.items])
-        sums = found.groupby("task").sum()
-        return float((sums.nll / sums.tokens).mean())
 
-    def _outputs(self, model: Any, items: Sequence[dict]) -> tuple[Any, Tensor]:
+def train_on(run: Run, names: Sequence[str], title: str = "") -> None:
+    """All steps on some tasks, from the weights that the model has."""
+    first, kept = run.trainer, {run.data.tasks.index(name) for name in names}
+    trainer = Trainer(
+        model=first.model, args=first.args, processing_class=first.processing_class,
+        train_dataset=first.train_dataset.filter(lambda i: i in kept, input_columns="task_ids"),
+        loss=first.loss, head=first.head,
+    )  # fmt: skip
+    trainer.add_callback(Recorder(trainer, run.data.tasks, title=title))
+    trainer.train()
+    gc.collect()  # a Trainer refers to itself, and holds the optimizer's moments
+
+
+def loss_on(run: Run, items: Sequence[dict]) -> float:
+    """Cross-entropy per token, averaged over the items' tasks."""
+    found = DataFrame(evaluate(run.trainer, items, "evaluating", precise=True))
+    sums = found.groupby("task")[["nll", "tokens"]].sum()
+    return float((sums.nll / sums.tokens).mean())
+
+
+def gradients(run: Run, samples: Sequence[Sample]) -> GradEx:
+    """Of some rows of every task to train on, and of the target's samples."""
+    options, trainer, train = run.settings.options, run.trainer, []
+    for name in run.data.tasks:
+        of_task = [row for row in trainer.train_dataset if row["task"] == name]
+        rows = list({tuple(row["input_ids"]): row for row in of_task}.values())
+        rng = random.Random(f"{trainer.args.seed} gradients {name}")
+        some = sorted(rng.sample(range(len(rows)), min(options.items, len(rows))))
+        train += [Sample(f"{name}-{i}", name, [rows[i]]) for i in some]
+
+    def outputs(model: Any, rows: Sequence[dict]) -> tuple[Any, Tensor]:
         """In float32 whatever the training's precision: a gradient's small part is what counts."""
-        rows = [{name: row[name] for name in ("input_ids", "labels")} for row in items]
-        collated = self.run.trainer.data_collator(rows)
-        batch = {name: value.to(model.device) for name, value in collated.items()}
-        target = next_tokens(batch.pop("labels"))
-        if self.options.head == "logits":
-            return model(**batch, use_cache=False).logits, target
-        return head_logits(model, **batch, use_cache=False), target
+        inputs, target = batch_of(trainer, rows)
+        return loss_of(model, lambda *both: both, target, inputs, trainer.head == "fused")[0]
 
-    def _gradients(self) -> GradEx:
-        options = self.options
-        try:
-            # relative: the model has been trained on all tasks for as long, and of each as much
-            gradex = GradEx(
-                self.model, dim=options.dim, seed=self.run.trainer.args.seed,
-                penalty=options.penalty, relative=True, balance=True, outputs=self._outputs,
-                store=options.gradients or str(self.run.output / "gradients"),
-            )  # fmt: skip
-            train = [sample for name in self.tasks for sample in self._samples(name)]
-            with tqdm(total=len(train + self.samples), desc="gradients", disable=None) as bar:
-                gradex.collect(train, progress=bar.update)
-                gradex.collect(self.samples, role="target", progress=bar.update)
-        except (OSError, ValueError) as error:  # what a full disk has left is used by the next call
-            raise UserError(f"--gradients: {error}") from None
-        return gradex
-
-    def _samples(self, name: str) -> list[Sample]:
-        rows = {json.dumps(row["input_ids"]): row for row in self.rows if row["task"] == name}
-        rng = random.Random(f"{self.run.trainer.args.seed} gradients {name}")
-        chosen = sorted(rng.sample(range(len(rows)), min(self.options.items, len(rows))))
-        return [Sample(f"{name}-{i}", name, [list(rows.values())[i]]) for i in chosen]
-
-    def _check(self, found: Selection, begin: dict[str, Tensor]) -> Comparison:
-        """Fine-tune on subsets spread evenly over the estimates, from the model as it was."""
-        count, last = min(self.options.check, len(found.subsets)), len(found.subsets) - 1
-        places = [round(i * last / max(1, count - 1)) for i in range(count)]
-        true = []
-        for number, place in enumerate(places, start=1):
-            self.model.load_state_dict(begin, strict=False)
-            self._train(found.subsets[place][0], f"check {number} of {count}, ")
-            true.append(self._target_loss())
-        chosen = [found.subsets[place] for place in places]
-        return Comparison([tasks for tasks, _ in chosen], [value for _, value in chosen], true)
-
-    def _write(self, found: Selection, comparison: Comparison | None, losses: dict) -> None:
-        seconds = {name: round(value, 1) for name, value in self.run.timing.items()}
-        true = dict(zip(comparison.subsets, comparison.true, strict=True)) if comparison else {}
-        result = {
-            "objective": found.objective, "method": found.method, "score": self.options.score,
-            "chosen": list(found.chosen), "estimated": found.estimated, "scores": found.scores,
-            "loss": losses, "seconds": seconds,
-            "relative_error": comparison and comparison.relative_error,
-            "subsets": [
-                {"tasks": list(tasks), "estimated": value, "true": true.get(tasks)}
-                for tasks, value in found.subsets
-            ],
-        }  # fmt: skip
-        run, config = self.run, self.run.output / "chosen.json"
-        run.save(SELECTION, result)
-        every = [*run.data.train, *run.data.held_out, *run.data.validation]
-        rows = {row["where"]: row for row in every}
-        kept = [row_of_user(row) for row in rows.values() if row["task"] in found.chosen]
-        run.save("chosen.jsonl", json_lines(kept))
-        run.save(config.name, self._settings())
-        checked = f"checked by fine-tuning, from the model as it was:\n{comparison}\n\n"
-        run.finish(
-            f"objective: {found.objective}, on {self.options.validation_items} items of each\n"
-            f"before training {losses['before']:.4f}, after training on all tasks "
-            f"{losses['all_tasks']:.4f}\n\n{aligned(*subsets(result), words=(0,))}\n\n"
-            f"{checked if comparison else ''}"
-            f"{', '.join(f'{name} {value} s' for name, value in seconds.items())}\n\n"
-            f"chosen: {' '.join(found.chosen)}\ntrain on them with\n"
-            f"    segloss train --config {config}\n"
-        )
-
-    def _settings(self) -> dict[str, Any]:
-        """To train on the chosen rows with."""
-        own = {f.name for f in fields(SelectOptions)} - {f.name for f in fields(Options)}
-        own |= {"output_dir", "dataset_name", "datasets", "validation_items", "eval_items"}
-        given = {k: v for k, v in self.run.settings.given.items() if k not in own}
-        model = asdict(self.run.settings.model)
-        given |= {name: model[name] for name in ("use_peft", "lora_dropout")}
-        return given | {"data": [str(self.run.output / "chosen.jsonl")]}
+    try:
+        # relative: the model has been trained on all tasks for as long, and of each as much
+        gradex = GradEx(
+            trainer.model, dim=options.dim, seed=trainer.args.seed, penalty=options.penalty,
+            relative=True, balance=True, outputs=outputs,
+            store=options.gradients or str(run.output / "gradients"),
+        )  # fmt: skip
+        with tqdm(total=len(train) + len(samples), desc="gradients", disable=None) as bar:
+            gradex.collect(train, progress=bar.update)
+            gradex.collect(samples, role="target", progress=bar.update)
+    except (OSError, ValueError) as error:  # what a full disk has left is used by the next call
+        raise UserError(f"--gradients: {error}") from None
+    return gradex
 
 
-def row_of_user(row: dict[str, Any]) -> dict[str, Any]:
-    """As a file has it."""
-    names = {"sample_weights": "weight", "answer": None, "task_ids": None, "where": None}
-    named = {names.get(name, name): value for name, value in row.items() if value is not None}
-    return {name: value for name, value in named.items() if name is not None}
+def leave(run: Run, found: Selection, losses: dict[str, float], true: dict) -> None:
+    """Write and print what came out; `true` are the losses of the subsets that were checked."""
+    settings, estimated, checked = run.settings, dict(found.subsets), ""
+    seconds = {name: round(value, 1) for name, value in run.timing.items()}
+    result = asdict(found) | {
+        "score": settings.options.score, "loss": losses, "seconds": seconds, "relative_error": None,
+        "subsets": [{"tasks": n, "estimated": e, "true": true.get(n)} for n, e in found.subsets],
+    }  # fmt: skip
+    if true:
+        compared = Comparison(list(true), [estimated[n] for n in true], list(true.values()))
+        checked = f"checked by fine-tuning, from the model as it was:\n{compared}\n\n"
+        result["relative_error"] = compared.relative_error
+    run.save(SELECTION, result)
+    own = {f.name for f in fields(SelectOptions)} - {f.name for f in fields(Options)}
+    given = {k: v for k, v in settings.given.items() if k not in own and k != "output_dir"}
+    given |= {name: getattr(settings.model, name) for name in ("use_peft", "lora_dropout")}
+    run.save("chosen.json", given | {"tasks": list(found.chosen)})
+    run.finish(
+        f"objective: {found.objective}, on {settings.options.validation_items} items of each\n"
+        f"before training {losses['before']:.4f}, after training on all tasks "
+        f"{losses['all_tasks']:.4f}\n\n{aligned(*subsets(result), words=(0,))}\n\n{checked}"
+        f"{', '.join(f'{name} {value} s' for name, value in seconds.items())}\n\n"
+        f"chosen: {' '.join(found.chosen)}\ntrain on them with\n"
+        f"    segloss train --config {run.output / 'chosen.json'}\n"
+    )

@@ -216,7 +216,7 @@ def test_files(model_folder, tokenizer, tmp_path, write):
     expected = {f"{row['prompt']} yes{EOS}": row["weight"] for row in ROWS}
     if write is as_splits:  # what is in the test split is not trained on
         expected.pop(f"0: yes{EOS}")
-        assert [item.answer for item in run.held_out] == []  # --eval-items 0
+        assert run.held_out == []  # --eval-items 0
     assert found == expected and run.data.tasks == ["mine"]
 
 
@@ -237,7 +237,7 @@ def test_a_tokenizer_that_ends_texts_itself(model_folder, tokenizer, tmp_path):
     )
     run = prepared(folder, [file], "--eval-items", 1, "--output", tmp_path / "run")
     (item,) = run.held_out
-    assert len(item.prompt_ids) == 1 and tokenizer.eos_token_id not in item.prompt_ids
+    assert len(item["prompt_ids"]) == 1 and tokenizer.eos_token_id not in item["prompt_ids"]
     text, parts = trained_parts(tokenizer, run.trainer.train_dataset[0])
     assert text.endswith(f" y{EOS}") and parts == [f" y{EOS}"]
 

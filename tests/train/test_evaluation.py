@@ -9,7 +9,7 @@ from train.tiny import examples, write_jsonl
 
 from segloss.train.config import settings
 from segloss.train.errors import UserError
-from segloss.train.evaluation import Evaluator, Item, chosen, following, macro_f1, results, same
+from segloss.train.evaluation import choose, evaluate, macro_f1, results, same
 from segloss.train.run import prepare
 
 
@@ -22,45 +22,45 @@ def run(model_folder, tmp_path_factory):
     return prepare(settings([*words, "--output", str(folder / "run"), "--bf16", "false"]))
 
 
-def fresh(run):
-    return [Item(**{**vars(item), "found": {}}) for item in run.held_out]
-
-
 @pytest.mark.parametrize("head", ["fused", "logits"])
 def test_sums_answers_and_choices_are_those_of_a_plain_loop(run, tokenizer, head):
-    items = fresh(run)
     run.trainer.args.per_device_eval_batch_size = 3
     run.trainer.head = head
-    Evaluator(run.trainer)(items)
+    rows = evaluate(run.trainer, run.held_out, "title")
     model = run.trainer.model.eval()
-    for item in items:
+    for item, found in zip(run.held_out, rows, strict=True):
+        assert found["task"] == item["task"] and found["expected"] == item["answer"]
         with torch.no_grad():
-            logits = model(torch.tensor([item.input_ids])).logits[0].double()
+            logits = model(torch.tensor([item["input_ids"]])).logits[0].double()
         log_prob = logits.log_softmax(-1)
-        labels = [(i, t) for i, t in enumerate(item.labels) if t != -100]
+        labels = [(i, t) for i, t in enumerate(item["labels"]) if t != -100]
         nll = -sum(log_prob[i - 1, t].item() for i, t in labels)
-        assert item.found["nll"] == pytest.approx(nll, rel=1e-5)
-        assert item.found["tokens"] == len(labels) == len(item.answer) + 1
-        assert item.found["hits"] == sum(log_prob[i - 1].argmax() == t for i, t in labels)
+        assert found["nll"] == pytest.approx(nll, rel=1e-5)
+        assert found["tokens"] == len(labels) == len(item["answer"]) + 1
+        assert found["hits"] == sum(log_prob[i - 1].argmax() == t for i, t in labels)
         entropy = -(log_prob.exp() * log_prob).sum(-1)
         expected = sum(entropy[i - 1].item() for i, _ in labels)
-        assert item.found["entropy"] == pytest.approx(expected, rel=1e-5)
-        ids = list(item.prompt_ids)
-        for _ in range(len(item.input_ids) - len(item.prompt_ids) + 4):
+        assert found["entropy"] == pytest.approx(expected, rel=1e-5)
+        ids = list(item["prompt_ids"])
+        for _ in range(len(item["input_ids"]) - len(item["prompt_ids"]) + 4):
             with torch.no_grad():
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
             if ids[-1] == tokenizer.eos_token_id:
                 break
-        new = ids[len(item.prompt_ids) :]
-        assert item.found["answer"] == tokenizer.decode(new, skip_special_tokens=True)
-        assert item.found["choice"] == constrained(model, item)
+        new = ids[len(item["prompt_ids"]) :]
+        assert found["answer"] == tokenizer.decode(new, skip_special_tokens=True)
+        assert found["choice"] == constrained(model, item)
+    # of which truncation has left no prompt
+    (found,) = evaluate(run.trainer, [run.held_out[0] | {"prompt_ids": []}], "title")
+    assert "tokens" in found and not {"answer", "choice"} & set(found)
 
 
 def constrained(model, item):
     """Greedy decoding with only the options' tokens allowed, one at a time."""
-    ids, alive = list(item.prompt_ids), list(zip(item.options, item.option_ids, strict=True))
+    ids = list(item["prompt_ids"])
+    alive = list(zip(item["options"], item["option_ids"], strict=True))
     while len(alive) > 1:
-        at = len(ids) - len(item.prompt_ids)
+        at = len(ids) - len(item["prompt_ids"])
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0, -1]
         ids.append(max({o[at] for _, o in alive}, key=lambda token: logits[token].item()))
@@ -68,14 +68,38 @@ def constrained(model, item):
     return alive[0][0].strip()
 
 
-def test_options_that_begin_alike_and_one_in_another():
-    options = [[1, 2, 9], [1, 3, 9], [1, 3, 4, 9]]
-    assert following(options, []) == [1] and following(options, [1]) == [2, 3]
-    assert following(options, [1, 3]) == [4, 9] and following(options, [1, 2, 9]) == []
-    item = Item("t", [], [], options=["a", "b", "c"], option_ids=options)
-    assert chosen(item, [1, 3, 4, 9]) == "c" and chosen(item, [1, 3, 9, 0]) == "b"
-    item = Item("t", [], [], options=["a b", "c"], option_ids=[[5, 6, 9], [7, 9]])
-    assert chosen(item, [5]) == "a b" and chosen(item, [7]) == "c"
+ALIKE = ([1, 2, 9], [1, 3, 9], [1, 3, 4, 9])
+APART = ([5, 6, 9], [7, 9])
+
+
+@pytest.mark.parametrize(
+    ("options", "number", "steps"),
+    [
+        (ALIKE, 0, [{1}, {2, 3}, {9}]),
+        (ALIKE, 1, [{1}, {2, 3}, {4, 9}]),  # which begins the next one
+        (ALIKE, 2, [{1}, {2, 3}, {4, 9}]),
+        (APART, 0, [{5, 7}]),
+        (APART, 1, [{5, 7}]),
+        (([5, 6], [5, 6, 7]), 1, [{5}, {6}, {7}]),  # a tokenizer that ends no text
+    ],
+)
+def test_what_may_come_next_and_the_option_that_it_spells(run, monkeypatch, options, number, steps):
+    seen = []
+
+    def generate(input_ids, max_new_tokens, prefix_allowed_tokens_fn, **_):
+        """A model that wants the tokens of one option, and the end after them."""
+        ids = input_ids
+        for wanted in [*options[number], 9, 9][:max_new_tokens]:
+            seen.append(set(prefix_allowed_tokens_fn(0, ids[0])))
+            assert wanted in seen[-1]
+            ids = torch.cat([ids, torch.tensor([[wanted]])], 1)
+        return ids
+
+    monkeypatch.setattr(run.trainer.model, "generate", generate)
+    texts = [f" option {i}" for i in range(len(options))]
+    item = {"prompt_ids": [40, 41], "options": texts, "option_ids": list(options), "found": {}}
+    choose(run.trainer, [item])
+    assert item["found"]["choice"] == f"option {number}" and seen == steps
 
 
 def test_macro_f1():
@@ -89,10 +113,10 @@ def test_macro_f1():
 def found_of(answers, choices, expected, **others):
     options = sorted({*expected, *choices})
     return [
-        Item("t", [1], [1], answer, [1], options, [], {
+        {"task": "t", "options": options, "found": {
             "nll": 2.0 * (i + 1), "hits": 1.0, "entropy": 0.5, "tokens": 2.0,
-            "answer": given, "choice": choice.strip(),
-        })
+            "expected": answer, "answer": given, "choice": choice.strip(),
+        }}
         for i, (given, choice, answer) in enumerate(zip(answers, choices, expected, strict=True))
     ]  # fmt: skip
 
@@ -170,16 +194,14 @@ def test_weights_that_are_not_finite(train, model_folder, tmp_path):
 
 def test_generation_config_of_the_model_does_not_take_part(run, model_folder):
     """num_return_sequences and a penalty would change the answers, or their number."""
-    plain, odd = fresh(run), fresh(run)
-    Evaluator(run.trainer)(plain)
+    plain = evaluate(run.trainer, run.held_out, "title")
     config = run.trainer.model.generation_config
     config.num_return_sequences, config.repetition_penalty = 2, 5.0
     try:
-        Evaluator(run.trainer)(odd)
+        assert evaluate(run.trainer, run.held_out, "title") == plain
         assert run.trainer.model.generation_config is config
     finally:
         config.num_return_sequences, config.repetition_penalty = None, None
-    assert [item.found for item in plain] == [item.found for item in odd]
 
 
 def test_a_mixture_of_experts_that_returns_its_routers(tmp_path, command, tokenizer):
@@ -210,14 +232,14 @@ def test_a_model_whose_head_cannot_be_fused_says_what_to_do(run, monkeypatch):
 
     monkeypatch.setattr("segloss.train.evaluation.loss_of", refuse)
     with pytest.raises(UserError, match="below its head; --head logits takes the model's own"):
-        Evaluator(run.trainer)(fresh(run))
+        evaluate(run.trainer, run.held_out, "title")
 
 
 def test_an_answer_of_a_test_split_that_training_has_not():
     """It counts as wrong, and as a class that never comes out."""
     items = found_of(["a", "b", "a"], [" a", " b", " a"], [" a", " b", " c"])
     for item in items:
-        item.options = [" a", " b"]
+        item["options"] = [" a", " b"]
     (row,) = results(items, Facts, Least)
     assert row["accuracy"][0] == pytest.approx(2 / 3) and row["classes"] == 3
     assert row["macro_f1"][0] == pytest.approx((2 / 3 + 1 + 0) / 3)

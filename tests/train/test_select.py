@@ -43,15 +43,18 @@ def test_select_then_train(select, command, tmp_path):
 
     config = tmp_path / "choice" / "chosen.json"
     assert f"segloss train --config {config}" in out
-    kept = [json.loads(s) for s in (tmp_path / "choice" / "chosen.jsonl").read_text().splitlines()]
-    assert {row["task"] for row in kept} == set(found["chosen"]) and kept[0]["weight"] == 1
-    assert len(kept) == 20 * len(found["chosen"])
+    told = json.loads(config.read_text())
+    assert told["tasks"] == found["chosen"] and told["validation_items"] == 5
+    own = {"target", "check", "items", "dim", "smallest", "output_dir"}  # of a selection alone
+    assert len(told["data"]) == 3 and not own & set(told)
     code, out, err = command(
         "train", "--config", config, "--eval-items", 4, "--output", tmp_path / "run"
     )
     assert code == 0, err
-    given = json.loads((tmp_path / "run" / "segloss.json").read_text())["given"]
-    assert given["use_peft"] is False and given["learning_rate"] == 0.02
+    record = json.loads((tmp_path / "run" / "segloss.json").read_text())
+    assert record["given"]["use_peft"] is False and record["given"]["learning_rate"] == 0.02
+    counts = {"rows": 20, "repeated": 0, "train": 11, "held_out": 4, "validation": 5}
+    assert record["data"] == dict.fromkeys(found["chosen"], counts)
     code, _, err = command("report", tmp_path / "choice")
     assert code == 0 and (tmp_path / "choice" / "report" / "selection.png").exists(), err
 
