@@ -200,7 +200,7 @@ class Selecting:
         run.finish(
             f"objective: {found.objective}, on {self.options.validation_items} items of each\n"
             f"before training {losses['before']:.4f}, after training on all tasks "
-            f"{losses['all_tasks']:.4f}\n\n{aligned(*subsets(result), words=(0,))}\n\n"
+            f"{losses['all_tasks']:.4f}\n\n{aligned(subsets(result), words=(0,))}\n\n"
             f"{checked if comparison else ''}"
             f"{', '.join(f'{name} {value} s' for name, value in seconds.items())}\n\n"
             f"chosen: {' '.join(found.chosen)}\ntrain on them with\n"
