@@ -145,7 +145,7 @@ def results(records: Sequence[Record]) -> Section | None:
                 axis.plot(value, place, "o" if interval else "D", color=shade)
                 note(axis, form.format(value), value, place)
     panels[0].set_yticks(places, [f"{line['task']}: {line['label']}" for line in lines])
-    caption = f"{NOTES} Grey: before training and guesses. Only better than both is learnt."
+    caption = f"{NOTES} Grey: before training, guesses. Only what is better than both is learnt."
     return Section("results", caption, table(records), figure)
 
 

@@ -171,5 +171,6 @@ def story(record: Record) -> str:
         return f"{text}. It has not finished: segloss train --resume goes on with it."
     phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results["timing"].items())
     text += f": {results['steps']} steps of {results['examples_per_step']} examples ({phases})."
-    early = f" Training ended early, because of the {results['stopped']}."
-    return text + early if results["stopped"] else text
+    reasons = {"patience": "the validation loss did not fall any more"}
+    reason = reasons.get(results["stopped"], f"of the {results['stopped']}")
+    return f"{text} Training ended early, because {reason}." if results["stopped"] else text

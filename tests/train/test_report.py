@@ -96,7 +96,7 @@ def test_stories(tmp_path):
         "steps of 4 examples (load 1 s, training 2 s, total 3 s)."
     )
     early = Record("a", record.description, results=record.results | {"stopped": "patience"})
-    assert story(early).endswith("Training ended early, because of the patience.")
+    assert story(early).endswith("because the validation loss did not fall any more.")
     unfinished = Record("b", record.description)
     assert "It has not finished: segloss train --resume goes on with it." in story(unfinished)
 
