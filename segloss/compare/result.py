@@ -140,22 +140,23 @@ def parts(rows: Sequence[Sequence[dict]], name: str, min_class_items: int) -> np
 
 
 def markdown(scores: Sequence[Score]) -> str:
-    return f"{aligned(*table(scores))}\n\n{NOTES}"
+    return f"{aligned(table(scores))}\n\n{NOTES}"
 
 
-def table(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): a row for each variant on each task."""
+def table(scores: Sequence[Score]) -> list[list[str]]:
+    """A header, and a row for each variant on each task."""
     names = [name for name in SCORES if any(score.name == name for score in scores)]
     blocks: dict[tuple[str, str], dict[str, Score]] = {}
     for score in scores:
         blocks.setdefault((score.task, score.variant), {})[score.name] = score
-    rows, last = [], None
+    header = ["task", "items", "variant", *(SCORES[name][0] for name in names)]
+    rows, last = [header], None
     for (task, variant), block in blocks.items():
         items = next(iter(block.values())).items
         cells = [shown(block.get(name)) for name in names]
         rows.append([*(("", "") if task == last else (task, str(items))), variant, *cells])
         last = task
-    return ["task", "items", "variant", *(SCORES[name][0] for name in names)], rows
+    return rows
 
 
 def shown(score: Score | None) -> str:

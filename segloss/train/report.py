@@ -21,18 +21,10 @@ class Record:
     """One run folder as read; what it lacks is empty."""
 
     name: str
-    description: dict[str, Any]
+    description: dict[str, Any]  # with the options that were given as "given"
     metrics: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
     selection: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def given(self) -> dict[str, Any]:
-        return self.description.get("given", {})
-
-    def scores(self, phase: str, task: str) -> dict[str, Any]:
-        """A task's row of the results, of "tasks" or of "before"."""
-        return next((r for r in self.results.get(phase) or () if r["task"] == task), {})
 
 
 def read_records(paths: Sequence[str]) -> list[Record]:
@@ -42,20 +34,17 @@ def read_records(paths: Sequence[str]) -> list[Record]:
         raise UserError("a run is given twice")
     names = [os.path.basename(path) for path in whole]
     names = names if len(set(names)) == len(names) else list(paths)
-    return [read_record(Path(p), name) for p, name in zip(paths, names, strict=True)]
-
-
-def read_record(folder: Path, name: str) -> Record:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such run folder")
-    files = (SETTINGS, RESULTS, SELECTION)
-    description, results, selection = (read_json(folder / file) for file in files)
-    if "given" not in description and not selection:
-        raise UserError(f"{folder} is no run's folder: there is no {SETTINGS} in it")
-    for subset in selection.get("subsets", []):
-        if not isinstance(subset, dict) or not {"tasks", "estimated"} <= set(subset):
-            raise UserError(f'{folder / SELECTION}: a subset needs "tasks" and "estimated"')
-    return Record(name, description, read_lines(folder / METRICS), results, selection)
+    records = []
+    for folder, name in zip(map(Path, paths), names, strict=True):
+        files = (SETTINGS, RESULTS, SELECTION)
+        description, results, selection = (read_json(folder / file) for file in files)
+        if "given" not in description:
+            raise UserError(f"{folder} is no run's folder: there is no {SETTINGS} in it")
+        for subset in selection.get("subsets", []):
+            if not isinstance(subset, dict) or not {"tasks", "estimated"} <= set(subset):
+                raise UserError(f'{folder / SELECTION}: a subset needs "tasks" and "estimated"')
+        records.append(Record(name, description, read_lines(folder / METRICS), results, selection))
+    return records
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -102,47 +91,39 @@ and macro-F1: of the option that decoding chooses where only the options may com
 the most frequent answer of the training rows."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """What a model, or a guess, scores on a task."""
-
-    task: str
-    label: str
-    scores: dict[str, Any]  # [value, low, high] or [value], by the names of `SCORES`
-    run: int | None = None  # the place of the record; None of guesses and before training
-
-
-def scored(records: Sequence[Record]) -> tuple[list[Line], list[str]]:
+def scored(records: Sequence[Record]) -> tuple[list[dict[str, Any]], list[str]]:
     """Of each task a line before training, of each run, and of the guesses; and their scores."""
-    lines = []
-    for task in dict.fromkeys(row["task"] for r in records for row in r.results.get("tasks", ())):
-        before = {r.name: s for r in records if (s := r.scores("before", task))}
-        if len(set(map(json.dumps, before.values()))) == 1:
-            before = {"": before.popitem()[1]}
-        lines += [Line(task, f"{n} before training".strip(), s) for n, s in before.items()]
-        only = "after training" if before else "model"
-        after = [(i, r.name, s) for i, r in enumerate(records) if (s := r.scores("tasks", task))]
-        lines += [Line(task, name if len(records) > 1 else only, s, i) for i, name, s in after]
-        first = after[0][2]
-        majority = {k: [v] for k, v in first.get("majority", {}).items() if k != "answer"}
-        if majority and "accuracy" not in first:
-            majority = {"exact_match": majority["accuracy"]}
-        chance = {"accuracy": [first["chance"]]} if "chance" in first else {}
-        guesses = {"majority answer": majority, "chance": chance}
-        lines += [Line(task, label, scores) for label, scores in guesses.items() if scores]
-    return lines, [name for name in SCORES if any(name in line.scores for line in lines)]
+    lines: list[dict[str, Any]] = []  # rows of the results with a "label", if trained a "run"
+    untrained = [record for record in records if record.results.get("before")]
+    alike = all(r.results["before"] == untrained[0].results["before"] for r in untrained)
+    for record in untrained[:1] if alike else untrained:
+        label = "before training" if alike else f"{record.name} before training"
+        lines += [row | {"label": label} for row in record.results["before"]]
+    only = "after training" if untrained else "model"
+    for place, record in enumerate(records):
+        own = {"label": record.name if len(records) > 1 else only, "run": place}
+        lines += [row | own for row in record.results.get("tasks", ())]
+    for task, row in {line["task"]: line for line in lines}.items():
+        if "majority" in row:
+            usual = {name: [value] for name, value in row["majority"].items()}
+            usual = usual if "accuracy" in row else {"exact_match": usual["accuracy"]}
+            lines.append({"task": task, "label": "majority answer", **usual})
+        if "chance" in row:
+            lines.append({"task": task, "label": "chance", "accuracy": [row["chance"]]})
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    lines.sort(key=lambda line: tasks.index(line["task"]))
+    return lines, [name for name in SCORES if any(name in line for line in lines)]
 
 
-def table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) with every task, run and guess."""
+def table(records: Sequence[Record]) -> list[list[str]]:
+    """A header, and a row for every task, run and guess."""
     lines, names = scored(records)
-    items = {line.task: str(line.scores["items"]) for line in lines if "items" in line.scores}
-    rows, seen = [], ""
+    rows, seen = [["task", "items", "", *(SCORES[name][0] for name in names)]], ""
     for line in lines:
-        head = [line.task, items[line.task]] if line.task != seen else ["", ""]
-        rows.append([*head, line.label, *(cell(line.scores.get(n), *SCORES[n][1:]) for n in names)])
-        seen = line.task
-    return ["task", "items", "", *(SCORES[name][0] for name in names)], rows
+        head = ["", ""] if line["task"] == seen else [line["task"], str(line["items"])]
+        rows.append([*head, line["label"], *(cell(line.get(n), *SCORES[n][1:]) for n in names)])
+        seen = line["task"]
+    return rows
 
 
 def cell(score: list[float] | None, scale: float, form: str) -> str:
@@ -154,50 +135,42 @@ def cell(score: list[float] | None, scale: float, form: str) -> str:
 
 def summary(records: Sequence[Record]) -> str:
     """The table as text."""
-    header, rows = table(records)
-    if not rows:
+    if not any(record.results.get("tasks") for record in records):
         return "No items are held out, so there is nothing to say of the result."
-    return f"{aligned(header, rows)}\n\n{NOTES}"
+    return f"{aligned(table(records))}\n\n{NOTES}"
 
 
-def subsets(selection: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of the twelve lowest estimates; the true loss where it is known."""
-    found = sorted(selection.get("subsets", []), key=lambda subset: subset["estimated"])[:12]
-    rows = []
-    for subset in found:
+def subsets(selection: dict[str, Any], of: str = "subset") -> list[list[str]]:
+    """A header, and rows of the twelve lowest estimates; the true loss where it is known."""
+    rows = [[of, "estimated loss", "true loss"]]
+    for subset in sorted(selection["subsets"], key=lambda subset: subset["estimated"])[:12]:
         true = "-" if subset.get("true") is None else f"{subset['true']:.4f}"
         rows.append([" + ".join(subset["tasks"]), f"{subset['estimated']:.4f}", true])
-    return ["subset", "estimated loss", "true loss"], rows
+    return rows
 
 
-def aligned(header: list[str], rows: list[list[str]], words: Sequence[int] = (0, 2)) -> str:
-    """A Markdown table: names in the columns of words, numbers in the others."""
-    lines = [[text.replace("|", "\\|") for text in line] for line in (header, *rows)]
+def aligned(rows: list[list[str]], words: Sequence[int] = (0, 2)) -> str:
+    """A Markdown table, the header first: names in the columns of words, numbers in the others."""
+    lines = [[text.replace("|", "\\|") for text in row] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * w if i in words else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    lines.insert(1, rule)
+    lines.insert(1, ["-" * w if i in words else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
     forms = [f"{'<' if i in words else '>'}{width}" for i, width in enumerate(widths)]
-    padded = [map(format, line, forms) for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    return "\n".join(f"| {' | '.join(map(format, line, forms))} |" for line in lines)
 
 
 def story(record: Record) -> str:
     """One paragraph: what was trained, for how long, and what ended it early."""
-    given, results, name = record.given, record.results, record.name
+    given, results = record.description["given"], record.results
     if record.selection:
-        return f"{name}: the loss of a model trained on any subset of its tasks, estimated."
+        return f"{record.name}: gradients chose the tasks {', '.join(record.selection['chosen'])}."
     loss = given.get("loss") or given.get("loss_type") or "ce"
-    text = f"{name}: {given.get('model_name_or_path', 'a model')}, loss {loss}"
-    if given.get("use_peft"):
-        text += f", LoRA of rank {given.get('lora_r', 16)}"
-    if given.get("task_weights", "none") != "none":
-        text += ", task weights by CoBa"
-    if given.get("sample_weights", "none") != "none":
-        text += f", sample weights by {given['sample_weights']}"
+    text = f"{record.name}: {given['model_name_or_path']}, loss {loss}"
+    told = [n for n in ("use_peft", "lora_r", "task_weights", "sample_weights") if n in given]
+    text += "".join(f", {name} {given[name]}" for name in told)
     if "steps" not in results:
         return f"{text}. It has not finished: segloss train --resume goes on with it."
     phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results["timing"].items())
     text += f": {results['steps']} steps of {results['examples_per_step']} examples ({phases})."
-    reasons = {"": "", "patience": "the validation loss did not fall any more"}
+    reasons = {"patience": "the validation loss did not fall any more"}
     reason = reasons.get(results["stopped"], f"of the {results['stopped']}")
-    return f"{text} Training ended early, because {reason}." if reason else text
+    return f"{text} Training ended early, because {reason}." if results["stopped"] else text

@@ -442,10 +442,11 @@ def describe(settings: Settings, trainer: Trainer, data: Data, network: Any) -> 
 
 def stored(path: str) -> dict[str, Any]:
     """The settings of a run that trains, from its folder."""
-    record = report.read_record(Path(path), path)
-    if record.selection or "target" in record.given:
+    (record,) = report.read_records([path])
+    given = record.description["given"]
+    if record.selection or "target" in given:
         raise UserError(f"{path} is a run of segloss select, which leaves no model")
-    return record.given | {"output_dir": path}
+    return given | {"output_dir": path}
 
 
 def evaluated(target: str, told: dict[str, Any]) -> dict[str, Any]:

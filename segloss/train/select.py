@@ -178,7 +178,7 @@ def leave(run: Run, found: Selection, losses: dict[str, float], true: dict) -> N
     run.finish(
         f"objective: {found.objective}, on {settings.options.validation_items} items of each\n"
         f"before training {losses['before']:.4f}, after training on all tasks "
-        f"{losses['all_tasks']:.4f}\n\n{aligned(*subsets(result), words=(0,))}\n\n{checked}"
+        f"{losses['all_tasks']:.4f}\n\n{aligned(subsets(result), words=(0,))}\n\n{checked}"
         f"{', '.join(f'{name} {value} s' for name, value in seconds.items())}\n\n"
         f"chosen: {' '.join(found.chosen)}\ntrain on them with\n"
         f"    segloss train --config {run.output / 'chosen.json'}\n"

@@ -367,7 +367,7 @@ def test_picture_shows_every_interval() -> None:
     names = ("nll", "accuracy")
     scores = [score(n, 0.01, -0.02, 0.04, 0.1, t) for t in ("t", "u") for n in names]
     figure = differences(scores).figure
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert [axis.get_title() for axis in figure.axes] == [
         "loss (nats per token)\nless is better", "accuracy (points)\nmore is better",
     ]  # fmt: skip

@@ -59,6 +59,7 @@ def write_selection(folder):
         {"tasks": ["b"], "estimated": 1.4, "true": None},
     ]
     (folder / "selection.json").write_text(json.dumps({"chosen": ["a", "b"], "subsets": subsets}))
+    (folder / "segloss.json").write_text(json.dumps({"given": {"model_name_or_path": "tiny"}}))
     return folder
 
 
@@ -81,7 +82,7 @@ def test_one_table_for_two_runs(tmp_path):
 def test_every_run_has_its_own_before(tmp_path):
     paths = [write_run(tmp_path / "a", "ce"), write_run(tmp_path / "b", "ce", before=5.0)]
     records = report.read_records([str(path) for path in paths])
-    labels = [line.label for line in scored(records)[0] if line.task == "colours"]
+    labels = [line["label"] for line in scored(records)[0] if line["task"] == "colours"]
     assert labels == [
         *("a before training", "b before training", "a", "b", "majority answer", "chance"),
     ]
@@ -91,9 +92,11 @@ def test_stories(tmp_path):
     options = {"task_weights": "coba", "sample_weights": "irdro", "use_peft": True, "lora_r": 4}
     (record,) = report.read_records([str(write_run(tmp_path / "a", "ce", **options))])
     assert story(record) == (
-        "a: tiny, loss ce, LoRA of rank 4, task weights by CoBa, sample weights by irdro: 9 steps "
-        "of 4 examples (load 1 s, training 2 s, total 3 s)."
+        "a: tiny, loss ce, use_peft True, lora_r 4, task_weights coba, sample_weights irdro: 9 "
+        "steps of 4 examples (load 1 s, training 2 s, total 3 s)."
     )
+    early = Record("a", record.description, results=record.results | {"stopped": "patience"})
+    assert story(early).endswith("because the validation loss did not fall any more.")
     unfinished = Record("b", record.description)
     assert "It has not finished: segloss train --resume goes on with it." in story(unfinished)
 
@@ -129,7 +132,7 @@ def test_pictures_say_what_the_runs_hold(tmp_path):
     runs.append(write_selection(tmp_path / "choice"))
     drawn = {p.name: p.figure for p in pictures(report.read_records([str(r) for r in runs]))}
     for figure in drawn.values():
-        figure.canvas.draw()
+        figure.draw_without_rendering()
     titles = [axis.get_title() for axis in drawn["training"].axes]
     assert len(titles) == 6 and titles[-2:] == ["weights of the tasks", titles[-1]]
     weights = drawn["training"].axes[-2].get_legend_handles_labels()[1]
@@ -218,7 +221,7 @@ def test_what_cannot_be_read(tmp_path, name, text, message):
 def test_folders_that_are_none(command, tmp_path):
     run = write_run(tmp_path / "run", "ce")
     for words, message in (
-        ((tmp_path / "none",), "no such run folder"),
+        ((tmp_path / "none",), "none is no run's folder: there is no segloss.json in it"),
         ((run, run), "a run is given twice"),
         ((run, "--output", run), "exists and holds no report"),
     ):

@@ -233,7 +233,7 @@ def fails(result, message):
 
 
 def test_what_cannot_be_resumed(weighted, command, tmp_path, data_file):
-    assert fails(command("train", "--resume", tmp_path / "none"), "no such run folder")
+    assert fails(command("train", "--resume", tmp_path / "none"), "none is no run's folder")
     assert fails(command("train", "--resume", tmp_path), "there is no segloss.json in it")
     assert fails(command("train", "--resume", tmp_path / "whole"), "the run is finished")
     assert fails(
