@@ -64,9 +64,6 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------------------------ reading
-
-
 def sources(settings: Settings) -> list[str]:
     """The names of what is read."""
     options, mixture, name = settings.options, settings.mixture, settings.script.dataset_name
@@ -135,9 +132,6 @@ def rows_of_csv(source: str) -> Iterator[tuple[str, dict]]:
             yield where, cells
     except csv.Error as error:
         raise UserError(f"{source}, line {reader.reader.line_num}: not CSV ({error})") from None
-
-
-# ----------------------------------------------------------------------------------- one row
 
 
 def is_text(value: Any) -> bool:
@@ -274,9 +268,6 @@ def answer_of(row: dict) -> str | None:
     if not isinstance(last, list):
         return last
     return last[-1]["content"] if "completion" in row or last[-1]["role"] == "assistant" else None
-
-
-# ------------------------------------------------------------------------------ all of the data
 
 
 def load(settings: Settings, chat: bool, to_train: bool = True) -> Data:
@@ -422,9 +413,6 @@ def take(groups: dict[str, list[dict]], count: int, rng: random.Random) -> list[
         if len(taken) < count:
             taken += groups.pop(name)
     return taken[:count]
-
-
-# ---------------------------------------------------------------------------------- tokenised
 
 
 def fitted(trainer: Any, settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
