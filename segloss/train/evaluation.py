@@ -186,8 +186,8 @@ def task_result(items: Sequence[dict], data: Data, options: Any, seed: int) -> d
     known = {name for name in rows if rows[name].notna().all()}
     if "answer" in known:
         scores["exact_match"] = mean(list(map(same, rows.answer, rows.expected)))
-    usual = data.majority.get(task, "").strip()
-    if usual and "expected" in known:
+    usual = data.majority[task].strip() if task in data.majority else None
+    if usual is not None and "expected" in known:
         right = sum(same(usual, answer) for answer in rows.expected)
         result["majority"] = {"answer": usual, "accuracy": right / size}
     if "choice" in known:
@@ -230,4 +230,4 @@ def same(answer: str, expected: str | None) -> bool:
         return [line.strip(" .,;:!?\"'`*") for line in plain]
 
     wanted = lines(expected or "")
-    return lines(answer)[: len(wanted)] == wanted
+    return lines(answer)[: len(wanted) or 1] == wanted

@@ -150,6 +150,19 @@ def test_results_by_hand():
     assert row["classes"] == 1 and row["macro_f1"][0] == pytest.approx(4 / 5)
 
 
+def test_the_usual_answer_may_be_empty():
+    """As of a turn that is a call of a tool, or of nothing to say."""
+    items = found_of(["", "", "x"], ["", "", ""], ["", "", "b"])
+
+    class Nothing:
+        majority = {"t": ""}  # noqa: RUF012
+
+    (row,) = results(items, Nothing, Least)
+    assert row["majority"] == {
+        "answer": "", "accuracy": pytest.approx(2 / 3), "macro_f1": pytest.approx(0.4),
+    }  # fmt: skip
+
+
 def test_an_interval_is_the_binomial_s():
     number, share = 400, 0.3
     right = [i < share * number for i in range(number)]
@@ -170,6 +183,8 @@ def test_an_interval_is_the_binomial_s():
         ("a\nb", "a\nb", True),
         ("a", "a\nb", False),
         ("", " yes", False),
+        ("", "", True),
+        ("yes", "", False),
     ],
 )
 def test_same(answer, expected, equal):
