@@ -65,7 +65,7 @@ def report(runs: Sequence[str], output: str | None = None) -> None:
     folder = Path(output or Path(runs[0]) / "report")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / PAGE).exists():
         raise UserError(f"{folder} exists and holds no report; give another --output")
-    told = {r.name: r.description["given"] | r.description.get("versions", {}) for r in records}
+    told = {r.name: r.description.get("versions", {}) | r.description["given"] for r in records}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         title = "segloss: " + ", ".join(record.name for record in records)

@@ -94,12 +94,14 @@ the most frequent answer of the training rows."""
 def scored(records: Sequence[Record]) -> tuple[list[dict[str, Any]], list[str]]:
     """Of each task a line before training, of each run, and of the guesses; and their scores."""
     lines: list[dict[str, Any]] = []  # rows of the results with a "label", if trained a "run"
-    untrained = [record for record in records if record.results.get("before")]
-    alike = all(r.results["before"] == untrained[0].results["before"] for r in untrained)
-    for record in untrained[:1] if alike else untrained:
-        label = "before training" if alike else f"{record.name} before training"
-        lines += [row | {"label": label} for row in record.results["before"]]
-    only = "after training" if untrained else "model"
+    before = [(r.name, row) for r in records for row in r.results.get("before") or ()]
+    first = {row["task"]: row for _, row in reversed(before)}
+    alike = all(row == first[row["task"]] for _, row in before)
+    for name, row in before:
+        if not alike or row is first.pop(row["task"], None):
+            label = "before training" if alike else f"{name} before training"
+            lines.append(row | {"label": label})
+    only = "after training" if before else "model"
     for place, record in enumerate(records):
         own = {"label": record.name if len(records) > 1 else only, "run": place}
         lines += [row | own for row in record.results.get("tasks", ())]
@@ -162,9 +164,10 @@ def story(record: Record) -> str:
     """One paragraph: what was trained, for how long, and what ended it early."""
     given, results = record.description["given"], record.results
     if record.selection:
-        return f"{record.name}: gradients chose the tasks {', '.join(record.selection['chosen'])}."
+        chosen = ", ".join(record.selection.get("chosen", []))
+        return f"{record.name}: gradients chose the tasks {chosen}."
     loss = given.get("loss") or given.get("loss_type") or "ce"
-    text = f"{record.name}: {given['model_name_or_path']}, loss {loss}"
+    text = f"{record.name}: {given.get('model_name_or_path', 'a model')}, loss {loss}"
     told = [n for n in ("use_peft", "lora_r", "task_weights", "sample_weights") if n in given]
     text += "".join(f", {name} {given[name]}" for name in told)
     if "steps" not in results:

@@ -88,6 +88,22 @@ def test_every_run_has_its_own_before(tmp_path):
     ]
 
 
+def test_of_runs_on_some_tasks_of_one_model_the_same_is_told_once():
+    lines = {task: row(task, 3.0) for task in ("a", "b")}
+    both = Record("both", {}, results={"before": [*lines.values()], "tasks": [*lines.values()]})
+    some = Record("some", {}, results={"before": [lines["b"]], "tasks": [lines["b"]]})
+    told = [(line["task"], line["label"]) for line in scored([some, both])[0]]
+    assert sorted(told) == [
+        ("a", "before training"), ("a", "both"),
+        ("b", "before training"), ("b", "both"), ("b", "some"),
+    ]  # fmt: skip
+
+
+def test_stories_of_little():
+    assert "chose the tasks ." in story(Record("a", {"given": {}}, selection={"subsets": []}))
+    assert story(Record("a", {"given": {}})).startswith("a: a model, loss ce")
+
+
 def test_stories(tmp_path):
     options = {"task_weights": "coba", "sample_weights": "irdro", "use_peft": True, "lora_r": 4}
     (record,) = report.read_records([str(write_run(tmp_path / "a", "ce", **options))])
@@ -104,7 +120,7 @@ def test_stories(tmp_path):
 def test_page_and_pictures(command, tmp_path):
     from matplotlib.image import imread
 
-    given = {"data": ["one.jsonl", "two.jsonl"], "max_length": None}
+    given = {"data": ["one.jsonl", "two.jsonl"], "max_length": None, "torch": "told"}
     runs = [write_run(tmp_path / "ce", "ce", **given)]
     runs.append(write_run(tmp_path / "<mix>", "0.6*ce+0.4*dice"))
     runs.append(write_selection(tmp_path / "choice"))
@@ -118,6 +134,7 @@ def test_page_and_pictures(command, tmp_path):
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "a, b" in page and "0.9000" in page and "0.6*ce+0.4*dice" in page
     assert "<td>one.jsonl two.jsonl</td>" in page and "None" not in page
+    assert "<td>torch</td><td>told</td>" in page  # as `datasets`, an option and a package
     for name in pictures:
         picture = imread(tmp_path / "report" / f"{name}.png")
         assert picture.shape[1] > 700 and picture.std() > 0.05
