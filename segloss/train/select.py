@@ -24,7 +24,7 @@ from segloss.selection import Comparison, GradEx, Sample, Selection
 from .config import Options, Settings, doc
 from .errors import UserError
 from .evaluation import batch_of, evaluate
-from .report import SELECTION, aligned, subsets
+from .report import METRICS, SELECTION, aligned, subsets
 from .run import Run, prepare, require_new
 from .trainer import Recorder, Trainer
 
@@ -109,14 +109,15 @@ def choose(run: Run, target: Sequence[str]) -> None:
 
 
 def train_on(run: Run, names: Sequence[str], title: str = "") -> None:
-    """All steps on some tasks, from the weights that the model has."""
+    """All steps on some tasks, from the weights that the model has; logged if without a title."""
     first, kept = run.trainer, {run.data.tasks.index(name) for name in names}
     trainer = Trainer(
         model=first.model, args=first.args, processing_class=first.processing_class,
         train_dataset=first.train_dataset.filter(lambda i: i in kept, input_columns="task_ids"),
         loss=first.loss, head=first.head,
     )  # fmt: skip
-    trainer.add_callback(Recorder(trainer, run.data.tasks, title=title))
+    log = run.output / METRICS if run.is_main and not title else None
+    trainer.add_callback(Recorder(trainer, run.data.tasks, log=log, title=title))
     trainer.train()
     gc.collect()  # a Trainer refers to itself, and holds the optimizer's moments
 

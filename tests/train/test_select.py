@@ -57,6 +57,7 @@ def test_select_then_train(select, command, tmp_path):
     assert record["data"] == dict.fromkeys(found["chosen"], counts)
     code, _, err = command("report", tmp_path / "choice")
     assert code == 0 and (tmp_path / "choice" / "report" / "selection.png").exists(), err
+    assert (tmp_path / "choice" / "report" / "training.png").exists()  # on all tasks
 
 
 def test_gradients_are_kept_for_the_next_command(select, tmp_path, monkeypatch):
