@@ -87,7 +87,7 @@ def read(source: str, settings: Settings) -> dict[str, Any]:
         if settings.mixture.datasets:
             found: Any = trl.get_dataset(settings.mixture)
         elif path.suffix == ".parquet":
-            found = datasets.load_dataset("parquet", data_files=source)
+            found = datasets.load_dataset("parquet", data_files=source, split="train")
         elif any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(source)
         else:

@@ -220,6 +220,12 @@ def test_files(model_folder, tokenizer, tmp_path, write):
     assert found == expected and run.data.tasks == ["mine"]
 
 
+def test_a_file_has_no_splits(model_folder, tmp_path):
+    """Those of a hub id beside it, or of a file of settings, are not looked for in it."""
+    run = prepared(model_folder, [as_parquet(tmp_path)], "--dataset-train-split", "train_sft")
+    assert run.data.counts["mine"]["train"] == len(ROWS)
+
+
 def test_a_tokenizer_that_ends_texts_itself(model_folder, tokenizer, tmp_path):
     """Generation starts from the prompt, not from an end of text after it."""
     import copy
