@@ -98,8 +98,8 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, least in self.LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value < math.inf:
+            value, default = getattr(self, name), getattr(type(self), name)
+            if value is not default and (value is None or not least <= value < math.inf):
                 raise UserError(f"--{name} is {value}; it takes a number from {least} up")
 
 

@@ -144,6 +144,7 @@ def test_bfloat16_only_where_a_cpu_has_it(monkeypatch):
         ("a.yaml", "- 1", "settings are needed, one `name: value` a line"),
         ("a.json", "{", "a.json is not JSON"),
         ("a.yaml", "sample_band: -1", "--sample_band is -1.0; it takes a number from 0 up"),
+        ("a.yaml", "min_class_items: null", "--min_class_items is None; it takes a number from 1"),
     ],
 )
 def test_wrong_files(tmp_path, name, text, message):
