@@ -34,9 +34,9 @@ from .errors import UserError, first_line
 def item_of(row: dict, data: Data, trainer: Any) -> dict[str, Any]:
     """The row, where it has an answer with its prompt and its options as tokens too."""
     answer, tokenizer = row.get("answer"), trainer.processing_class
-    if answer is None:
+    prompt = row.get("prompt") or (row.get("messages") or [])[:-1]
+    if answer is None or not prompt:
         return row
-    prompt = row["prompt"] if row.get("prompt") else row["messages"][:-1]
     lead = answer[: len(answer) - len(answer.lstrip())]
     options = [lead + o.lstrip() for o in row.get("options") or data.answers.get(row["task"], [])]
     if isinstance(prompt, str):

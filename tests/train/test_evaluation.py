@@ -1,6 +1,7 @@
 """Scores against what is counted by hand and what a plain loop over the model gives."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -248,6 +249,19 @@ def test_a_model_whose_head_cannot_be_fused_says_what_to_do(run, monkeypatch):
     monkeypatch.setattr("segloss.train.evaluation.loss_of", refuse)
     with pytest.raises(UserError, match="below its head; --head logits takes the model's own"):
         evaluate(run.trainer, run.held_out, "title")
+
+
+def test_an_answer_to_nothing_has_a_loss_alone(command, model_folder, tokenizer, tmp_path):
+    import copy
+
+    talking = copy.deepcopy(tokenizer)
+    talking.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    talking.save_pretrained(folder)
+    rows = [{"messages": [{"role": "assistant", "content": f"hello {i}"}]} for i in range(4)]
+    file = write_jsonl(tmp_path / "said.jsonl", rows)
+    code, out, err = command("evaluate", folder, "--data", file, "--eval-items", 4)
+    assert code == 0 and "| said |     4 | model |" in out and "exact match" not in out[:99], err
 
 
 def test_an_answer_of_a_test_split_that_training_has_not():
