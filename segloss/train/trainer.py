@@ -16,7 +16,9 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -26,6 +28,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from segloss.integrations.trl import SFTTrainer
+from segloss.models.head import replaced
 
 from .data import say
 from .errors import UserError, first_line
@@ -37,14 +40,14 @@ MANIFEST, PREFIX = "manifest.json", "checkpoint-"
 class Trainer(SFTTrainer):
     """`segloss.integrations.trl.SFTTrainer`; what cannot be written ends nothing.
 
-    `failures` says what it was; the checkpoint before is kept.
+    `failures` says what it was, and why; the checkpoint before is kept.
     """
 
     validation: Sequence[dict] = ()  # the tokenised rows
     coba: Any = None  # the `CoBaCallback`, whose losses are noted
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self.failures: list[str] = []
+        self.failures: dict[str, str] = {}
         super().__init__(*args, **kwargs)
         self.keep, self.args.save_total_limit = self.args.save_total_limit, None
         self.save_callbacks = self.callback_handler.on_save
@@ -52,17 +55,16 @@ class Trainer(SFTTrainer):
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any) -> Any:
-        """TRL ends a text with the end of text, and some tokenizers do so again."""
-        prepared = super()._prepare_dataset(dataset, processing_class, *args)
-        end = processing_class.eos_token_id
-        if processing_class("x")["input_ids"][-1:] != [end]:
-            return prepared
+        """TRL ends a text with the end of text, but where the tokenizer does so of its own."""
+        end = processing_class("x")["input_ids"][-1:] == [processing_class.eos_token_id]
+        nothing: Any = SimpleNamespace(eos_token="")
+        with replaced(self, "_tokenizer", nothing) if end else contextlib.nullcontext():
+            return super()._prepare_dataset(dataset, processing_class, *args)
 
-        def once(row: dict[str, Any]) -> dict[str, Any]:
-            twice = row["input_ids"][-2:] == [end, end]
-            return {k: row[k][:-1] if twice else row[k] for k in ("input_ids", "labels")}
-
-        return prepared.map(once)
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """The Trainer would take a step after the last one's checkpoint as well."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's files, those of the callbacks, then the manifest; then old ones go."""
@@ -83,15 +85,16 @@ class Trainer(SFTTrainer):
 
     def attempt(self, name: str, write: Callable[[], Any]) -> bool:
         """Call `write`; whether it could."""
+        unsaid = "Setting `save_embedding_layers`|Could not find a config file"  # peft's, of a head
         try:
-            with warnings.catch_warnings():  # peft's, of an adapter on the head or a GGUF
-                warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
-                warnings.filterwarnings("ignore", message="Could not find a config file")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=unsaid)
                 write()
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
-            self.failures.append(f"{name} ({reason})")
+            self.failures[name] = f"{name} ({reason})"
             return False
+        self.failures.pop(name, None)
         return True
 
 
@@ -105,31 +108,27 @@ def seal(folder: Path) -> None:
     write(folder / MANIFEST, hashes)
 
 
-def damage(folder: Path) -> str:
-    """How a checkpoint is not as its manifest says, "" where it is whole."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, digest in manifest.items():
-            with (folder / name).open("rb") as file:
-                if sha_fileobj(file).hex() != digest:
-                    return f"{name} differs from what was written (SHA-256)"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, AttributeError) as error:
-        return f"it cannot be read ({first_line(error)})"
-    return ""
+def check(folder: Path) -> None:
+    """Raises where a checkpoint is not as its manifest says."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    for name, digest in manifest.items():
+        with (folder / name).open("rb") as file:
+            if sha_fileobj(file).hex() != digest:
+                raise ValueError(f"{name} differs from what was written (SHA-256)")
 
 
-def last_whole(output: Path, remove: bool) -> Path | None:
+def last_whole(output: Path, remove: bool) -> str | None:
     """The newest whole checkpoint; damaged ones are named, and with `remove` make room."""
-    for folder in map(Path, reversed(sort_checkpoints(str(output)))):
-        found = damage(folder)
-        if not found:
-            say(f"resuming after step {folder.name.removeprefix(PREFIX)}")
+    for folder in reversed(sort_checkpoints(str(output))):
+        try:
+            check(Path(folder))
+        except (OSError, ValueError, AttributeError) as error:
+            say(f"{folder} is damaged: {first_line(error)}; trying the one before")
+            if remove:
+                shutil.rmtree(folder, ignore_errors=True)
+        else:
+            say(f"resuming after step {folder.rpartition('-')[2]}")
             return folder
-        say(f"{folder} is damaged: {found}; trying the one before")
-        if remove:
-            shutil.rmtree(folder, ignore_errors=True)
     say("there is no whole checkpoint: starting at the beginning")
     return None
 
@@ -156,8 +155,6 @@ class Recorder(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         signal.signal(signal.SIGINT, self._previous)
-        if self.log is not None and not self._whole:
-            self.trainer.failures.append(f"{METRICS} (no room for its last lines)")
 
     def _interrupted(self, number: int, frame: Any) -> None:
         if self.stopped == "interrupt":
@@ -166,15 +163,14 @@ class Recorder(TrainerCallback):
         say("interrupted: saving after this step (again: stop at once)")
 
     def on_step_end(self, args, state, control, **kwargs):
-        now = time.monotonic()
+        now, last = time.monotonic(), state.global_step == state.max_steps
         self._each = (now - self._begun) / (state.global_step - self._first)
-        if now + self._each > self.deadline and not self.stopped:
-            self.stopped = "time limit"
-        # where one process stops, all do, at the same step
-        if any(gather_object([bool(self.stopped)])) and state.global_step < state.max_steps:
-            self.stopped = self.stopped or "interrupt"
-            control.should_training_stop = True
-            control.should_save = self.stopped == "interrupt" or args.save_strategy != "no"
+        if now + self._each > self.deadline and not last:
+            self.stopped = self.stopped or "time limit"
+        stopped = max(gather_object([self.stopped]))
+        if stopped:  # where one process stops, all do, at the same step
+            self.stopped, control.should_training_stop = stopped, True
+            control.should_save = stopped == "interrupt" or args.save_strategy != "no"
         # what is summed for the next line of metrics is not in a checkpoint
         control.should_log = control.should_log or control.should_save
 
@@ -185,16 +181,14 @@ class Recorder(TrainerCallback):
                     f"the training's {name} is {logs[name]} at step {state.global_step}; a lower "
                     f"--learning_rate may help; the steps before are in {args.output_dir}"
                 )
-        if not state.is_world_process_zero or "train_runtime" in logs:
+        if "train_runtime" in logs:
             return
-        logged: dict[str, Any] = state.log_history[-1]
-        row: dict[str, Any] = {k: v for k, v in logged.items() if isinstance(v, int | float)}
+        row: dict[str, Any] = state.log_history[-1]  # which a checkpoint holds
         if "task_weight_0" in row:
             weights = [row.pop(f"task_weight_{i}") for i in range(len(self.tasks))]
             row["task_weight"] = dict(zip(self.tasks, weights, strict=True))
             losses = self.trainer.coba.losses.tolist()
             row["validation_loss"] = dict(zip(self.tasks, losses, strict=True))
-        state.log_history[-1] = row  # which a checkpoint holds
         self._note(state.log_history)
         if "loss" in logs:
             left = self._each * (state.max_steps - state.global_step)
@@ -204,13 +198,12 @@ class Recorder(TrainerCallback):
 
     def _note(self, rows: list[dict]) -> None:
         """Add the last line to the file; all of them, at first and after a full disk."""
-        if self.log is None:
-            return
-        whole, self._whole = self._whole, False
-        with contextlib.suppress(OSError):
-            if whole:
-                with self.log.open("a", encoding="utf-8") as file:
-                    file.write(json_lines(rows[-1:]))
-            else:
-                write(self.log, json_lines(rows))
-            self._whole = True
+
+        def add(log: Path) -> None:
+            if not self._whole:
+                return write(log, json_lines(rows))
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json_lines(rows[-1:]))
+
+        if self.log is not None:
+            self._whole = self.trainer.attempt(METRICS, partial(add, self.log))
