@@ -10,7 +10,6 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,15 @@ from . import data as of_data
 from . import evaluation, report
 from . import model as of_model
 from .config import Settings
-from .data import PER_TOKEN, STORED, Data, say
+from .data import STORED, Data, say
 from .errors import UserError, first_line
 from .report import SETTINGS, read_json, write
-from .trainer import Recorder, Trainer, last_whole
+from .trainer import Trainer, last_whole
 
 TRAINED, BEFORE, TABLE = "trained.json", "before.json", "results.md"
 # room in the time limit for what is written, and for evaluation after training being slower
 SPARE_SECONDS, SPARE_FACTOR = 10.0, 1.2
+NOTES = ".*tie_word_embeddings|Setting `save_embedding_layers`|Could not find a config file"
 
 
 def train(settings: Settings, resumed: bool = False) -> None:
@@ -48,18 +48,15 @@ def train(settings: Settings, resumed: bool = False) -> None:
     run that is in the folder, from its last whole checkpoint or its beginning; on a CPU it ends in
     the same bits as it would have.
     """
-    start = time.monotonic()
     output = Path(settings.training.output_dir)
     if not resumed:
         require_new(settings)
     elif all((output / name).exists() for name in (report.RESULTS, TRAINED)):
         raise UserError(f"--resume {output}: the run is finished, its results are in {TABLE}")
-    run = prepare(settings)
-    run.start, run.resumed = start, resumed
-    run.timing["load"] = time.monotonic() - start
+    run = Run(settings, resumed=resumed)
     run.open()
     lock = FileLock(f"{run.output / report.METRICS}.lock", timeout=0)
-    with lock if run.is_main else contextlib.nullcontext():
+    with lock if run.trainer.args.should_save else contextlib.nullcontext():
         run.after(run.before(), run.fit())
 
 
@@ -78,19 +75,74 @@ def require_new(settings: Settings) -> None:
         )
 
 
-@dataclass
 class Run:
     """A trainer with its data, and what becomes of them."""
 
-    settings: Settings
-    trainer: Trainer
-    data: Data
-    held_out: list[dict[str, Any]]
-    output: Path
-    is_main: bool
-    start: float = 0.0
-    resumed: bool = False
-    timing: dict[str, float] = field(default_factory=dict)
+    def __init__(self, settings: Settings, to_train: bool = True, resumed: bool = False):
+        """Check every input, the quick ones first, load the model and tokenise the data.
+
+        Without `to_train` all rows of a task may be held out, and the model gets no adapters.
+        """
+        self.settings, self.resumed, self.start = settings, resumed, time.monotonic()
+        options, training = settings.options, settings.training
+        try:
+            loss = None if options.loss is None else segloss.parse_loss(options.loss)
+        except ValueError as error:
+            raise UserError(f"--loss: {error}") from None
+        name = settings.model.model_name_or_path
+        if not name:
+            raise UserError("there is no model: give --model, a folder, a hub id or a GGUF file")
+        model, tokenizer = loaded(settings, name)
+        self.data = data = of_data.load(settings, bool(tokenizer.chat_template), to_train)
+        parts = {"held_out": data.held_out, "validation": data.validation}
+        evaluated = {name: datasets.Dataset.from_list(rows) for name, rows in parts.items() if rows}
+        refuse(settings, data, loss, to_train)
+        teacher = None
+        if options.teacher is not None:
+            teacher, own = loaded(settings, options.teacher, revision="main")
+            if own.get_vocab() != tokenizer.get_vocab():
+                raise UserError(
+                    f"the tokenizer of the teacher {options.teacher} has other tokens than the "
+                    "model's; distill compares probabilities token by token"
+                )
+        training.eval_packing = False  # packing keeps only tokens
+        training.model_init_kwargs = None
+        # names that transformers lets go and TRL and peft still use; peft's notes on saving a head
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=NOTES)
+        try:
+            self.trainer = trainer = Trainer(
+                model=model, args=training, processing_class=tokenizer,
+                train_dataset=data.train if to_train else evaluated["held_out"],
+                eval_dataset=evaluated or None,
+                peft_config=trl.get_peft_config(settings.model) if to_train else None,
+                callbacks=[EarlyStoppingCallback(options.patience)] if options.patience else [],
+                loss=loss, teacher=teacher, teacher_rest=options.teacher_rest, head=options.head,
+                **weights_of(options, training, data),
+            )  # fmt: skip
+        except (ValueError, RuntimeError, TypeError, OSError) as error:
+            raise UserError(first_line(error)) from None
+        given = {"train": data.train, **evaluated} if to_train else evaluated
+        prepared = of_data.fitted(trainer, settings, given)
+        trainer.train_dataset = prepared["train"]
+        trainer.eval_dataset = prepared.get("validation", prepared.get("held_out"))
+        trainer.tasks = data.tasks
+        if data.validation:
+            kept = ["task", "task_ids", "input_ids", "labels"]
+            trainer.validation = list(prepared["validation"].select_columns(kept))
+        if isinstance(trainer.task_weights, segloss.CoBa):
+            trainer.coba = watching(trainer, len(data.tasks), options.validation_batch)
+            trainer.add_callback(trainer.coba)
+        held_out = prepared.get("held_out", ())
+        if trainer.is_fsdp_enabled or getattr(trainer, "is_deepspeed_enabled", False):
+            say(
+                "the table is left out, since FSDP and DeepSpeed share the weights out: segloss "
+                f"evaluate {training.output_dir} makes it afterwards"
+            )
+            held_out = ()
+        self.held_out = [evaluation.item_of(row, data, trainer) for row in held_out]
+        self.output = Path(training.output_dir)
+        self.timing = {"load": time.monotonic() - self.start}
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -144,15 +196,13 @@ class Run:
             return found
         checkpoint = self.settings.training.resume_from_checkpoint
         if self.resumed or str(checkpoint).lower() == "true":
-            checkpoint = last_whole(self.output, self.is_main)
+            checkpoint = last_whole(self.output, trainer.args.should_save)
         reserve = SPARE_SECONDS + SPARE_FACTOR * self.timing.get("evaluating before", 0.0)
-        deadline = self.start + limit - reserve if limit else math.inf
-        log = self.output / report.METRICS if self.is_main else None
-        recorder = Recorder(trainer, self.data.tasks, deadline, log)
-        trainer.add_callback(recorder)
+        trainer.deadline = self.start + limit - reserve if limit else math.inf
+        trainer.metrics = self.output / report.METRICS if trainer.args.should_save else None
         with self.timed("training"):
             trainer.train(checkpoint or None)
-        steps, stopped = trainer.state.global_step, recorder.stopped
+        steps, stopped = trainer.state.global_step, trainer.stopped
         if stopped == "interrupt" and trainer.failures:
             failed = "; ".join(trainer.failures.values())
             raise UserError(f"interrupted, and could not write {failed}")
@@ -174,7 +224,7 @@ class Run:
         written = trainer.attempt("the model", lambda: trainer.save_model(str(self.output)))
         if merge is None:
             merge = of_model.located(self.settings.model.model_name_or_path)[1] is not None
-        if merge and hasattr(trainer.model, "merge_and_unload") and self.is_main:
+        if merge and hasattr(trainer.model, "merge_and_unload") and trainer.args.should_save:
             written &= trainer.attempt("merged", self._merge)
         return written
 
@@ -202,14 +252,13 @@ class Run:
             "stopped": trained["stopped"],
         }  # fmt: skip
         self.save(report.RESULTS, found)
-        given = {"given": self.settings.given}
-        record = report.Record(self.output.name, given, results=found)
+        record = report.Record(self.output.name, {"given": self.settings.given}, results=found)
         self.finish(f"{report.summary([record])}\n\n{report.story(record)}\n")
 
     def finish(self, text: str) -> None:
         """Write and print what came out; raises `UserError` of what could not be written."""
         self.save(TABLE, text)
-        if self.is_main:
+        if self.trainer.is_world_process_zero():
             print(f"\n{text}\n{self.output}", flush=True)
         if self.trainer.args.push_to_hub:
             self.trainer.push_to_hub(dataset_name=self.settings.script.dataset_name)
@@ -219,66 +268,8 @@ class Run:
 
     def save(self, name: str, value: Any) -> bool:
         """Write a file of the folder, on the first process; whether it could."""
-        file = self.output / name
-        return not self.is_main or self.trainer.attempt(name, lambda: write(file, value))
-
-
-def prepare(settings: Settings, to_train: bool = True) -> Run:
-    """Check every input, the quick ones first, load the model and tokenise the data.
-
-    Without `to_train` all rows of a task may be held out, and the model gets no adapters.
-    """
-    options, training = settings.options, settings.training
-    try:
-        loss = None if options.loss is None else segloss.parse_loss(options.loss)
-    except ValueError as error:
-        raise UserError(f"--loss: {error}") from None
-    name = settings.model.model_name_or_path
-    if not name:
-        raise UserError("there is no model: give --model, a folder, a hub id or a GGUF file")
-    model, tokenizer = loaded(settings, name)
-    data = of_data.load(settings, bool(tokenizer.chat_template), to_train)
-    parts = {"held_out": data.held_out, "validation": data.validation}
-    evaluated = {name: datasets.Dataset.from_list(rows) for name, rows in parts.items() if rows}
-    refuse(settings, data, loss, to_train)
-    teacher = teacher_of(settings, tokenizer)
-    training.eval_packing = False  # which keeps only tokens
-    training.model_init_kwargs = None
-    try:
-        with warnings.catch_warnings():
-            # names that transformers lets go and TRL and peft still use
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
-            trainer = Trainer(
-                model=model, args=training, processing_class=tokenizer,
-                train_dataset=data.train if to_train else evaluated["held_out"],
-                eval_dataset=evaluated or None,
-                peft_config=trl.get_peft_config(settings.model) if to_train else None,
-                callbacks=[EarlyStoppingCallback(options.patience)] if options.patience else [],
-                loss=loss, teacher=teacher, teacher_rest=options.teacher_rest, head=options.head,
-                **weights_of(options, training, data),
-            )  # fmt: skip
-    except (ValueError, RuntimeError, TypeError, OSError) as error:
-        raise UserError(first_line(error)) from None
-    given = {"train": data.train, **evaluated} if to_train else evaluated
-    prepared = of_data.fitted(trainer, settings, given)
-    trainer.train_dataset = prepared["train"]
-    trainer.eval_dataset = prepared.get("validation", prepared.get("held_out"))
-    if data.validation:
-        kept = ["task", "task_ids", "input_ids", "labels"]
-        trainer.validation = list(prepared["validation"].select_columns(kept))
-    if isinstance(trainer.task_weights, segloss.CoBa):
-        trainer.coba = watching(trainer, len(data.tasks), options.validation_batch)
-        trainer.add_callback(trainer.coba)
-    held_out = [evaluation.item_of(row, data, trainer) for row in prepared.get("held_out", ())]
-    if trainer.is_fsdp_enabled or getattr(trainer, "is_deepspeed_enabled", False):
-        say(
-            "the table is left out, since FSDP and DeepSpeed share the weights out: segloss "
-            f"evaluate {training.output_dir} makes it afterwards"
-        )
-        held_out = []
-    is_main = trainer.is_world_process_zero()
-    return Run(settings, trainer, data, held_out, Path(training.output_dir), is_main)
+        trainer, file = self.trainer, self.output / name
+        return not trainer.args.should_save or trainer.attempt(name, lambda: write(file, value))
 
 
 def loaded(settings: Settings, name: str, **own: Any) -> tuple[Any, Any]:
@@ -294,35 +285,19 @@ def loaded(settings: Settings, name: str, **own: Any) -> tuple[Any, Any]:
     return of_model.load(name, **{k: v for k, v in options.items() if v is not None})
 
 
-def teacher_of(settings: Settings, tokenizer: Any) -> Any:
-    """The model that the loss learns from, None where none is given."""
-    name = settings.options.teacher
-    if name is None:
-        return None
-    teacher, own = loaded(settings, name, revision="main")
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"the tokenizer of the teacher {name} has other tokens than the model's; distill "
-            "compares probabilities token by token and takes a teacher of the same vocabulary"
-        )
-    return teacher
-
-
 def refuse(settings: Settings, data: Data, loss: Any, to_train: bool) -> None:
     """What an option would lose or has nothing to work on is refused by name."""
     options, training = settings.options, settings.training
     watched, evaluates = data.validation or data.held_out, training.eval_strategy != "no"
     coba = options.task_weights == "coba"
-    columns = [n for n in ("sample_weights", *PER_TOKEN) if n in (data.train.column_names or [])]
-    lost = [f"the column {name}" for name in columns] + ["--task_weights coba"] * coba
-    stored = [name for name in columns if name in STORED]
+    stored = [name for name in STORED if name in (data.train.column_names or ())]
     reads = loss is not None and loss.reads_teacher
     blind = [row for row in watched if stored and STORED[0] not in row]
     if stored and not reads:
         say(f"note: {' and '.join(stored)} are read by distill alone, which --loss does not have")
     refusals = {
-        f"packing keeps only the tokens, and would lose {' and '.join(lost)}":
-            training.packing and lost,
+        "packing keeps only the tokens, and would lose --task_weights coba":
+            training.packing and coba,
         "--task_weights coba weighs tasks against each other; there is only 1":
             coba and len(data.tasks) < 2,
         "--validation_items is 0; --task_weights coba reads their loss":
@@ -332,11 +307,6 @@ def refuse(settings: Settings, data: Data, loss: Any, to_train: bool) -> None:
             evaluates and not watched,
         "--teacher is read by distill alone: give --loss 0.5*ce+0.5*distill":
             options.teacher and not reads,
-        f"--teacher is given, and the data have {STORED[0]}; it takes one of them":
-            options.teacher and stored,
-        "--loss has distill, which learns from a teacher: give --teacher MODEL, or data with the "
-        "columns teacher_ids and teacher_log_prob":  # what a stream holds is seen when it comes
-            reads and not options.teacher and data.tasks and not stored,
         f"{blind[0]['where'] if blind else ''}: there is no teacher_ids, which the loss of "
         f"--eval_strategy {training.eval_strategy} reads":
             reads and evaluates and blind,
@@ -427,7 +397,7 @@ def evaluate(settings: Settings) -> None:
     file, name = settings.options.json, settings.model.model_name_or_path
     if file and Path(file).exists():
         raise UserError(f"--json {file} exists already; remove it or give another name")
-    run = prepare(settings, to_train=False)
+    run = Run(settings, to_train=False)
     found = {"tasks": run.evaluate("evaluating"), "before": None, "model": name}
     print(f"\n{report.summary([report.Record(name, {}, results=found)])}")
     if file and not run.save(os.path.abspath(file), found):

@@ -13,9 +13,7 @@ import os
 import shutil
 import signal
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,14 +35,22 @@ from .report import METRICS, json_lines, write
 MANIFEST, PREFIX = "manifest.json", "checkpoint-"
 
 
-class Trainer(SFTTrainer):
+class Trainer(SFTTrainer, TrainerCallback):
     """`segloss.integrations.trl.SFTTrainer`; what cannot be written ends nothing.
 
-    `failures` says what it was, and why; the checkpoint before is kept.
+    `failures` says what it was, and why; the checkpoint before is kept. As a callback of its own it
+    keeps metrics on disk as soon as they exist, tells progress, heeds Ctrl-C and the time limit,
+    and ends with a loss that is not finite.
     """
 
+    tasks: Sequence[str] = ()  # in the order of `task_ids`
     validation: Sequence[dict] = ()  # the tokenised rows
     coba: Any = None  # the `CoBaCallback`, whose losses are noted
+    deadline = math.inf  # when training must end, by `time.monotonic`
+    metrics: Path | None = None  # the file of what is logged
+    title = ""  # of the lines of progress
+    stopped = ""  # what ended training before its last step: "time limit", "interrupt"
+    _whole = False  # whether the file has every line
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.failures: dict[str, str] = {}
@@ -53,6 +59,10 @@ class Trainer(SFTTrainer):
         self.save_callbacks = self.callback_handler.on_save
         self.callback_handler.on_save = lambda args, state, control: control
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.add_callback(self)  # the last one: it notes what the others have measured
+        return super().train(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any) -> Any:
         """TRL ends a text with the end of text, but where the tokenizer does so of its own."""
@@ -85,11 +95,8 @@ class Trainer(SFTTrainer):
 
     def attempt(self, name: str, write: Callable[[], Any]) -> bool:
         """Call `write`; whether it could."""
-        unsaid = "Setting `save_embedding_layers`|Could not find a config file"  # peft's, of a head
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=unsaid)
-                write()
+            write()
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
             self.failures[name] = f"{name} ({reason})"
@@ -97,59 +104,11 @@ class Trainer(SFTTrainer):
         self.failures.pop(name, None)
         return True
 
-
-def seal(folder: Path) -> None:
-    """Have the disk hold all of a checkpoint, then write its manifest."""
-    hashes = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            hashes[str(path.relative_to(folder))] = sha_fileobj(file).hex()
-    write(folder / MANIFEST, hashes)
-
-
-def check(folder: Path) -> None:
-    """Raises where a checkpoint is not as its manifest says."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    for name, digest in manifest.items():
-        with (folder / name).open("rb") as file:
-            if sha_fileobj(file).hex() != digest:
-                raise ValueError(f"{name} differs from what was written (SHA-256)")
-
-
-def last_whole(output: Path, remove: bool) -> str | None:
-    """The newest whole checkpoint; damaged ones are named, and with `remove` make room."""
-    for folder in reversed(sort_checkpoints(str(output))):
-        try:
-            check(Path(folder))
-        except (OSError, ValueError, AttributeError) as error:
-            say(f"{folder} is damaged: {first_line(error)}; trying the one before")
-            if remove:
-                shutil.rmtree(folder, ignore_errors=True)
-        else:
-            say(f"resuming after step {folder.rpartition('-')[2]}")
-            return folder
-    say("there is no whole checkpoint: starting at the beginning")
-    return None
-
-
-@dataclass(eq=False)
-class Recorder(TrainerCallback):
-    """Metrics on disk as soon as they exist, progress, Ctrl-C, the time limit, and NaN seen."""
-
-    trainer: Trainer
-    tasks: Sequence[str]  # in the order of `task_ids`
-    deadline: float = math.inf  # when training must end, by `time.monotonic`
-    log: Path | None = None  # the file of the metrics
-    title: str = ""  # of the lines of progress
-    stopped: str = ""  # what ended training before its last step: "time limit", "interrupt"
-    _whole: bool = False  # whether that file has every line
-
     def on_train_begin(self, args, state, control, **kwargs):
         self._first, self._begun = state.global_step, time.monotonic()
         for row in state.log_history:  # a resumed run goes on counting, all processes' on the first
             if "num_tokens" in row:
-                self.trainer._num_tokens.fill_(row["num_tokens"] * state.is_world_process_zero)
+                self._num_tokens.fill_(row["num_tokens"] * state.is_world_process_zero)
         self._note(state.log_history)
         self._previous = signal.signal(signal.SIGINT, self._interrupted)
 
@@ -187,7 +146,7 @@ class Recorder(TrainerCallback):
         if "task_weight_0" in row:
             weights = [row.pop(f"task_weight_{i}") for i in range(len(self.tasks))]
             row["task_weight"] = dict(zip(self.tasks, weights, strict=True))
-            losses = self.trainer.coba.losses.tolist()
+            losses = self.coba.losses.tolist()
             row["validation_loss"] = dict(zip(self.tasks, losses, strict=True))
         self._note(state.log_history)
         if "loss" in logs:
@@ -205,5 +164,40 @@ class Recorder(TrainerCallback):
             with log.open("a", encoding="utf-8") as file:
                 file.write(json_lines(rows[-1:]))
 
-        if self.log is not None:
-            self._whole = self.trainer.attempt(METRICS, partial(add, self.log))
+        if self.metrics is not None:
+            self._whole = self.attempt(METRICS, partial(add, self.metrics))
+
+
+def seal(folder: Path) -> None:
+    """Have the disk hold all of a checkpoint, then write its manifest."""
+    hashes = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            hashes[str(path.relative_to(folder))] = sha_fileobj(file).hex()
+    write(folder / MANIFEST, hashes)
+
+
+def check(folder: Path) -> None:
+    """Raises where a checkpoint is not as its manifest says."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    for name, digest in manifest.items():
+        with (folder / name).open("rb") as file:
+            if sha_fileobj(file).hex() != digest:
+                raise ValueError(f"{name} differs from what was written (SHA-256)")
+
+
+def last_whole(output: Path, remove: bool) -> str | None:
+    """The newest whole checkpoint; damaged ones are named, and with `remove` make room."""
+    for folder in reversed(sort_checkpoints(str(output))):
+        try:
+            check(Path(folder))
+        except (OSError, ValueError, AttributeError) as error:
+            say(f"{folder} is damaged: {first_line(error)}; trying the one before")
+            if remove:
+                shutil.rmtree(folder, ignore_errors=True)
+        else:
+            say(f"resuming after step {folder.rpartition('-')[2]}")
+            return folder
+    say("there is no whole checkpoint: starting at the beginning")
+    return None

@@ -8,7 +8,7 @@ from train.tiny import write_jsonl
 
 from segloss.train.config import settings
 from segloss.train.errors import UserError
-from segloss.train.run import prepare
+from segloss.train.run import Run
 
 EOS = "<eos>"
 CHAT = (
@@ -34,7 +34,7 @@ def prepared(model, files, *options):
     words = ["--model", str(model), "--eval-items", "0", "--steps", "2", "--batch-size", "2"]
     words += ["--max-length", "1024"]
     words += [str(option) for option in options]
-    return prepare(settings([*words, *(["--data", *map(str, files)] if files else [])]))
+    return Run(settings([*words, *(["--data", *map(str, files)] if files else [])]))
 
 
 def spelled(tokenizer, ids):
