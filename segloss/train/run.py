@@ -37,7 +37,6 @@ from .trainer import Trainer, last_whole
 TRAINED, BEFORE, TABLE = "trained.json", "before.json", "results.md"
 # room in the time limit for what is written, and for evaluation after training being slower
 SPARE_SECONDS, SPARE_FACTOR = 10.0, 1.2
-NOTES = ".*tie_word_embeddings|Setting `save_embedding_layers`|Could not find a config file"
 
 
 def train(settings: Settings, resumed: bool = False) -> None:
@@ -64,8 +63,7 @@ def require_new(settings: Settings) -> None:
     """Have a folder that is no run's yet: a new one, unless it is given, on every process."""
     training = settings.training
     if "output_dir" not in settings.given:
-        names = [time.strftime("runs/%Y%m%d-%H%M%S")]
-        training.output_dir = broadcast_object_list(names)[0]
+        training.output_dir = broadcast_object_list([time.strftime("runs/%Y%m%d-%H%M%S")])[0]
     output = Path(training.output_dir)
     held = (output / SETTINGS).exists() or (output.exists() and not output.is_dir())
     if held and not training.resume_from_checkpoint:
@@ -103,13 +101,17 @@ class Run:
             if own.get_vocab() != tokenizer.get_vocab():
                 raise UserError(
                     f"the tokenizer of the teacher {options.teacher} has other tokens than the "
-                    "model's; distill compares probabilities token by token"
+                    "model's; distill takes a teacher of the same vocabulary"
                 )
+        samples = None if options.sample_weights == "none" else segloss.SampleWeighting(
+            options.sample_weights, options.sample_temperature, options.sample_burn_in,
+            fraction=options.sample_fraction, band=options.sample_band,
+        )  # fmt: skip
         training.eval_packing = False  # packing keeps only tokens
         training.model_init_kwargs = None
         # names that transformers lets go and TRL and peft still use; peft's notes on saving a head
         warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=NOTES)
+        warnings.filterwarnings("ignore", ".*tie_word|Setting `save_emb|Could not find a config")
         try:
             self.trainer = trainer = Trainer(
                 model=model, args=training, processing_class=tokenizer,
@@ -118,7 +120,7 @@ class Run:
                 peft_config=trl.get_peft_config(settings.model) if to_train else None,
                 callbacks=[EarlyStoppingCallback(options.patience)] if options.patience else [],
                 loss=loss, teacher=teacher, teacher_rest=options.teacher_rest, head=options.head,
-                **weights_of(options, training, data),
+                sample_weights=samples,
             )  # fmt: skip
         except (ValueError, RuntimeError, TypeError, OSError) as error:
             raise UserError(first_line(error)) from None
@@ -130,8 +132,9 @@ class Run:
         if data.validation:
             kept = ["task", "task_ids", "input_ids", "labels"]
             trainer.validation = list(prepared["validation"].select_columns(kept))
-        if isinstance(trainer.task_weights, segloss.CoBa):
-            trainer.coba = watching(trainer, len(data.tasks), options.validation_batch)
+        if options.task_weights == "coba":
+            trainer.coba = coba_of(trainer, options, len(data.train))
+            trainer.task_weights = trainer.coba.coba
             trainer.add_callback(trainer.coba)
         held_out = prepared.get("held_out", ())
         if trainer.is_fsdp_enabled or getattr(trainer, "is_deepspeed_enabled", False):
@@ -153,18 +156,15 @@ class Run:
     def open(self) -> None:
         """Say in the folder what is run, or see that it is this run's."""
         now = described(self.settings, self.trainer, self.data)
-        if not self.resumed:
-            if not self.save(SETTINGS, now):
-                raise UserError(f"cannot write to {self.output}: {self.trainer.failures[SETTINGS]}")
-            return
-        then = read_json(self.output / SETTINGS)
+        if not self.resumed and not self.save(SETTINGS, now):
+            raise UserError(f"cannot write to {self.output}: {self.trainer.failures[SETTINGS]}")
+        then = read_json(self.output / SETTINGS) if self.resumed else now
         for what, value in then.get("fingerprints", {}).items():
             if value != now["fingerprints"][what]:
                 raise UserError(f"--resume {self.output}: the {what} changed since it began")
-        was = then.get("versions", {})
         for name, value in now["versions"].items():
-            if value != was.get(name):
-                say(f"note: {name} was {was.get(name)}, is {value}: the last bits may differ")
+            if value != (was := then.get("versions", {}).get(name)):
+                say(f"note: {name} was {was}, is {value}: the last bits may differ")
 
     def before(self) -> list[dict] | None:
         """The results before training, from the file that an interrupted run has left."""
@@ -202,7 +202,8 @@ class Run:
         trainer.metrics = self.output / report.METRICS if trainer.args.should_save else None
         with self.timed("training"):
             trainer.train(checkpoint or None)
-        steps, stopped = trainer.state.global_step, trainer.stopped
+        steps = trainer.state.global_step
+        stopped = trainer.stopped or ("patience" if steps < trainer.state.max_steps else "")
         if stopped == "interrupt" and trainer.failures:
             failed = "; ".join(trainer.failures.values())
             raise UserError(f"interrupted, and could not write {failed}")
@@ -211,8 +212,6 @@ class Run:
                 f"interrupted after step {steps}, saved in {self.output}/checkpoint-{steps}: "
                 f"segloss train --resume {self.output} goes on from there"
             )
-        if not stopped and steps < trainer.state.max_steps:
-            stopped = "patience"
         found = {"steps": steps, "stopped": stopped, "seconds": self.timing["training"]}
         if self.leave_model():
             self.save(TRAINED, found)
@@ -221,7 +220,7 @@ class Run:
     def leave_model(self) -> bool:
         """The model, or its adapter, with the tokenizer, as `from_pretrained` reads them."""
         trainer, merge = self.trainer, self.settings.options.merge
-        written = trainer.attempt("the model", lambda: trainer.save_model(str(self.output)))
+        written = trainer.attempt("the model", trainer.save_model)
         if merge is None:
             merge = of_model.located(self.settings.model.model_name_or_path)[1] is not None
         if merge and hasattr(trainer.model, "merge_and_unload") and trainer.args.should_save:
@@ -246,10 +245,10 @@ class Run:
         tasks = self.evaluate("evaluating after") if self.held_out else []
         timing = self.timing | {"total": time.monotonic() - self.start}
         found = {
-            "tasks": tasks, "before": before, "steps": trained["steps"],
+            "tasks": tasks, "before": before,
+            "steps": trained["steps"], "stopped": trained["stopped"],
             "timing": {name: round(seconds, 1) for name, seconds in timing.items()},
             "examples_per_step": self.trainer.get_total_train_batch_size(self.trainer.args),
-            "stopped": trained["stopped"],
         }  # fmt: skip
         self.save(report.RESULTS, found)
         record = report.Record(self.output.name, {"given": self.settings.given}, results=found)
@@ -269,7 +268,7 @@ class Run:
     def save(self, name: str, value: Any) -> bool:
         """Write a file of the folder, on the first process; whether it could."""
         trainer, file = self.trainer, self.output / name
-        return not trainer.args.should_save or trainer.attempt(name, lambda: write(file, value))
+        return not trainer.args.should_save or trainer.attempt(name, write, file, value)
 
 
 def loaded(settings: Settings, name: str, **own: Any) -> tuple[Any, Any]:
@@ -318,35 +317,22 @@ def refuse(settings: Settings, data: Data, loss: Any, to_train: bool) -> None:
             raise UserError(message)
 
 
-def weights_of(options: Any, training: Any, data: Data) -> dict[str, Any]:
-    """What weighs tasks and samples, by the names of the trainer's arguments."""
-    found: dict[str, Any] = {}
-    if options.task_weights == "coba":
-        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        epoch = math.ceil(len(data.train) / (batch * training.world_size))
-        steps = max(training.max_steps, 0) or math.ceil(epoch * training.num_train_epochs)
-        warmup = options.coba_warmup or max(2, steps // 10)
-        found["task_weights"] = segloss.CoBa(
-            len(data.tasks), warmup=warmup, history=options.coba_history or 4 * warmup,
-            tau=options.coba_tau, mode=options.coba_mode, divergence_window=steps + 1,
-            device=training.device,
-        )  # fmt: skip
-    if options.sample_weights != "none":
-        found["sample_weights"] = segloss.SampleWeighting(
-            options.sample_weights, options.sample_temperature, options.sample_burn_in,
-            fraction=options.sample_fraction, band=options.sample_band,
-        )  # fmt: skip
-    return found
-
-
-def watching(trainer: Any, num_tasks: int, count: int) -> CoBaCallback:
-    """What measures the tasks' losses, on so many validation items of each in turn."""
-    tasks = [[r for r in trainer.validation if r["task_ids"] == n] for n in range(num_tasks)]
+def coba_of(trainer: Any, options: Any, rows: int) -> CoBaCallback:
+    """CoBa, told the tasks' losses on so many validation items of each in turn."""
+    args, count, number = trainer.args, options.validation_batch, len(trainer.tasks)
+    epoch = math.ceil(rows / trainer.get_total_train_batch_size(args))
+    steps = max(args.max_steps, 0) or math.ceil(epoch * args.num_train_epochs)
+    warmup = options.coba_warmup or max(2, steps // 10)
+    coba = segloss.CoBa(
+        number, warmup=warmup, history=options.coba_history or 4 * warmup, tau=options.coba_tau,
+        mode=options.coba_mode, divergence_window=steps + 1, device=args.device,
+    )  # fmt: skip
+    tasks = [[row for row in trainer.validation if row["task_ids"] == n] for n in range(number)]
     batches = [
         trainer.data_collator([row for rows in tasks for row in rows[i : i + count]])
         for i in range(0, max(map(len, tasks)), count)
     ]
-    return CoBaCallback(trainer.task_weights, batches, head=trainer.head)
+    return CoBaCallback(coba, batches, head=trainer.head)
 
 
 def described(settings: Settings, trainer: Trainer, data: Data) -> dict[str, Any]:
@@ -359,11 +345,11 @@ def described(settings: Settings, trainer: Trainer, data: Data) -> dict[str, Any
         weights = model.state_dict() if model is not None else {}
         own = [w for name, w in weights.items() if "lora_" not in name]
         read[what] = [(tuple(w.shape), w.flatten()[:1024].float().tolist()) for w in own]
-    hashes = {what: sha256(json.dumps(value).encode()).hexdigest() for what, value in read.items()}
     here = {"device": str(trainer.args.device), "processes": trainer.accelerator.num_processes}
     return {
         "given": settings.given, "data": data.counts, "tasks": data.tasks,
-        "versions": environment() | here, "fingerprints": hashes,
+        "versions": environment() | here,
+        "fingerprints": {k: sha256(json.dumps(v).encode()).hexdigest() for k, v in read.items()},
     }  # fmt: skip
 
 

@@ -6,7 +6,6 @@ last: a kill, a disk or a copy that damaged it since is seen.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -14,7 +13,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,8 +66,7 @@ class Trainer(SFTTrainer, TrainerCallback):
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any) -> Any:
         """TRL ends a text with the end of text, but where the tokenizer does so of its own."""
         end = processing_class("x")["input_ids"][-1:] == [processing_class.eos_token_id]
-        nothing: Any = SimpleNamespace(eos_token="")
-        with replaced(self, "_tokenizer", nothing) if end else contextlib.nullcontext():
+        with replaced(self, "_tokenizer", SimpleNamespace(eos_token="")) if end else nullcontext():
             return super()._prepare_dataset(dataset, processing_class, *args)
 
     def _run_epoch(self, **kwargs: Any) -> None:
@@ -88,15 +86,15 @@ class Trainer(SFTTrainer, TrainerCallback):
         written = self.attempt(folder.name, files)
         self.accelerator.wait_for_everyone()
         if args.should_save:
-            if written and self.attempt(folder.name, lambda: seal(folder)):
+            if written and self.attempt(folder.name, seal, folder):
                 rotate_checkpoints(args.output_dir, self.keep, state.best_model_checkpoint)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def attempt(self, name: str, write: Callable[[], Any]) -> bool:
+    def attempt(self, name: str, write: Callable, *arguments: Any) -> bool:
         """Call `write`; whether it could."""
         try:
-            write()
+            write(*arguments)
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
             self.failures[name] = f"{name} ({reason})"
@@ -146,8 +144,7 @@ class Trainer(SFTTrainer, TrainerCallback):
         if "task_weight_0" in row:
             weights = [row.pop(f"task_weight_{i}") for i in range(len(self.tasks))]
             row["task_weight"] = dict(zip(self.tasks, weights, strict=True))
-            losses = self.coba.losses.tolist()
-            row["validation_loss"] = dict(zip(self.tasks, losses, strict=True))
+            row["validation_loss"] = dict(zip(self.tasks, self.coba.losses.tolist(), strict=True))
         self._note(state.log_history)
         if "loss" in logs:
             left = self._each * (state.max_steps - state.global_step)
@@ -165,7 +162,7 @@ class Trainer(SFTTrainer, TrainerCallback):
                 file.write(json_lines(rows[-1:]))
 
         if self.metrics is not None:
-            self._whole = self.attempt(METRICS, partial(add, self.metrics))
+            self._whole = self.attempt(METRICS, add, self.metrics)
 
 
 def seal(folder: Path) -> None:

@@ -240,6 +240,9 @@ def test_a_tokenizer_that_ends_texts_itself(model_folder, tokenizer, tmp_path):
     assert len(item["prompt_ids"]) == 1 and tokenizer.eos_token_id not in item["prompt_ids"]
     text, parts = trained_parts(tokenizer, run.trainer.train_dataset[0])
     assert text.endswith(f" y{EOS}") and parts == [f" y{EOS}"]
+    run = prepared(folder, [file], "--packing", "--max-length", 64, "--output", tmp_path / "run")
+    (ids,) = run.trainer.train_dataset["input_ids"]
+    assert ids.count(tokenizer.eos_token_id) == 4 and len(ids) == 4 * 4
 
 
 def test_token_weights(model_folder, tmp_path):

@@ -112,6 +112,28 @@ def test_ctrl_c_saves_once_and_says_where_to_go_on(train, command, tmp_path, mon
     assert_same(tmp_path / "whole", run)
 
 
+def test_ctrl_c_in_the_last_step_saves_as_well(train, command, tmp_path, monkeypatch):
+    from segloss.train.trainer import Trainer
+
+    def press(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert train(*SHORT, "--output", tmp_path / "whole")[0] == 0
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "on_step_begin", press)
+        code, _, err = train(*SHORT, "--save-strategy", "no")
+    assert code == 130 and f"interrupted after step 7, saved in {run}/checkpoint-7: " in err
+    code, _, err = command("train", "--resume", run)
+    assert code == 0 and "resuming after step 7" in err
+    for folder in (run, tmp_path / "whole"):
+        shutil.rmtree(folder / "checkpoint-7", ignore_errors=True)
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    assert_same(tmp_path / "whole", run)
+
+
 # ----------------------------------------------------------------------- damaged checkpoints
 
 
@@ -170,6 +192,20 @@ def test_without_a_whole_checkpoint_it_starts_again(weighted, command, tmp_path)
     assert code == 0 and err.count("is damaged") == 3
     assert "starting at the beginning" in err
     assert_same(weighted, tmp_path / "whole")
+
+
+def test_killed_after_the_last_step_the_best_weights_are_kept(train, command, tmp_path):
+    """With a patience they are those of the lowest validation loss, which is not the last."""
+    options = ("--lr", "0.5", "--patience", "9", "--validate-every", "1", "--keep", "9")
+    assert train(*SHORT, *SAVED, *options, "--output", tmp_path / "whole")[0] == 0
+    run = shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for name in ("results.json", "trained.json", "model.safetensors"):
+        (run / name).unlink()
+    code, _, err = command("train", "--resume", run)
+    assert code == 0 and "resuming after step 7" in err, err
+    assert_same(tmp_path / "whole", run)
+    last = (run / "checkpoint-7" / "model.safetensors").read_bytes()
+    assert last != (run / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(

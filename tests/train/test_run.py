@@ -175,6 +175,8 @@ def test_time_limit_stops_training_and_says_so(train, tmp_path):
     assert code == 0 and "Training ended early, because of the time limit" in out
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["steps"] == 1 and results["stopped"] == "time limit"
+    _, out, _ = train("--time-limit", 0.001, "--steps", 1, "--output", tmp_path / "all")
+    assert "1 steps of" in out and "ended early" not in out
 
 
 def test_patience_keeps_the_best_weights(train, tmp_path, command):
@@ -244,6 +246,7 @@ def test_what_is_refused(train, tmp_path, command, model_folder, data_file):
     assert fails(train("--loss", "hinge"), "hinge")
     assert fails(train("--eval-items", 12), "has 12 different rows; 12 held-out and 0 validation")
     assert not (tmp_path / "run").exists()
+    assert fails(train("--output", data_file / "run"), f"Not a directory: '{data_file}/run'")
     long = write_jsonl(tmp_path / "a.jsonl", [*examples("t", 8), *examples("p" * 140, 1)])
     assert fails(train("--data", long, "--eval-items", 0), "reads at most 128 tokens")
     assert train()[0] == 0
