@@ -6,11 +6,10 @@ import contextlib
 import copy
 import json
 import math
-import shutil
+import os
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import datasets
 import torch
 import trl
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
 from transformers import EarlyStoppingCallback
@@ -31,10 +29,10 @@ from . import data as of_data
 from . import evaluation, report
 from . import model as of_model
 from .config import Settings
-from .data import PER_TOKEN, STORED, Data, say
+from .data import STORED, Data, say
 from .errors import UserError, first_line
 from .report import SETTINGS, read_json, write
-from .trainer import Recorder, Trainer, last_whole
+from .trainer import Trainer, last_whole
 
 TRAINED, BEFORE, TABLE = "trained.json", "before.json", "results.md"
 # room in the time limit for what is written, and for evaluation after training being slower
@@ -49,30 +47,23 @@ def train(settings: Settings, resumed: bool = False) -> None:
     run that is in the folder, from its last whole checkpoint or its beginning; on a CPU it ends in
     the same bits as it would have.
     """
-    start = time.monotonic()
     output = Path(settings.training.output_dir)
     if not resumed:
         require_new(settings)
     elif all((output / name).exists() for name in (report.RESULTS, TRAINED)):
         raise UserError(f"--resume {output}: the run is finished, its results are in {TABLE}")
-    run = prepare(settings)
-    run.start, run.resumed = start, resumed
-    run.timing["load"] = time.monotonic() - start
+    run = Run(settings, resumed=resumed)
     run.open()
     lock = FileLock(f"{run.output / report.METRICS}.lock", timeout=0)
-    with lock if run.is_main else contextlib.nullcontext():
-        before = run.before()
-        trained = run.fit()
-        run.after(before, trained)
+    with lock if run.trainer.args.should_save else contextlib.nullcontext():
+        run.after(run.before(), run.fit())
 
 
 def require_new(settings: Settings) -> None:
     """Have a folder that is no run's yet: a new one, unless it is given, on every process."""
     training = settings.training
     if "output_dir" not in settings.given:
-        PartialState()  # of the backend that the arguments say
-        names = [time.strftime("runs/%Y%m%d-%H%M%S")]
-        training.output_dir = broadcast_object_list(names)[0]
+        training.output_dir = broadcast_object_list([time.strftime("runs/%Y%m%d-%H%M%S")])[0]
     output = Path(training.output_dir)
     held = (output / SETTINGS).exists() or (output.exists() and not output.is_dir())
     if held and not training.resume_from_checkpoint:
@@ -82,20 +73,79 @@ def require_new(settings: Settings) -> None:
         )
 
 
-@dataclass
 class Run:
     """A trainer with its data, and what becomes of them."""
 
-    settings: Settings
-    trainer: Trainer
-    data: Data
-    held_out: list[dict[str, Any]]
-    description: dict[str, Any]  # what segloss.json says: enough to do the run again
-    output: Path
-    is_main: bool
-    start: float = 0.0
-    resumed: bool = False
-    timing: dict[str, float] = field(default_factory=dict)
+    def __init__(self, settings: Settings, to_train: bool = True, resumed: bool = False):
+        """Check every input, the quick ones first, load the model and tokenise the data.
+
+        Without `to_train` all rows of a task may be held out, and the model gets no adapters.
+        """
+        self.settings, self.resumed, self.start = settings, resumed, time.monotonic()
+        options, training = settings.options, settings.training
+        try:
+            loss = None if options.loss is None else segloss.parse_loss(options.loss)
+        except ValueError as error:
+            raise UserError(f"--loss: {error}") from None
+        name = settings.model.model_name_or_path
+        if not name:
+            raise UserError("there is no model: give --model, a folder, a hub id or a GGUF file")
+        model, tokenizer = loaded(settings, name)
+        self.data = data = of_data.load(settings, bool(tokenizer.chat_template), to_train)
+        parts = {"held_out": data.held_out, "validation": data.validation}
+        evaluated = {name: datasets.Dataset.from_list(rows) for name, rows in parts.items() if rows}
+        refuse(settings, data, loss, to_train)
+        teacher = None
+        if options.teacher is not None:
+            teacher, own = loaded(settings, options.teacher, revision="main")
+            if own.get_vocab() != tokenizer.get_vocab():
+                raise UserError(
+                    f"the tokenizer of the teacher {options.teacher} has other tokens than the "
+                    "model's; distill takes a teacher of the same vocabulary"
+                )
+        samples = None if options.sample_weights == "none" else segloss.SampleWeighting(
+            options.sample_weights, options.sample_temperature, options.sample_burn_in,
+            fraction=options.sample_fraction, band=options.sample_band,
+        )  # fmt: skip
+        training.eval_packing = False  # packing keeps only tokens
+        training.model_init_kwargs = None
+        # names that transformers lets go and TRL and peft still use; peft's notes on saving a head
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", ".*tie_word|Setting `save_emb|Could not find a config")
+        try:
+            self.trainer = trainer = Trainer(
+                model=model, args=training, processing_class=tokenizer,
+                train_dataset=data.train if to_train else evaluated["held_out"],
+                eval_dataset=evaluated or None,
+                peft_config=trl.get_peft_config(settings.model) if to_train else None,
+                callbacks=[EarlyStoppingCallback(options.patience)] if options.patience else [],
+                loss=loss, teacher=teacher, teacher_rest=options.teacher_rest, head=options.head,
+                sample_weights=samples,
+            )  # fmt: skip
+        except (ValueError, RuntimeError, TypeError, OSError) as error:
+            raise UserError(first_line(error)) from None
+        given = {"train": data.train, **evaluated} if to_train else evaluated
+        prepared = of_data.fitted(trainer, settings, given)
+        trainer.train_dataset = prepared["train"]
+        trainer.eval_dataset = prepared.get("validation", prepared.get("held_out"))
+        trainer.tasks = data.tasks
+        if data.validation:
+            kept = ["task", "task_ids", "input_ids", "labels"]
+            trainer.validation = list(prepared["validation"].select_columns(kept))
+        if options.task_weights == "coba":
+            trainer.coba = coba_of(trainer, options, len(data.train))
+            trainer.task_weights = trainer.coba.coba
+            trainer.add_callback(trainer.coba)
+        held_out = prepared.get("held_out", ())
+        if trainer.is_fsdp_enabled or getattr(trainer, "is_deepspeed_enabled", False):
+            say(
+                "the table is left out, since FSDP and DeepSpeed share the weights out: segloss "
+                f"evaluate {training.output_dir} makes it afterwards"
+            )
+            held_out = ()
+        self.held_out = [evaluation.item_of(row, data, trainer) for row in held_out]
+        self.output = Path(training.output_dir)
+        self.timing = {"load": time.monotonic() - self.start}
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -104,33 +154,17 @@ class Run:
         self.timing[name] = time.monotonic() - start
 
     def open(self) -> None:
-        """Make the folder, or see that it is this run's."""
-        file, now = self.output / SETTINGS, self.description
-        if self.resumed:
-            then = read_json(file)
-            for what, value in then.get("fingerprints", {}).items():
-                if value != now["fingerprints"][what]:
-                    raise UserError(f"--resume {self.output}: the {what} changed since it began")
-            was = then.get("versions", {})
-            for name, value in now["versions"].items():
-                if value != was.get(name):
-                    say(f"note: {name} was {was.get(name)}, is {value}: the last bits may differ")
-        elif self.is_main:
-            model, needed = self.trainer.model, self.trainer.model.get_memory_footprint()
-            if self.trainer.args.save_strategy != "no":  # two checkpoints, with two moments
-                needed += sum(6 * p.nbytes for p in model.parameters() if p.requires_grad)
-            try:
-                self.output.mkdir(parents=True, exist_ok=True)
-                free = shutil.disk_usage(self.output).free
-                if free < needed:
-                    raise UserError(
-                        f"{self.output} has {free / 1e6:.0f} MB of free disk space; model and two "
-                        f"checkpoints need {needed / 1e6:.0f} MB (--save_strategy no: none of them)"
-                    )
-                write(file, now)
-            except OSError as error:
-                raise UserError(f"cannot write to {self.output}: {error.strerror}") from None
-        self.trainer.accelerator.wait_for_everyone()
+        """Say in the folder what is run, or see that it is this run's."""
+        now = described(self.settings, self.trainer, self.data)
+        if not self.resumed and not self.save(SETTINGS, now):
+            raise UserError(f"cannot write to {self.output}: {self.trainer.failures[SETTINGS]}")
+        then = read_json(self.output / SETTINGS) if self.resumed else now
+        for what, value in then.get("fingerprints", {}).items():
+            if value != now["fingerprints"][what]:
+                raise UserError(f"--resume {self.output}: the {what} changed since it began")
+        for name, value in now["versions"].items():
+            if value != (was := then.get("versions", {}).get(name)):
+                say(f"note: {name} was {was}, is {value}: the last bits may differ")
 
     def before(self) -> list[dict] | None:
         """The results before training, from the file that an interrupted run has left."""
@@ -149,9 +183,7 @@ class Run:
         with self.timed(title):
             found = evaluation.evaluate(self.trainer, self.held_out, title, options.exact_match)
         say(f"{title}: {len(self.held_out)} items in {self.timing[title]:.0f} s")
-        if self.is_main and self.output.is_dir():
-            name = f"answers-{title.rpartition(' ')[2]}.jsonl"
-            self.save(name, report.json_lines(found))
+        self.save(f"answers-{title.rpartition(' ')[2]}.jsonl", report.json_lines(found))
         return evaluation.results(self.held_out, self.data, options, self.trainer.args.seed)
 
     def fit(self) -> dict[str, Any]:
@@ -162,35 +194,25 @@ class Run:
             trainer._load_from_checkpoint(str(self.output))
             self.timing["training"] = found["seconds"]
             return found
-        checkpoint: Any = self.settings.training.resume_from_checkpoint
+        checkpoint = self.settings.training.resume_from_checkpoint
         if self.resumed or str(checkpoint).lower() == "true":
-            checkpoint = last_whole(self.output, self.is_main)
-            trainer.accelerator.wait_for_everyone()
+            checkpoint = last_whole(self.output, trainer.args.should_save)
         reserve = SPARE_SECONDS + SPARE_FACTOR * self.timing.get("evaluating before", 0.0)
-        deadline = self.start + limit - reserve if limit else math.inf
-        log = self.output / report.METRICS if self.is_main else None
-        recorder = Recorder(trainer, self.data.tasks, deadline, log)
-        trainer.add_callback(recorder)
-        past = read_json(Path(checkpoint) / "trainer_state.json") if checkpoint else {}
-        last = trainer.args.max_steps if trainer.args.max_steps > 0 else past.get("max_steps")
-        if past and past["global_step"] >= last:
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state.global_step = past["global_step"]
-        else:
-            with self.timed("training"):
-                trainer.train(str(checkpoint) if checkpoint else None)
-        steps, stopped = trainer.state.global_step, recorder.stopped
+        trainer.deadline = self.start + limit - reserve if limit else math.inf
+        trainer.metrics = self.output / report.METRICS if trainer.args.should_save else None
+        with self.timed("training"):
+            trainer.train(checkpoint or None)
+        steps = trainer.state.global_step
+        stopped = trainer.stopped or ("patience" if steps < trainer.state.max_steps else "")
         if stopped == "interrupt" and trainer.failures:
-            raise UserError(f"interrupted, and could not write {'; '.join(trainer.failures)}")
+            failed = "; ".join(trainer.failures.values())
+            raise UserError(f"interrupted, and could not write {failed}")
         if stopped == "interrupt":
             raise KeyboardInterrupt(
                 f"interrupted after step {steps}, saved in {self.output}/checkpoint-{steps}: "
                 f"segloss train --resume {self.output} goes on from there"
             )
-        if not stopped and steps < trainer.state.max_steps:
-            stopped = "patience"
-        seconds = self.timing.get("training", 0.0)
-        found = {"steps": steps, "stopped": stopped, "seconds": seconds}
+        found = {"steps": steps, "stopped": stopped, "seconds": self.timing["training"]}
         if self.leave_model():
             self.save(TRAINED, found)
         return found
@@ -198,10 +220,10 @@ class Run:
     def leave_model(self) -> bool:
         """The model, or its adapter, with the tokenizer, as `from_pretrained` reads them."""
         trainer, merge = self.trainer, self.settings.options.merge
-        written = trainer.attempt("the model", lambda: trainer.save_model(str(self.output)))
+        written = trainer.attempt("the model", trainer.save_model)
         if merge is None:
             merge = of_model.located(self.settings.model.model_name_or_path)[1] is not None
-        if merge and hasattr(trainer.model, "merge_and_unload") and self.is_main:
+        if merge and hasattr(trainer.model, "merge_and_unload") and trainer.args.should_save:
             written &= trainer.attempt("merged", self._merge)
         return written
 
@@ -221,146 +243,60 @@ class Run:
     def after(self, before: list[dict] | None, trained: dict[str, Any]) -> None:
         """Evaluate, write the results, and print them."""
         tasks = self.evaluate("evaluating after") if self.held_out else []
-        args, timing = self.trainer.args, self.timing | {"total": time.monotonic() - self.start}
+        timing = self.timing | {"total": time.monotonic() - self.start}
         found = {
-            "tasks": tasks, "before": before, "steps": trained["steps"],
+            "tasks": tasks, "before": before,
+            "steps": trained["steps"], "stopped": trained["stopped"],
             "timing": {name: round(seconds, 1) for name, seconds in timing.items()},
-            "examples_per_step":
-                args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "stopped": trained["stopped"],
+            "examples_per_step": self.trainer.get_total_train_batch_size(self.trainer.args),
         }  # fmt: skip
         self.save(report.RESULTS, found)
-        record = report.Record(self.output.name, self.description, results=found)
+        record = report.Record(self.output.name, {"given": self.settings.given}, results=found)
         self.finish(f"{report.summary([record])}\n\n{report.story(record)}\n")
 
     def finish(self, text: str) -> None:
         """Write and print what came out; raises `UserError` of what could not be written."""
         self.save(TABLE, text)
-        if self.is_main:
+        if self.trainer.is_world_process_zero():
             print(f"\n{text}\n{self.output}", flush=True)
         if self.trainer.args.push_to_hub:
             self.trainer.push_to_hub(dataset_name=self.settings.script.dataset_name)
         if self.trainer.failures:
-            failed = "; ".join(dict.fromkeys(self.trainer.failures))
+            failed = "; ".join(self.trainer.failures.values())
             raise UserError(f"could not write to {self.output}: {failed}")
 
-    def save(self, name: str, value: Any) -> None:
-        if self.is_main:
-            self.trainer.attempt(name, lambda: write(self.output / name, value))
+    def save(self, name: str, value: Any) -> bool:
+        """Write a file of the folder, on the first process; whether it could."""
+        trainer, file = self.trainer, self.output / name
+        return not trainer.args.should_save or trainer.attempt(name, write, file, value)
 
 
-# ------------------------------------------------------------------------------------- prepare
-
-
-def prepare(settings: Settings, to_train: bool = True) -> Run:
-    """Check every input, the quick ones first, load the model and tokenise the data.
-
-    Without `to_train` all rows of a task may be held out, and the model gets no adapters.
-    """
-    options, training = settings.options, settings.training
-    try:
-        loss = None if options.loss is None else segloss.parse_loss(options.loss)
-    except ValueError as error:
-        raise UserError(f"--loss: {error}") from None
-    name = settings.model.model_name_or_path
-    if not name:
-        raise UserError("there is no model: give --model, a folder, a hub id or a GGUF file")
-    PartialState()  # of the backend that the arguments say
-    say(f"loading {name}")
-    model, tokenizer = of_model.load(name, **model_options(settings))
-    teacher = teacher_of(settings, loss, tokenizer)
-    data = of_data.load(settings, bool(tokenizer.chat_template), to_train)
-    parts = {"held_out": data.held_out, "validation": data.validation}
-    evaluated = {name: datasets.Dataset.from_list(rows) for name, rows in parts.items() if rows}
-    refuse(settings, data, loss, teacher, to_train)
-    train = data.train
-    if training.packing:  # which keeps only tokens
-        training.eval_packing = False
-        train = train.remove_columns(["task_ids"] if data.tasks else [])
-    training.model_init_kwargs = None
-    try:
-        with warnings.catch_warnings():
-            # names that transformers lets go and TRL and peft still use
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
-            trainer = Trainer(
-                model=model, args=training, processing_class=tokenizer,
-                train_dataset=train if to_train else evaluated["held_out"],
-                eval_dataset=evaluated or None,
-                peft_config=trl.get_peft_config(settings.model) if to_train else None,
-                callbacks=[EarlyStoppingCallback(options.patience)] if options.patience else [],
-                loss=loss, teacher=teacher, teacher_rest=options.teacher_rest, head=options.head,
-                **weights_of(options, training, data),
-            )  # fmt: skip
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise UserError(first_line(error)) from None
-    given = {"train": train, **evaluated} if to_train else evaluated
-    prepared = of_data.fitted(trainer, settings, given)
-    trainer.train_dataset = prepared["train"]
-    trainer.eval_dataset = prepared.get("validation", prepared.get("held_out"))
-    if data.validation:
-        kept = ["task", "task_ids", "input_ids", "labels"]
-        trainer.validation = list(prepared["validation"].select_columns(kept))
-    if isinstance(trainer.task_weights, segloss.CoBa):
-        trainer.coba = watching(trainer, len(data.tasks), options.validation_batch)
-        trainer.add_callback(trainer.coba)
-    held_out = [evaluation.item_of(row, data, trainer) for row in prepared.get("held_out", ())]
-    if trainer.is_fsdp_enabled or getattr(trainer, "is_deepspeed_enabled", False):
-        say(
-            "the table is left out, since FSDP and DeepSpeed share the weights out: segloss "
-            f"evaluate {training.output_dir} makes it afterwards"
-        )
-        held_out = []
-    torch.manual_seed(training.seed)
-    description, output = describe(settings, trainer, data, model), Path(training.output_dir)
-    is_main = trainer.is_world_process_zero()
-    return Run(settings, trainer, data, held_out, description, output, is_main)
-
-
-def teacher_of(settings: Settings, loss: Any, tokenizer: Any) -> Any:
-    """The model that the loss learns from, None where none is given."""
-    name = settings.options.teacher
-    if name is None:
-        return None
-    if loss is None or not loss.reads_teacher:
-        raise UserError("--teacher is read by distill alone: give --loss 0.5*ce+0.5*distill")
-    say(f"loading the teacher {name}")
-    options = {k: v for k, v in model_options(settings).items() if k != "revision"}
-    teacher, own = of_model.load(name, **options)
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"the tokenizer of the teacher {name} has other tokens than the model's; distill "
-            "compares probabilities token by token and takes a teacher of the same vocabulary"
-        )
-    return teacher
-
-
-def model_options(settings: Settings) -> dict[str, Any]:
-    """What `from_pretrained` is told, as `trl sft` does."""
+def loaded(settings: Settings, name: str, **own: Any) -> tuple[Any, Any]:
+    """A model and its tokenizer, read as `trl sft` does."""
     model, training = settings.model, settings.training
-    found = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
-    found |= {"dtype": model.dtype or "float32", "attn_implementation": model.attn_implementation}
-    found |= training.model_init_kwargs or {}
-    if model.load_in_4bit or model.load_in_8bit:
-        found["quantization_config"] = trl.get_quantization_config(model)
-    return {name: value for name, value in found.items() if value is not None}
+    say(f"loading {name}")
+    options = {
+        "revision": model.model_revision, "trust_remote_code": training.trust_remote_code,
+        "dtype": model.dtype, "attn_implementation": model.attn_implementation,
+        "quantization_config": trl.get_quantization_config(model),
+        **(training.model_init_kwargs or {}), **own,
+    }  # fmt: skip
+    return of_model.load(name, **{k: v for k, v in options.items() if v is not None})
 
 
-def refuse(settings: Settings, data: Data, loss: Any, teacher: Any, to_train: bool) -> None:
+def refuse(settings: Settings, data: Data, loss: Any, to_train: bool) -> None:
     """What an option would lose or has nothing to work on is refused by name."""
     options, training = settings.options, settings.training
     watched, evaluates = data.validation or data.held_out, training.eval_strategy != "no"
     coba = options.task_weights == "coba"
-    columns = [n for n in ("sample_weights", *PER_TOKEN) if n in (data.train.column_names or [])]
-    lost = [f"the column {name}" for name in columns] + ["--task_weights coba"] * coba
-    stored = [name for name in columns if name in STORED]
+    stored = [name for name in STORED if name in (data.train.column_names or ())]
     reads = loss is not None and loss.reads_teacher
     blind = [row for row in watched if stored and STORED[0] not in row]
     if stored and not reads:
         say(f"note: {' and '.join(stored)} are read by distill alone, which --loss does not have")
     refusals = {
-        f"packing keeps only the tokens, and would lose {' and '.join(lost)}":
-            training.packing and lost,
+        "packing keeps only the tokens, and would lose --task_weights coba":
+            training.packing and coba,
         "--task_weights coba weighs tasks against each other; there is only 1":
             coba and len(data.tasks) < 2,
         "--validation_items is 0; --task_weights coba reads their loss":
@@ -368,11 +304,8 @@ def refuse(settings: Settings, data: Data, loss: Any, teacher: Any, to_train: bo
         f"eval_strategy is {training.eval_strategy} and nothing is held out: --eval_items or "
         "--validation_items N, or data with a test split":
             evaluates and not watched,
-        f"--teacher is given, and the data have {STORED[0]}; it takes one of them":
-            stored and teacher is not None,
-        "--loss has distill, which learns from a teacher: give --teacher MODEL, or data with the "
-        "columns teacher_ids and teacher_log_prob":  # what a stream holds is seen when it comes
-            reads and teacher is None and data.tasks and not stored,
+        "--teacher is read by distill alone: give --loss 0.5*ce+0.5*distill":
+            options.teacher and not reads,
         f"{blind[0]['where'] if blind else ''}: there is no teacher_ids, which the loss of "
         f"--eval_strategy {training.eval_strategy} reads":
             reads and evaluates and blind,
@@ -384,60 +317,40 @@ def refuse(settings: Settings, data: Data, loss: Any, teacher: Any, to_train: bo
             raise UserError(message)
 
 
-def weights_of(options: Any, training: Any, data: Data) -> dict[str, Any]:
-    """What weighs tasks and samples, by the names of the trainer's arguments."""
-    found: dict[str, Any] = {}
-    if options.task_weights == "coba":
-        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        epoch = math.ceil(len(data.train) / (batch * training.world_size))
-        steps = max(training.max_steps, 0) or math.ceil(epoch * training.num_train_epochs)
-        warmup = options.coba_warmup or max(2, steps // 10)
-        found["task_weights"] = segloss.CoBa(
-            len(data.tasks), warmup=warmup, history=options.coba_history or 4 * warmup,
-            tau=options.coba_tau, mode=options.coba_mode, divergence_window=steps + 1,
-            device=training.device,
-        )  # fmt: skip
-    if options.sample_weights != "none":
-        found["sample_weights"] = segloss.SampleWeighting(
-            options.sample_weights, options.sample_temperature, options.sample_burn_in,
-            fraction=options.sample_fraction, band=options.sample_band,
-        )  # fmt: skip
-    return found
-
-
-def watching(trainer: Trainer, num_tasks: int, count: int) -> CoBaCallback:
-    """What measures the tasks' losses, on so many validation items of each in turn."""
-    tasks: list[list[dict]] = [[] for _ in range(num_tasks)]
-    for row in trainer.validation:
-        tasks[row["task_ids"]].append(row)
+def coba_of(trainer: Any, options: Any, rows: int) -> CoBaCallback:
+    """CoBa, told the tasks' losses on so many validation items of each in turn."""
+    args, count, number = trainer.args, options.validation_batch, len(trainer.tasks)
+    epoch = math.ceil(rows / trainer.get_total_train_batch_size(args))
+    steps = max(args.max_steps, 0) or math.ceil(epoch * args.num_train_epochs)
+    warmup = options.coba_warmup or max(2, steps // 10)
+    coba = segloss.CoBa(
+        number, warmup=warmup, history=options.coba_history or 4 * warmup, tau=options.coba_tau,
+        mode=options.coba_mode, divergence_window=steps + 1, device=args.device,
+    )  # fmt: skip
+    tasks = [[row for row in trainer.validation if row["task_ids"] == n] for n in range(number)]
     batches = [
         trainer.data_collator([row for rows in tasks for row in rows[i : i + count]])
         for i in range(0, max(map(len, tasks)), count)
     ]
-    coba: Any = trainer.task_weights
     return CoBaCallback(coba, batches, head=trainer.head)
 
 
-def describe(settings: Settings, trainer: Trainer, data: Data, network: Any) -> dict[str, Any]:
-    read = ("input_ids", "labels", "teacher_log_prob")
+def described(settings: Settings, trainer: Trainer, data: Data) -> dict[str, Any]:
+    """Enough to do the run again, and to tell its data and models from others."""
+    columns = ("input_ids", "labels", "teacher_log_prob")
     sets = [s for s in (trainer.train_dataset, trainer.eval_dataset) if hasattr(s, "__len__")]
     rows = (s[i] for s in sets for i in range(0, len(s), max(1, len(s) // 4096)))
-    read_of = {"data": [[row.get(name) for name in read] for row in rows]}
-    for what, model in {"model": network, "teacher": trainer.teacher}.items():
-        if model is not None:  # enough to tell models apart, without reading them all
-            weights = [w for name, w in model.state_dict().items() if "lora_" not in name]
-            begins = [w.flatten()[:1024].float().tolist() for w in weights]
-            read_of[what] = [[list(w.shape) for w in weights], begins]
-    hashes = {what: sha256(json.dumps(value).encode()) for what, value in read_of.items()}
+    read: dict[str, Any] = {"data": [[row.get(name) for name in columns] for row in rows]}
+    for what, model in {"model": trainer.model, "teacher": trainer.teacher}.items():
+        weights = model.state_dict() if model is not None else {}
+        own = [w for name, w in weights.items() if "lora_" not in name]
+        read[what] = [(tuple(w.shape), w.flatten()[:1024].float().tolist()) for w in own]
     here = {"device": str(trainer.args.device), "processes": trainer.accelerator.num_processes}
     return {
         "given": settings.given, "data": data.counts, "tasks": data.tasks,
         "versions": environment() | here,
-        "fingerprints": {what: found.hexdigest() for what, found in hashes.items()},
+        "fingerprints": {k: sha256(json.dumps(v).encode()).hexdigest() for k, v in read.items()},
     }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------- commands
 
 
 def stored(path: str) -> dict[str, Any]:
@@ -470,8 +383,8 @@ def evaluate(settings: Settings) -> None:
     file, name = settings.options.json, settings.model.model_name_or_path
     if file and Path(file).exists():
         raise UserError(f"--json {file} exists already; remove it or give another name")
-    run = prepare(settings, to_train=False)
+    run = Run(settings, to_train=False)
     found = {"tasks": run.evaluate("evaluating"), "before": None, "model": name}
-    print(f"\n{report.summary([report.Record(name, run.description, results=found)])}")
-    if file and run.is_main and not run.trainer.attempt(file, lambda: write(Path(file), found)):
-        raise UserError(f"cannot write {run.trainer.failures[-1]}")
+    print(f"\n{report.summary([report.Record(name, {}, results=found)])}")
+    if file and not run.save(os.path.abspath(file), found):
+        raise UserError(f"cannot write {'; '.join(run.trainer.failures.values())}")

@@ -25,8 +25,8 @@ from .config import Options, Settings, doc
 from .errors import UserError
 from .evaluation import batch_of, evaluate
 from .report import METRICS, SELECTION, aligned, subsets
-from .run import Run, prepare, require_new
-from .trainer import Recorder, Trainer
+from .run import Run, require_new
+from .trainer import Trainer
 
 
 @dataclass
@@ -67,7 +67,7 @@ def select(settings: Settings) -> None:
     settings.training.save_strategy = "no"
     if "use_peft" not in settings.given:
         settings.model.use_peft, settings.model.lora_dropout = True, 0.0
-    run = prepare(settings)
+    run = Run(settings)
     options, tasks = settings.options, run.data.tasks
     target = options.target or tasks
     for name in target:
@@ -116,8 +116,9 @@ def train_on(run: Run, names: Sequence[str], title: str = "") -> None:
         train_dataset=first.train_dataset.filter(lambda i: i in kept, input_columns="task_ids"),
         loss=first.loss, head=first.head,
     )  # fmt: skip
-    log = run.output / METRICS if run.is_main and not title else None
-    trainer.add_callback(Recorder(trainer, run.data.tasks, log=log, title=title))
+    trainer.title, trainer.metrics = title, run.output / METRICS
+    if title or not run.is_main:  # that of all tasks is the log
+        trainer.metrics = None
     trainer.train()
     gc.collect()  # a Trainer refers to itself, and holds the optimizer's moments
 

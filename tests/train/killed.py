@@ -19,7 +19,7 @@ EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir"
 
 def kill_at(moment, folder, counter):
     """SIGKILL this process before its `moment`-th operation on the folder; counts them."""
-    from segloss.train.trainer import Recorder
+    from segloss.train.trainer import Trainer
 
     count = 0
 
@@ -35,13 +35,13 @@ def kill_at(moment, folder, counter):
         if event in EVENTS and str(arguments[0]).startswith(folder):
             tick()
 
-    write = Recorder._write
+    note = Trainer._note
 
-    def written(self, row):
-        write(self, row)
+    def noted(self, rows):
+        note(self, rows)
         tick()
 
-    Recorder._write = written
+    Trainer._note = noted
     sys.addaudithook(hook)
 
 

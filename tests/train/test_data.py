@@ -8,7 +8,7 @@ from train.tiny import write_jsonl
 
 from segloss.train.config import settings
 from segloss.train.errors import UserError
-from segloss.train.run import prepare
+from segloss.train.run import Run
 
 EOS = "<eos>"
 CHAT = (
@@ -34,7 +34,7 @@ def prepared(model, files, *options):
     words = ["--model", str(model), "--eval-items", "0", "--steps", "2", "--batch-size", "2"]
     words += ["--max-length", "1024"]
     words += [str(option) for option in options]
-    return prepare(settings([*words, *(["--data", *map(str, files)] if files else [])]))
+    return Run(settings([*words, *(["--data", *map(str, files)] if files else [])]))
 
 
 def spelled(tokenizer, ids):
@@ -246,6 +246,9 @@ def test_a_tokenizer_that_ends_texts_itself(model_folder, tokenizer, tmp_path):
     assert len(item["prompt_ids"]) == 1 and tokenizer.eos_token_id not in item["prompt_ids"]
     text, parts = trained_parts(tokenizer, run.trainer.train_dataset[0])
     assert text.endswith(f" y{EOS}") and parts == [f" y{EOS}"]
+    run = prepared(folder, [file], "--packing", "--max-length", 64, "--output", tmp_path / "run")
+    (ids,) = run.trainer.train_dataset["input_ids"]
+    assert ids.count(tokenizer.eos_token_id) == 4 and len(ids) == 4 * 4
 
 
 def test_token_weights(model_folder, tmp_path):

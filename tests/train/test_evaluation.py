@@ -11,7 +11,7 @@ from train.tiny import examples, write_jsonl
 from segloss.train.config import settings
 from segloss.train.errors import UserError
 from segloss.train.evaluation import choose, evaluate, macro_f1, results, same
-from segloss.train.run import prepare
+from segloss.train.run import Run
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def run(model_folder, tmp_path_factory):
     rows = examples("a", 24)
     file = write_jsonl(folder / "data.jsonl", rows)
     words = ["--model", str(model_folder), "--data", str(file), "--eval-items", "8"]
-    return prepare(settings([*words, "--output", str(folder / "run"), "--bf16", "false"]))
+    return Run(settings([*words, "--output", str(folder / "run"), "--bf16", "false"]))
 
 
 @pytest.mark.parametrize("head", ["fused", "logits"])

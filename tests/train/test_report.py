@@ -177,12 +177,13 @@ def test_pictures_say_what_the_runs_hold(tmp_path):
 def test_numbers_that_are_not_finite_are_null(tmp_path):
     """JSON that any tool reads; read back as nothing, of which no picture has a point."""
     from segloss.train.page import pictures
-    from segloss.train.trainer import Recorder
+    from segloss.train.trainer import Trainer
 
     folder = write_run(tmp_path / "run", "ce")
     losses = {"colours": float("inf"), "a|b": 0.5}
-    recorder = Recorder(None, [], log=folder / "metrics.jsonl", _whole=True)
-    recorder._note([{"step": 10, "loss": 0.25, "entropy": float("nan"), "validation_loss": losses}])
+    trainer = Trainer.__new__(Trainer)
+    trainer.metrics, trainer.failures, trainer._whole = folder / "metrics.jsonl", {}, True
+    trainer._note([{"step": 10, "loss": 0.25, "entropy": float("nan"), "validation_loss": losses}])
 
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")

@@ -88,18 +88,16 @@ def test_killed_at_any_point(tmp_path, model_folder, data_file, monkeypatch, opt
 
 
 def test_ctrl_c_saves_once_and_says_where_to_go_on(train, command, tmp_path, monkeypatch):
-    from segloss.train.trainer import Recorder
+    from segloss.train.trainer import Trainer
 
     assert train(*SHORT, *SAVED, "--output", tmp_path / "whole")[0] == 0
-    begin = Recorder.on_step_begin
 
     def press(self, args, state, control, **kwargs):
-        begin(self, args, state, control, **kwargs)
         if state.global_step == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "on_step_begin", press)
+        patch.setattr(Trainer, "on_step_begin", press)
         code, out, err = train(*SHORT, *SAVED)
     run = tmp_path / "run"
     assert code == 130 and out == ""
@@ -111,6 +109,28 @@ def test_ctrl_c_saves_once_and_says_where_to_go_on(train, command, tmp_path, mon
     code, _, err = command("train", "--resume", run)
     assert code == 0 and "resuming after step 3" in err
     shutil.rmtree(run / "checkpoint-3")
+    assert_same(tmp_path / "whole", run)
+
+
+def test_ctrl_c_in_the_last_step_saves_as_well(train, command, tmp_path, monkeypatch):
+    from segloss.train.trainer import Trainer
+
+    def press(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert train(*SHORT, "--output", tmp_path / "whole")[0] == 0
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "on_step_begin", press)
+        code, _, err = train(*SHORT, "--save-strategy", "no")
+    assert code == 130 and f"interrupted after step 7, saved in {run}/checkpoint-7: " in err
+    code, _, err = command("train", "--resume", run)
+    assert code == 0 and "resuming after step 7" in err
+    for folder in (run, tmp_path / "whole"):
+        shutil.rmtree(folder / "checkpoint-7", ignore_errors=True)
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
     assert_same(tmp_path / "whole", run)
 
 
@@ -149,8 +169,8 @@ def flip(path):
         ),
         ("model.safetensors", flip, "model.safetensors differs from what was written (SHA-256)"),
         ("optimizer.pt", flip, "optimizer.pt differs"),
-        ("coba.pt", Path.unlink, "coba.pt is missing"),
-        ("manifest.json", Path.unlink, "manifest.json is missing"),
+        ("coba.pt", Path.unlink, "No such file or directory: '{last}/coba.pt'"),
+        ("manifest.json", Path.unlink, "No such file or directory: '{last}/manifest.json'"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
@@ -160,7 +180,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     damage(last / name)
     code, _, err = command("train", "--resume", weighted)
     assert code == 0, err
-    assert f"{last} is damaged: {message}" in err and "resuming after step 6" in err
+    assert f"{last} is damaged: " in err and message.format(last=last) in err
+    assert "resuming after step 6" in err
     assert_same(weighted, tmp_path / "whole")
 
 
@@ -171,6 +192,20 @@ def test_without_a_whole_checkpoint_it_starts_again(weighted, command, tmp_path)
     assert code == 0 and err.count("is damaged") == 3
     assert "starting at the beginning" in err
     assert_same(weighted, tmp_path / "whole")
+
+
+def test_killed_after_the_last_step_the_best_weights_are_kept(train, command, tmp_path):
+    """With a patience they are those of the lowest validation loss, which is not the last."""
+    options = ("--lr", "0.5", "--patience", "9", "--validate-every", "1", "--keep", "9")
+    assert train(*SHORT, *SAVED, *options, "--output", tmp_path / "whole")[0] == 0
+    run = shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for name in ("results.json", "trained.json", "model.safetensors"):
+        (run / name).unlink()
+    code, _, err = command("train", "--resume", run)
+    assert code == 0 and "resuming after step 7" in err, err
+    assert_same(tmp_path / "whole", run)
+    last = (run / "checkpoint-7" / "model.safetensors").read_bytes()
+    assert last != (run / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -279,13 +314,20 @@ def test_full_disk_at_the_model_leaves_what_a_resumed_run_needs(
     ).read_bytes()
 
 
+def noting(path):
+    """A trainer of which only the file of its metrics is there."""
+    from segloss.train.trainer import Trainer
+
+    trainer = Trainer.__new__(Trainer)
+    trainer.metrics, trainer.failures = path, {}
+    return trainer
+
+
 def test_metrics_wait_for_room(tmp_path, monkeypatch):
     """A line of which half fits, one that finds a full disk, and one after that."""
-    from segloss.train.trainer import Recorder
-
     path, history = tmp_path / "metrics.jsonl", [{"step": 0}]
-    recorder = Recorder(None, [], log=path)
-    recorder._note(history)
+    trainer = noting(path)
+    trainer._note(history)
     with monkeypatch.context() as patch:
         whole = type(path).open
 
@@ -297,32 +339,28 @@ def test_metrics_wait_for_room(tmp_path, monkeypatch):
         for place in (half, full_disk):
             patch.setattr(type(path), "open", place)
             history.append({"step": len(history)})
-            recorder._note(history)
+            trainer._note(history)
+            assert list(trainer.failures) == ["metrics.jsonl"]
     history.append({"step": 3})
-    recorder._note(history)
-    recorder._note([*history, {"step": 4}])
+    trainer._note(history)
+    trainer._note([*history, {"step": 4}])
+    assert not trainer.failures
     assert [row["step"] for row in rows(path)] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    ("then", "told"),
-    [
-        ({"versions": {"processes": 1, "torch": "2.13.0"}}, []),
-        (
-            {"versions": {"processes": 2, "torch": "2.8.0"}},
-            ["processes was 2, is 1", "torch was 2.8.0, is 2.13.0"],
-        ),
-        ({}, ["processes was None, is 1", "torch was None, is 2.13.0"]),
-    ],
-)
-def test_what_is_not_as_it_was_is_told(tmp_path, capsys, then, told):
-    from types import SimpleNamespace
-
-    from segloss.train.run import Run
-
-    (tmp_path / "segloss.json").write_text(json.dumps({"given": {}, "fingerprints": {}} | then))
-    here = {"versions": {"processes": 1, "torch": "2.13.0"}, "fingerprints": {}}
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(wait_for_everyone=lambda: None))
-    Run(None, trainer, None, [], here, tmp_path, True, resumed=True).open()
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"note: {text}: the last bits may differ" for text in told]
+def test_what_is_not_as_it_was_is_told(weighted, command):
+    file = weighted / "segloss.json"
+    now = json.loads(file.read_text())
+    for was in ({"processes": 2}, {"torch": "2.0.0"}, None):
+        versions = now["versions"] | was if was else {}
+        file.write_text(json.dumps(now | {"versions": versions}))
+        code, _, err = command("train", "--resume", weighted)
+        assert code == 0, err
+        (weighted / "results.json").unlink()
+        notes = [line for line in err.splitlines() if line.startswith("note: ")]
+        assert notes == [
+            f"note: {name} was {versions.get(name)}, is {value}: the last bits may differ"
+            for name, value in now["versions"].items()
+            if versions.get(name) != value
+        ]
+        assert len(notes) == (len(was) if was else len(now["versions"]))

@@ -51,14 +51,14 @@ def plain_loss(model, row):
 
 def test_the_stored_teacher_s_loss_is_trained(learn, tmp_path):
     from segloss.train.config import settings
-    from segloss.train.run import prepare
+    from segloss.train.run import Run
 
     data = stored()
     code, _, err = learn(data, "--batch-size", 6)
     assert code == 0, err
     (row,) = rows(tmp_path / "run" / "metrics.jsonl")
     given = json.loads((tmp_path / "run" / "segloss.json").read_text())["given"]
-    run = prepare(settings([], given | {"output_dir": str(tmp_path / "x")}))
+    run = Run(settings([], given | {"output_dir": str(tmp_path / "x")}))
     with torch.no_grad():
         expected = torch.cat([plain_loss(run.trainer.model, row) for row in data]).mean().item()
     tolerance = 2e-2 if run.trainer.args.bf16 else 1e-5
@@ -68,13 +68,13 @@ def test_the_stored_teacher_s_loss_is_trained(learn, tmp_path):
 @pytest.mark.parametrize("mode, part", [("keep_start", slice(5)), ("keep_end", slice(1, 6))])
 def test_lists_are_cut_as_the_tokens_are(mode, part, model_folder, tmp_path):
     from segloss.train.config import settings
-    from segloss.train.run import prepare
+    from segloss.train.run import Run
 
     data = stored()
     source = write_jsonl(tmp_path / "stored.jsonl", data)
     given = {"model_name_or_path": str(model_folder), "data": [str(source)], "loss": MIXED}
     given |= {"max_length": 5, "truncation_mode": mode, "eval_items": 0}
-    run = prepare(settings([], given | {"output_dir": str(tmp_path / "x")}))
+    run = Run(settings([], given | {"output_dir": str(tmp_path / "x")}))
     by_ids = {tuple(row["input_ids"][part]): row for row in data}
     assert len(run.trainer.train_dataset) == len(data)
     for row in run.trainer.train_dataset:
@@ -116,8 +116,12 @@ def test_what_is_refused(learn, data, message):
 
 
 def test_one_teacher(learn, teacher_folder):  # noqa: F811
-    assert fails(learn(stored(), "--teacher", teacher_folder), "--teacher is given, and the data")
-    assert fails(learn(stored(), "--packing"), "would lose the column teacher_ids")
+    assert fails(
+        learn(stored(), "--teacher", teacher_folder), "teacher is given, and train_dataset has teac"
+    )
+    assert fails(
+        learn(stored(), "--packing"), "teacher_ids, teacher_log_prob is a column of train_"
+    )
     assert fails(learn(stored(), "--teacher-rest", "ignore"), "rest='ignore' takes 1")
     code, _, err = learn(stored(), loss="ce")
     assert code == 0 and "are read by distill alone" in err

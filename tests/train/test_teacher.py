@@ -26,14 +26,14 @@ def test_the_teacher_s_loss_is_trained(train, teacher_folder, tmp_path):
     from segloss import reference
     from segloss.integrations.window import next_tokens
     from segloss.train.config import settings
-    from segloss.train.run import prepare
+    from segloss.train.run import Run
 
     options = ("--teacher", teacher_folder, "--loss", MIXED, "--eval-items", 0)
     code, _, err = train(*options, "--batch-size", 21, "--steps", 1)
     assert code == 0, err
     (row,) = rows(tmp_path / "run" / "metrics.jsonl")
     given = json.loads((tmp_path / "run" / "segloss.json").read_text())["given"]
-    run = prepare(settings([], given | {"output_dir": str(tmp_path / "x")}))
+    run = Run(settings([], given | {"output_dir": str(tmp_path / "x")}))
     batch = run.trainer.data_collator(list(run.trainer.train_dataset))
     target = next_tokens(batch.pop("labels"))
     ids = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -49,7 +49,10 @@ def test_the_teacher_s_loss_is_trained(train, teacher_folder, tmp_path):
 
 
 def test_what_is_refused(train, teacher_folder, tmp_path):
-    assert fails(train("--loss", MIXED), "give --teacher MODEL")
+    assert fails(
+        train("--loss", MIXED),
+        "teacher is missing: give a causal model, or rows with the columns teacher_ids",
+    )
     assert fails(train("--teacher", teacher_folder), "--teacher is read by distill alone")
     assert fails(train("--teacher", tmp_path / "none", "--loss", MIXED), "none")
     own = json.loads((teacher_folder / "tokenizer.json").read_text())
