@@ -139,8 +139,10 @@ def settings(
         if parts and all(isinstance(part, str | bool | int | float) for part in parts):
             # argparse checks them like the command line's
             spelled += [f"--{name}", *map(str, parts)] if listed else [f"--{name}={value}"]
-        else:
+        elif value is None or not hasattr(options, full):
             given[full] = value
+        else:
+            raise UserError(f"--{full} is {value}; it takes text and numbers, and lists of them")
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     namespace, unknown = parser.parse_known_args([*full_names([*spelled, *words])])

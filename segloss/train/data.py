@@ -435,6 +435,8 @@ def fitted(trainer: Any, settings: Settings, given: dict[str, Any]) -> dict[str,
         cut, left_out = lengths.count(limit), len(given[name]) - len(lengths)
         if training.packing and name == "train":
             continue
+        if not lengths:
+            raise UserError(f"{name}: no row has a label that fits into --max_length {limit}")
         if left_out:
             say(f"{name}: {left_out} rows are left out: no answer fits into --max_length {limit}")
         if cut:

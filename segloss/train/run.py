@@ -345,7 +345,7 @@ def described(settings: Settings, trainer: Trainer, data: Data) -> dict[str, Any
         weights = model.state_dict() if model is not None else {}
         own = [w for name, w in weights.items() if "lora_" not in name]
         read[what] = [(tuple(w.shape), w.flatten()[:1024].float().tolist()) for w in own]
-    here = {"device": str(trainer.args.device), "processes": trainer.accelerator.num_processes}
+    here = {"trained on": str(trainer.args.device), "processes": trainer.args.world_size}
     return {
         "given": settings.given, "data": data.counts, "tasks": data.tasks,
         "versions": environment() | here,

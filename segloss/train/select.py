@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -116,9 +116,9 @@ def train_on(run: Run, names: Sequence[str], title: str = "") -> None:
         train_dataset=first.train_dataset.filter(lambda i: i in kept, input_columns="task_ids"),
         loss=first.loss, head=first.head,
     )  # fmt: skip
-    trainer.title, trainer.metrics = title, run.output / METRICS
-    if title or not run.is_main:  # that of all tasks is the log
-        trainer.metrics = None
+    trainer.title = title
+    if not title and trainer.args.should_save:  # that of all tasks is the log
+        trainer.metrics = run.output / METRICS
     trainer.train()
     gc.collect()  # a Trainer refers to itself, and holds the optimizer's moments
 
@@ -173,8 +173,8 @@ def leave(run: Run, found: Selection, losses: dict[str, float], true: dict) -> N
         checked = f"checked by fine-tuning, from the model as it was:\n{compared}\n\n"
         result["relative_error"] = compared.relative_error
     run.save(SELECTION, result)
-    own = {f.name for f in fields(SelectOptions)} - {f.name for f in fields(Options)}
-    given = {k: v for k, v in settings.given.items() if k not in own and k != "output_dir"}
+    own = {*SelectOptions.__annotations__, "output_dir"}
+    given = {name: value for name, value in settings.given.items() if name not in own}
     given |= {name: getattr(settings.model, name) for name in ("use_peft", "lora_dropout")}
     run.save("chosen.json", given | {"tasks": list(found.chosen)})
     run.finish(

@@ -143,6 +143,8 @@ def test_bfloat16_only_where_a_cpu_has_it(monkeypatch):
         ),
         ("a.yaml", "- 1", "settings are needed, one `name: value` a line"),
         ("a.json", "{", "a.json is not JSON"),
+        ("a.yaml", "data: [[a]]", "--data is [['a']]; it takes text and numbers, and lists of"),
+        ("a.yaml", "loss: {ce: 1}", "--loss is {'ce': 1}; it takes text and numbers"),
         ("a.yaml", "sample_band: -1", "--sample_band is -1.0; it takes a number from 0 up"),
         ("a.yaml", "min_class_items: null", "--min_class_items is None; it takes a number from 1"),
     ],

@@ -481,3 +481,6 @@ def test_rows_that_are_cut_or_left_out_are_counted(train, tmp_path):
     # with 6 tokens of prompt or more nothing of the answer is left; with 2 to 5 a part of it
     assert "train: 3 rows are left out: no answer fits into --max_length 6" in err
     assert "train: 5 of 5 rows reach --max_length 6 and may be cut" in err
+    write_jsonl(path, rows[6:])
+    code, _, err = train("--data", path, "--eval-items", 0, "--max-length", 6, "--output", "other")
+    assert code == 2 and "train: no row has a label that fits into --max_length 6" in err

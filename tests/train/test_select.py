@@ -44,7 +44,7 @@ def test_select_then_train(select, command, tmp_path):
     config = tmp_path / "choice" / "chosen.json"
     assert f"segloss train --config {config}" in out
     told = json.loads(config.read_text())
-    assert told["tasks"] == found["chosen"] and told["validation_items"] == 5
+    assert told["tasks"] == found["chosen"] and "validation_items" not in told
     own = {"target", "check", "items", "dim", "smallest", "output_dir"}  # of a selection alone
     assert len(told["data"]) == 3 and not own & set(told)
     code, out, err = command(
@@ -53,7 +53,7 @@ def test_select_then_train(select, command, tmp_path):
     assert code == 0, err
     record = json.loads((tmp_path / "run" / "segloss.json").read_text())
     assert record["given"]["use_peft"] is False and record["given"]["learning_rate"] == 0.02
-    counts = {"rows": 20, "repeated": 0, "train": 11, "held_out": 4, "validation": 5}
+    counts = {"rows": 20, "repeated": 0, "train": 16, "held_out": 4, "validation": 0}
     assert record["data"] == dict.fromkeys(found["chosen"], counts)
     code, _, err = command("report", tmp_path / "choice")
     assert code == 0 and (tmp_path / "choice" / "report" / "selection.png").exists(), err
