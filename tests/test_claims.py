@@ -410,8 +410,25 @@ def test_the_docs_say_what_came_out_for_each_loss(made_up, pages):
     assert text.startswith("# Losses") and text.endswith("<!-- here: end -->\n\nmore\n")
     row = next(line for line in text.splitlines() if line.startswith("| `focal` |"))
     assert row.startswith("| `focal` | better: addition +7")
-    assert "not run: copying |" in row and row.endswith("| not run |")
+    assert "not run: copying, smollm2 |" in row and row.endswith("| not run |")
     assert len([line for line in text.splitlines() if line.startswith("| `")]) == 11
+
+
+def test_smollm2_s_table(made_up):
+    """Each row less cross-entropy's: focal right on all items, cross-entropy on every other one."""
+    for name, right, nll in (("ce", np.arange(ITEMS) % 2 == 0, 0.5), ("focal", True, 0.25)):
+        hits, losses_ = np.full((3, ITEMS), right), np.full((3, ITEMS), nll)
+        names = {"names": ["a", "b"], "true": ["a"] * ITEMS}
+        runs = result(hits, losses_, said=model.packed(1 - hits[0].astype(np.uint8)))
+        for run in runs["runs"]:
+            run |= names
+        made_up.write(f"smollm2/{name}", runs, 1.0)
+    rows = report.smollm2_table(made_up).splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows[-4:]]
+    assert cells[0][:4] == ["`ce`", "50.0", "66.7", "0.500"]
+    assert cells[1][1].startswith("+50.0 (") and cells[1][1].endswith("**better**")
+    assert cells[1][2].startswith("+33.3 (") and cells[1][3].startswith("-0.250 (")
+    assert cells[2] == ["`lovasz`", *["not run"] * 4]
 
 
 def test_the_page_without_any_cell(pages, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.claims import coba, gradex, irdro, losses, own
+from bench.claims import coba, gradex, irdro, losses, own, smollm2
 from bench.claims.cells import Store, slug
 from bench.claims.findings import (
     RIVALS,
@@ -80,6 +80,17 @@ def of_losses(plt, store: Store):
         forest(axes, [gains[i] for i in kept], [slug(names[i]) for i in kept])
         axes.set_title(task)
         axes.set_xlabel("exact match less ce's, points")
+    return figure
+
+
+def of_smollm2(plt, store: Store):
+    names = smollm2.LOSSES[1:]
+    gains = [loss_gain(store, "smollm2", name) for name in names]
+    if not any(gains):
+        return None
+    figure, axes = plt.subplots(figsize=(6, 1.6), layout="constrained")
+    forest(axes, gains, list(names))
+    axes.set_xlabel("exact match less ce's, points")
     return figure
 
 
@@ -176,4 +187,5 @@ def of_own(plt, store: Store):
 
 PICTURES = {
     "losses": of_losses, "coba": of_coba, "gradex": of_gradex, "irdro": of_weights, "own": of_own,
+    "smollm2": of_smollm2,
 }  # fmt: skip
