@@ -328,8 +328,8 @@ def smollm2_table(store: Store) -> str:
         rows.append([f"`{slug(loss)}`", *cells, nll, rate])
     about = (
         "Fine-tuned on the demo's exam questions. The first row has cross-entropy's scores, the "
-        "others theirs less these (of nll, negative is better). 3 seeds, 3 comparisons; these "
-        "cells do not hold what ECE needs.\n"
+        "others theirs less these (of nll, negative is better). 3 seeds, 3 comparisons; in bf16 "
+        "(autocast); these cells do not hold what ECE needs.\n"
     )
     header = ["loss", "exact match, %", "macro-F1, %", "nll", "rate"]
     return "\n".join([about, source("smollm2/LOSS"), markdown(header, rows)])

@@ -32,7 +32,8 @@ def learn(loss: str, rate: float, seed: int, split: int, steps: int, held_out: i
         words = (
             *("train", "--config", DEMO / "demo.yaml", "--data", data, "--loss", loss),
             *("--lr", rate, "--seed", seed, "--split-seed", split, "--steps", steps),
-            *("--batch-size", 16, "--eval-items", held_out),
+            # which segloss train chooses by the CPU, and the cells were made with
+            *("--bf16", "true", "--batch-size", 16, "--eval-items", held_out),
             *("--no-evaluate-before", "--output", output),
         )
         code = "import sys; from segloss.command import main; sys.exit(main())"
