@@ -65,7 +65,7 @@ def flat(value):
 
 @pytest.mark.parametrize(
     ("options", "points"),
-    [(WEIGHTED, 8), (LORA, 4)],
+    [(WEIGHTED, 12), (LORA, 8)],
     ids=["coba-irdro-lovasz-accumulated", "lora-dropout-irdro-accumulated-patience"],
 )
 def test_killed_at_any_point(tmp_path, model_folder, data_file, monkeypatch, options, points):
