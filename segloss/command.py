@@ -14,9 +14,7 @@ from filelock import Timeout
 import segloss
 from segloss.train.errors import UserError, first_line, nearest
 
-REPORT = """\
-Write report.html, which needs no other file and no network, and its pictures as PNG: results,
-losses, task and sample weights, and what a selection estimated."""
+REPORT = "Write report.html, which needs no other file and no network, and its pictures as PNG."
 HELP = "segloss COMMAND --help lists a command's options; segloss --version says which this is."
 TRAIN = """\
 TRL's SFTTrainer with any loss, task and sample weights, and honest tables. All its options and
@@ -32,15 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         code, text = 2, f"error: {error}"
     except Timeout as error:  # of a lock
-        folder = Path(error.lock_file).parent
-        code, text = 2, f"error: the run in {folder} is still going on in another process"
+        code, text = (
+            2,
+            f"error: {Path(error.lock_file).parent} is still going on in another process",
+        )
     except pickle.UnpicklingError as error:
         code, text = 2, f"error: a checkpoint's pickle is not loaded: {first_line(error)}"
-    except ModuleNotFoundError as error:
-        if error.name is None or "." in error.name:  # of a package that is there
+    except ImportError as error:
+        name, text = error.name or "", " ".join(str(error).split())
+        if isinstance(error, ModuleNotFoundError) and name.isidentifier():
+            text = f"{name} is not installed: pip install {'pyyaml' if name == 'yaml' else name}"
+        elif "install" not in text and "is required" not in text:
             raise
-        package = {"yaml": "pyyaml"}.get(error.name, error.name)
-        code, text = 2, f"error: {error.name} is not installed: pip install {package}"
+        code, text = 2, f"error: {text}"
     except KeyboardInterrupt as interrupt:
         code, text = 130, str(interrupt) or "interrupted"
     except (RuntimeError, MemoryError) as error:

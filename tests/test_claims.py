@@ -14,6 +14,7 @@ import segloss
 from bench.claims import __main__ as command
 from bench.claims import coba, findings, gradex, irdro, losses, model, own, report, tasks
 from bench.claims.cells import Cell, Store, apart, execute, ordered, rerun
+from bench.claims.pictures import draw
 from bench.claims.verdicts import all_of, any_of, below, compared, same, verdict
 
 ITEMS = 40
@@ -414,7 +415,7 @@ def test_the_docs_say_what_came_out_for_each_loss(made_up, pages):
     assert len([line for line in text.splitlines() if line.startswith("| `")]) == 11
 
 
-def test_smollm2_s_table(made_up):
+def test_smollm2_s_table(made_up, tmp_path):
     """Each row less cross-entropy's: focal right on all items, cross-entropy on every other one."""
     for name, right, nll in (("ce", np.arange(ITEMS) % 2 == 0, 0.5), ("focal", True, 0.25)):
         hits, losses_ = np.full((3, ITEMS), right), np.full((3, ITEMS), nll)
@@ -429,6 +430,8 @@ def test_smollm2_s_table(made_up):
     assert cells[1][1].startswith("+50.0 (") and cells[1][1].endswith("**better**")
     assert cells[1][2].startswith("+33.3 (") and cells[1][3].startswith("-0.250 (")
     assert cells[2] == ["`lovasz`", *["not run"] * 4]
+    drawn = draw(made_up, tmp_path / "plots")
+    assert (tmp_path / drawn["smollm2"]).stat().st_size > 1000
 
 
 def test_the_page_without_any_cell(pages, tmp_path):

@@ -32,12 +32,11 @@ ALIASES = {
     "save_every": "save_steps", "validate_every": "eval_steps",
     "lora_rank": "lora_r", "lora_targets": "lora_target_modules",
 }  # fmt: skip
-"""Short names, and whose they are."""
+"""Short names, and whose they are; below, what some say besides."""
 IMPLIED: dict[str, dict[str, Any]] = {
     "save_every": {"save_strategy": "steps"}, "validate_every": {"eval_strategy": "steps"},
     "lora_rank": {"use_peft": True}, "lora_targets": {"use_peft": True},
 }  # fmt: skip
-"""What a short name says besides."""
 THEIRS = (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
 
 
@@ -139,7 +138,7 @@ def settings(
         if parts and all(isinstance(part, str | bool | int | float) for part in parts):
             # argparse checks them like the command line's
             spelled += [f"--{name}", *map(str, parts)] if listed else [f"--{name}={value}"]
-        elif value is None or not hasattr(options, full):
+        elif value is None or not hasattr(options, full):  # TRL's own take mappings too
             given[full] = value
         else:
             raise UserError(f"--{full} is {value}; it takes text and numbers, and lists of them")
@@ -195,9 +194,8 @@ def full_names(words: Sequence[str]) -> Iterator[str]:
 def read_file(path: str) -> dict[str, Any]:
     """The settings in a YAML or JSON file; its `env` is set, as by TRL."""
     kind, read = ("JSON", json.loads) if path.endswith(".json") else ("YAML", yaml.safe_load)
-    text = text_of(path)
     try:
-        values = read(text)
+        values = read(text_of(path))
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not {kind}: {' '.join(str(error).split())}") from None
     if isinstance(values, dict) and "given" in values:  # the segloss.json of a run

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -174,8 +174,8 @@ def task_result(items: Sequence[dict], data: Data, options: Any, seed: int) -> d
             f"the loss on the held-out items of {task!r} is {nll}: the model's weights or "
             "its arithmetic give numbers that are not finite"
         )
-    draws = [np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(1000)]
-    times = np.array([np.ones(size), *draws])  # how often an item counts: once, and in each draw
+    draws = (np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(1000))
+    times = np.fromiter(chain([np.ones(size)], draws), (float, size))  # once, and in each draw
 
     def mean(values: Any, weights: Any = times[0]) -> np.ndarray:
         return times @ np.array(values, float) / (times @ np.array(weights))

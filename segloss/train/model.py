@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib.util
 import io
 import sys
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,7 @@ def load(name: str, revision: str = "main", trust_remote_code: bool = False, **o
     if gguf is not None:
         where["gguf_file"] = gguf
         options["quantization_config"] = GgufConfig(dequantize=True)  # so that it can be saved
-    terminal = sys.stderr.isatty()
-    hidden = contextlib.nullcontext() if terminal else contextlib.redirect_stderr(io.StringIO())
+    hidden: Any = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     gc.disable()  # a GGUF is read as millions of small objects: 18 s so, 43 s with it on
     try:
         with hidden:  # a bar of the reader's that nothing turns off

@@ -297,6 +297,8 @@ def refuse(settings: Settings, data: Data, loss: Any, to_train: bool) -> None:
     refusals = {
         "packing keeps only the tokens, and would lose --task_weights coba":
             training.packing and coba,
+        "--use_liger_kernel and --activation_offloading take a GPU; use_cpu is on":
+            training.use_cpu and (training.use_liger_kernel or training.activation_offloading),
         "--task_weights coba weighs tasks against each other; there is only 1":
             coba and len(data.tasks) < 2,
         "--validation_items is 0; --task_weights coba reads their loss":

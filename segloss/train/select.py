@@ -1,8 +1,7 @@
 """`segloss select`: which tasks to fine-tune on for one of them, by GradEx.
 
 One model is trained on all tasks, every sample's gradient is taken once, and the loss after
-fine-tuning on any subset is then estimated in well under a second. `--check` says how good the
-estimates are, by fine-tuning on some subsets after all.
+fine-tuning on any subset is estimated from them; `--check` fine-tunes on some after all.
 """
 
 from __future__ import annotations

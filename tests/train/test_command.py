@@ -66,6 +66,26 @@ def test_missing_packages(train, monkeypatch):
             assert fails(train(), f"{module} is not installed: pip install {package}")
 
 
+def test_what_a_library_lacks_is_its_own_words(train, tmp_path, monkeypatch):
+    """Found late, by the library that was asked for; an import that is a fault is not hidden."""
+    from segloss.train.trainer import Trainer
+
+    for message in ("You need to install `x`", "the 'x>=1' distribution is required by this"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train", mock_of(ImportError(message)))
+            assert fails(train("--no-evaluate-before", "--output", tmp_path / message[:3]), message)
+    monkeypatch.setattr(Trainer, "train", mock_of(ImportError("no name y", name="trl")))
+    with pytest.raises(ImportError, match="no name y"):
+        train("--no-evaluate-before")
+
+
+def mock_of(error):
+    def raises(*args, **kwargs):
+        raise error
+
+    return raises
+
+
 def test_evaluate_a_run_and_a_model(command, train, tmp_path, model_folder, data_file, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -482,5 +482,7 @@ def test_rows_that_are_cut_or_left_out_are_counted(train, tmp_path):
     assert "train: 3 rows are left out: no answer fits into --max_length 6" in err
     assert "train: 5 of 5 rows reach --max_length 6 and may be cut" in err
     write_jsonl(path, rows[6:])
-    code, _, err = train("--data", path, "--eval-items", 0, "--max-length", 6, "--output", "other")
+    code, _, err = train(
+        "--data", path, "--eval-items", 0, "--max-length", 6, "--output", tmp_path / "other"
+    )
     assert code == 2 and "train: no row has a label that fits into --max_length 6" in err

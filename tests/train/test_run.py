@@ -244,6 +244,8 @@ def test_what_is_refused(train, tmp_path, command, model_folder, data_file):
     assert fails(command("train", "--model", model_folder), "nothing to train on: give --data")
     assert fails(train("--dataset-name", "x"), "it takes one of them")
     assert fails(train("--loss", "hinge"), "hinge")
+    for option in ("--use-liger-kernel", "--activation-offloading"):
+        assert fails(train(option, "--use-cpu"), "take a GPU; use_cpu is on")
     assert fails(train("--eval-items", 12), "has 12 different rows; 12 held-out and 0 validation")
     assert not (tmp_path / "run").exists()
     assert fails(train("--output", data_file / "run"), f"Not a directory: '{data_file}/run'")
